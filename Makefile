@@ -1,0 +1,43 @@
+# The few commands that people type; `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+# pip is the only tool that the environment needs; PIP_INDEX_URL and friends choose where packages come from.
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env course test lab site site-serve prepare wheel clean
+
+help:  ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(STAMP)  ## make the environment in .venv from constraints.txt
+$(STAMP): constraints.txt settings.ini setup.py
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'flowcourse needs Python 3.11 or newer, found ' + sys.version.split()[0])"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+course: $(STAMP)  ## run the quick start, build the site, and say what was learned
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/course.py
+
+test: $(STAMP)  ## check notebooks, exported code and tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check_clean
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env nbs tests
+
+lab: $(STAMP)  ## open the lessons in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+site: $(STAMP)  ## build the site into _docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/build_docs
+
+site-serve: site  ## build the site and show it at http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
+
+prepare: $(STAMP)  ## export the code, clean the notebooks, render README.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/prepare
+
+wheel: $(STAMP)  ## build the package into dist
+	$(BIN)/python -m build
+
+clean:  ## remove what the commands above made, but for the environment
+	rm -rf _docs _proc _course dist build

@@ -1,0 +1,39 @@
+"""Every row of the zoo keeps the contract, and a checkpoint restores it under another seed."""
+
+import pytest
+import torch
+
+from flowcourse.testing import check_bijection
+from flowcourse.zoo import zoo
+
+cases = [
+    pytest.param(row, shape, context_dim, id=f"{name}-{'x'.join(map(str, shape))}-{context_dim}")
+    for name, row in zoo.items()
+    for shape in row.event_shapes
+    for context_dim in (0, 2)
+]
+
+
+@pytest.mark.parametrize(("row", "shape", "context_dim"), cases)
+def test_the_contract(row, shape, context_dim):
+    f = row.make(shape, context_dim)
+    context = torch.randn(8, context_dim) if context_dim else None
+    check_bijection(f, torch.randn(8, *shape), context, exempt=row.exempt)
+
+
+@pytest.mark.parametrize("name", zoo)
+def test_a_state_dict_restores_a_row_made_under_another_seed(name):
+    row = zoo[name]
+    torch.manual_seed(1)
+    one = row.make(row.event_shapes[-1]).eval()
+    torch.manual_seed(2)
+    other = row.make(row.event_shapes[-1]).eval()
+    other.load_state_dict(one.state_dict())
+    z = torch.randn(4, *row.event_shapes[-1])
+    for got, wanted in zip(other(z), one(z)):
+        assert torch.equal(got, wanted)
+
+
+def test_an_unknown_name_is_answered_with_those_that_exist():
+    with pytest.raises(ValueError, match="realnvp"):
+        zoo["realnpv"]
