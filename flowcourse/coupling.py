@@ -96,12 +96,13 @@ def mlp(
     n_out: int,  # Number of outputs
     hidden: tuple[int, ...] = (64, 64),  # Widths of the hidden layers
     activation: type[nn.Module] = nn.SiLU,  # Smooth, so that the flow has second derivatives
+    dropout: float = 0.0,  # Chance that a hidden unit is left out of a training step
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner that starts by returning zeros, so that a coupling starts at the identity."""
     widths = [n_in, *as_shape(hidden, "hidden")]
     layers = []
     for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b), activation()]
+        layers += [nn.Linear(a, b), activation()] + ([nn.Dropout(dropout)] if dropout else [])
     last = nn.Linear(widths[-1], n_out)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -165,11 +166,12 @@ class RealNVP(Compose):
         context_dim: int = 0,  # Number of context features
         bound: float = 3.0,  # Largest size of one layer's log-scale
         partition=alternating,  # Makes the first mask from `dim`, as `half` and `alternating` do
+        dropout: float = 0.0,  # In the conditioners, while training; call `eval()` afterwards
     ):
         if dim < 2:
             raise ValueError(f"dim: a coupling needs at least 2 coordinates, got {dim}")
         as_shape(layers, "layers")
-        mask, conditioner = partition(dim), partial(mlp, hidden=hidden)
+        mask, conditioner = partition(dim), partial(mlp, hidden=hidden, dropout=dropout)
         super().__init__(
             *(
                 Coupling(mask if i % 2 == 0 else ~mask, AffineMap(bound), conditioner, context_dim)

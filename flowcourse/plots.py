@@ -5,16 +5,11 @@
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'use_style', 'scatter2d', 'grid_points', 'density2d', 'grid2d', 'show_images']
 
-# %% ../nbs/91-plots.ipynb #089d313e
+# %% ../nbs/91-plots.ipynb #7bd7a0bd
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # %% ../nbs/91-plots.ipynb #ef4d77b4
 COLORS = {"base": "#0072B2", "data": "#D55E00", "model": "#009E73", "neutral": "#666666"}
@@ -58,14 +53,14 @@ def _plane(ax, role="data"):
         ax.set(xlabel=f"${letter}_1$", ylabel=f"${letter}_2$")
     return ax
 
-# %% ../nbs/91-plots.ipynb #e0231d1d
+# %% ../nbs/91-plots.ipynb #64204200
 def scatter2d(
     points: Tensor,  # Points in the plane, shape `(n, 2)`
-    ax: "Axes | None" = None,  # Where to draw; the current axes by default
+    ax=None,  # `Axes` to draw on; None: the current ones
     role: str = "data",  # "base", "data", "model" or "neutral": gives colour and marker
     label: str | None = None,  # Name in the legend
     **kwargs,  # Passed on to `Axes.scatter`
-) -> "Axes":  # The axes drawn on
+):  # The `Axes` drawn on
     """Draw a cloud of points in the colour and with the marker of its role."""
     if points.ndim != 2 or points.shape[-1] != 2:
         raise ValueError(f"points: expected shape (n, 2), got {tuple(points.shape)}")
@@ -99,14 +94,14 @@ def grid_points(
 @torch.no_grad()
 def density2d(
     log_prob: Callable[[Tensor], Tensor],  # From points `(n, 2)` to log-densities `(n,)` in nats
-    ax: "Axes | None" = None,  # Where to draw; the current axes by default
+    ax=None,  # `Axes` to draw on; None: the current ones
     low: float | tuple[float, float] = -4.0,  # Lower edge of the window, one number or one per axis
     high: float | tuple[float, float] = 4.0,  # Upper edge, likewise
     bins: int = 200,  # Cells along each axis
     batch: int = 16384,  # Points evaluated at once
     device: torch.device | str | None = None,  # Where `log_prob` wants its points
     **kwargs,  # Passed on to `Axes.imshow`
-) -> "Axes":  # The axes drawn on; its `images[-1]` feeds a colour bar
+):  # The `Axes` drawn on; its `images[-1]` feeds a colour bar
     """Draw the density of a log-density on a window of the plane."""
     points = grid_points(low, high, bins, device=device)
     values = torch.cat([log_prob(part) for part in points.reshape(-1, 2).split(batch)])
@@ -117,18 +112,18 @@ def density2d(
     ax.imshow(density.numpy(), **(style | kwargs))
     return ax
 
-# %% ../nbs/91-plots.ipynb #443fd2f3
+# %% ../nbs/91-plots.ipynb #70d5d3ca
 @torch.no_grad()
 def grid2d(
     bijection: Callable,  # A bijection of the plane, or any function of points `(n, 2)`
-    ax: "Axes | None" = None,  # Where to draw; the current axes by default
+    ax=None,  # `Axes` to draw on; None: the current ones
     low: float = -2.0,  # Lower edge of the square that is mapped
     high: float = 2.0,  # Upper edge
     lines: int = 17,  # Lines in each direction
     role: str = "model",  # Side of the flow that the mapped grid lies on
     device: torch.device | str | None = None,  # Where the bijection wants its points
     **kwargs,  # Passed on to `Axes.plot`
-) -> "Axes":  # The axes drawn on
+):  # The `Axes` drawn on
     """Draw how a map moves a square grid; pass `bijection.inverse` for the other direction."""
     along = torch.linspace(low, high, 241, device=device)
     across = torch.linspace(low, high, lines, device=device)
@@ -142,13 +137,13 @@ def grid2d(
         ax.plot(x.T.numpy(), y.T.numpy(), **({"linestyle": line} | style))
     return ax
 
-# %% ../nbs/91-plots.ipynb #d52780b3
+# %% ../nbs/91-plots.ipynb #8979e20e
 def show_images(
     images: Tensor,  # Grey `(n, H, W)` or `(n, 1, H, W)`, or colour `(n, 3, H, W)` in [0, 1]
-    ax: "Axes | None" = None,  # Where to draw; the current axes by default
+    ax=None,  # `Axes` to draw on; None: the current ones
     nrow: int = 10,  # Images in a row
     **kwargs,  # Passed on to `Axes.imshow`, e.g. `vmin`, `vmax`: the same for all images
-) -> "Axes":  # The axes drawn on
+):  # The `Axes` drawn on
     """Tile images into one picture, dark ink on white, without ticks."""
     if images.ndim == 3:
         images = images[:, None]

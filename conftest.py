@@ -1,0 +1,21 @@
+"""Let nbval run the notebooks as nbdev and Quarto mean them.
+
+nbdev_clean removes execution counts, without which nbval refuses saved outputs: they are given back
+in memory. Cells with `#| eval: false` or one of our test flags are skipped.
+"""
+
+import re
+
+SKIPPED = re.compile(r"^#\| *(eval: *false|slow|gpu|notest)\b", re.M)
+
+
+def pytest_collection_modifyitems(items):
+    """Prepare the items that are notebook cells."""
+    for item in items:
+        cell = getattr(item, "cell", None)
+        if cell is None or cell.get("cell_type") != "code":
+            continue
+        if cell.get("execution_count") is None:
+            cell["execution_count"] = 1
+        if SKIPPED.search(cell.source):
+            item.options["skip"] = True

@@ -1,0 +1,529 @@
+"""The checker rejects what breaks the contract and names the promise; what keeps it passes."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import constraints
+
+from flowcourse.core import Bijection, Compose, Inverse
+from flowcourse.coupling import RealNVP
+from flowcourse.testing import PROMISES, ContractError, check_bijection
+
+
+def points(*shape, seed=0):
+    return torch.randn(12, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Affine(Bijection):
+    """`x = z exp(s) + b`, with parameters that may come from the context."""
+
+    def __init__(self, dim=2, context_dim=0):
+        super().__init__(dim, context_dim)
+        self.s, self.b = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        if context_dim:
+            self.net = nn.Linear(context_dim, 2 * dim)
+            nn.init.zeros_(self.net.weight)
+            nn.init.zeros_(self.net.bias)
+
+    def parameters_at(self, t, context):
+        s, b = (self.s, self.b)
+        if context is not None:
+            more_s, more_b = self.net(context).chunk(2, -1)
+            s, b = s + more_s, b + more_b
+        return s.expand_as(t), b.expand_as(t)
+
+    def _forward(self, z, context):
+        s, b = self.parameters_at(z, context)
+        return z * s.exp() + b, s.sum(-1)
+
+    def _inverse(self, x, context):
+        s, b = self.parameters_at(x, context)
+        return (x - b) * (-s).exp(), -s.sum(-1)
+
+
+class Sinh(Bijection):
+    """Nonlinear and monotone: `x = sinh(asinh(z) + b)`, elementwise; the identity at b = 0."""
+
+    def __init__(self, event_shape, event_dim=1):
+        super().__init__(event_shape, event_dim=event_dim)
+        self.b = nn.Parameter(torch.zeros(self.event_shape))
+
+    def shift(self, t, b):
+        u = t.asinh() + b
+        log_slope = (u.cosh() / (1 + t.square()).sqrt()).log()
+        return u.sinh(), log_slope.flatten(-self.event_dim).sum(-1)
+
+    def _forward(self, z, context):
+        return self.shift(z, self.b)
+
+    def _inverse(self, x, context):
+        return self.shift(x, -self.b)
+
+
+class Permute(Bijection):
+    """A fixed order, saved as a buffer."""
+
+    def __init__(self, order):
+        super().__init__(len(order))
+        self.register_buffer("order", torch.as_tensor(order))
+
+    def _forward(self, z, context):
+        return z[..., self.order], z.new_zeros(z.shape[:-1])
+
+    def _inverse(self, x, context):
+        return x[..., self.order.argsort()], x.new_zeros(x.shape[:-1])
+
+
+class Sigmoid(Bijection):
+    """Onto the unit interval."""
+
+    @property
+    def codomain(self):
+        return constraints.independent(constraints.unit_interval, 1)
+
+    def _forward(self, z, context):
+        log_slope = nn.functional.logsigmoid(z) + nn.functional.logsigmoid(-z)
+        return z.sigmoid(), log_slope.sum(-1)
+
+    def _inverse(self, x, context):
+        return x.logit(), -(x.log() + (-x).log1p()).sum(-1)
+
+
+class Flatten(Bijection):
+    """Images to vectors."""
+
+    @property
+    def event_dim_out(self):
+        return 1
+
+    def event_shape_out(self, event_shape):
+        return (math.prod(event_shape),)
+
+    def event_shape_in(self, event_shape):
+        return self.event_shape
+
+    def _forward(self, z, context):
+        return z.flatten(-3), z.new_zeros(z.shape[:-3])
+
+    def _inverse(self, x, context):
+        return x.unflatten(-1, self.event_shape), x.new_zeros(x.shape[:-1])
+
+
+no_identity = {"identity": "it changes its input by design"}
+
+
+@pytest.mark.parametrize(
+    "make, shape, context_dim, exempt",
+    [
+        (lambda: Affine(), (2,), 0, {}),
+        (lambda: Affine(1), (1,), 0, {}),
+        (lambda: Affine(2, context_dim=3), (2,), 3, {}),
+        (lambda: Compose(Permute([2, 0, 1]), Affine(3)), (3,), 0, no_identity),
+        (lambda: Sinh(4), (4,), 0, {}),
+        (lambda: Sinh((1,)), (1,), 0, {}),
+        (lambda: Sinh((1, 2, 2), event_dim=3), (1, 2, 2), 0, {}),
+        (lambda: Compose(Flatten((1, 2, 2)), Sinh(4)), (1, 2, 2), 0, {}),
+        (lambda: Compose(Affine(1), Sigmoid(1)), (1,), 0, no_identity),
+        (lambda: Compose(Sigmoid(2), Inverse(Sigmoid(2))), (2,), 0, {}),
+        (lambda: RealNVP(3, layers=2, hidden=(8,), context_dim=2), (3,), 2, {}),
+    ],
+    ids=[
+        "affine",
+        "affine in 1-D",
+        "affine with context",
+        "permutation and affine",
+        "sinh",
+        "sinh in 1-D",
+        "image",
+        "flatten",
+        "onto an interval",
+        "through an interval",
+        "realnvp",
+    ],
+)
+def test_what_keeps_the_contract_passes(make, shape, context_dim, exempt):
+    context = points(context_dim, seed=1) if context_dim else None
+    report = check_bijection(make(), points(*shape), context, exempt=exempt)
+    assert report.ok and not report.broken
+    assert {f.promise for f in report.findings} >= set(PROMISES) - {"mass", *exempt}
+    assert ("mass" in {f.promise for f in report.findings}) == (math.prod(shape) <= 2)
+
+
+class FlippedSign(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, -ladj
+
+
+class BothSignsFlipped(Affine):
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return x, -ladj
+
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, -ladj
+
+
+class ForgottenDimension(Affine):
+    def _forward(self, z, context):
+        x, _ = super()._forward(z, context)
+        return x, self.s[:-1].sum().expand(z.shape[:-1])
+
+
+class DetachedLadj(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, ladj.detach()
+
+
+class DetachedInput(Sinh):
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return x, super()._forward(z.detach(), context)[1]
+
+
+class WrongDtype(Affine):
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return x, ladj.float()
+
+
+class DefaultDtype(Bijection):
+    def _forward(self, z, context):
+        return z, torch.zeros(z.shape[:-1])
+
+    _inverse = _forward
+
+
+class DefaultPrecision(Bijection):
+    """The dtype is right, but the constant has only as many digits as the default dtype."""
+
+    def _forward(self, z, context):
+        return z * torch.tensor(1.1), z.new_full(z.shape[:-1], self.event_shape[0] * math.log(1.1))
+
+    def _inverse(self, x, context):
+        return x / torch.tensor(1.1), x.new_full(x.shape[:-1], -self.event_shape[0] * math.log(1.1))
+
+
+class FixedDtype(Bijection):
+    def _forward(self, z, context):
+        return z @ torch.eye(2, dtype=torch.float32), z.new_zeros(z.shape[:-1])
+
+    _inverse = _forward
+
+
+class BatchMean(Affine):
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return x - self.b * x.detach().flatten(0, -2).mean(0), ladj
+
+
+class BatchNormInverse(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z + 1e-3 * z.max(), ladj
+
+
+class NoBatch(Affine):
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return x, ladj.reshape(len(z))
+
+
+class ContextCat(Affine):
+    """Asks for a context of exactly the batch shape."""
+
+    def parameters_at(self, t, context):
+        n = t.shape[-1]
+        both = torch.cat([t, context], -1)
+        return super().parameters_at(t, both[..., n:])
+
+
+class RoughInverse(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z * (1 + 1e-4), ladj
+
+
+class FewBisections(Sinh):
+    """An inverse by halving an interval too few times, its derivatives right."""
+
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z + ((z * 2**14).floor() / 2**14 - z).detach(), ladj
+
+
+class Unsaved(Bijection):
+    def __init__(self):
+        super().__init__(3)
+        self.order = torch.tensor([2, 0, 1])
+
+    _forward, _inverse = Permute._forward, Permute._inverse
+
+
+class NotPersistent(Affine):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offset", torch.tensor(0.5), persistent=False)
+
+    def parameters_at(self, t, context):
+        s, b = super().parameters_at(t, context)
+        return s, b + self.offset * self.s.square()
+
+
+class Lambda(Affine):
+    def __init__(self):
+        super().__init__()
+        self.activation = lambda s: s
+
+    def parameters_at(self, t, context):
+        s, b = super().parameters_at(t, context)
+        return self.activation(s), b
+
+
+class Tanh(Bijection):
+    """Claims the whole line."""
+
+    def _forward(self, z, context):
+        return z.tanh(), (1 - z.tanh().square()).log().sum(-1)
+
+    def _inverse(self, x, context):
+        return x.atanh(), -(1 - x.square()).log().sum(-1)
+
+
+class SmallDomain(Bijection):
+    """Only |z| < 1 reaches anything: two thirds of a normal's mass."""
+
+    def _forward(self, z, context):
+        return z.atanh(), -(1 - z.square()).log().sum(-1)
+
+    def _inverse(self, x, context):
+        return x.tanh(), (1 - x.tanh().square()).log().sum(-1)
+
+
+class WhereTrap(Bijection):
+    """The identity, but the square root of zero has no slope for autograd."""
+
+    def _forward(self, z, context):
+        x = torch.where(z == 0, z, z.sign() * z.square().sqrt())
+        return x, z.new_zeros(z.shape[:-1])
+
+    def _inverse(self, x, context):
+        return x.clone(), x.new_zeros(x.shape[:-1])
+
+
+class TrapInParameters(Affine):
+    def parameters_at(self, t, context):
+        s, b = super().parameters_at(t, context)
+        return s + 0 * self.s.square().sum().sqrt(), b
+
+
+class WrongGradient(Affine):
+    """The value is right; the gradient in a parameter is a tenth too small."""
+
+    def parameters_at(self, t, context):
+        s, b = super().parameters_at(t, context)
+        return s, 0.9 * b + 0.1 * b.detach()
+
+
+class LadjPerCoordinate(Affine):
+    def _forward(self, z, context):
+        return super()._forward(z, context)[0], self.s.expand_as(z)
+
+
+class ScalarLadj(Affine):
+    def _forward(self, z, context):
+        return super()._forward(z, context)[0], self.s.sum()
+
+
+class OnlyAPoint(Affine):
+    def _forward(self, z, context):
+        return super()._forward(z, context)[0]
+
+
+class Collapse(Affine):
+    """Not a bijection where the parameters are not zero."""
+
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return torch.where(self.s[0] == 0, x, x[..., :1].expand_as(x)), ladj
+
+
+class Shifted(Affine):
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return x + 0.1, ladj
+
+    def _inverse(self, x, context):
+        return super()._inverse(x - 0.1, context)
+
+
+rejected = {  # class: the promise that must be named first, and words of the message
+    FlippedSign: ("ladj", "ladj of inverse against slogdet"),
+    BothSignsFlipped: ("ladj", "opposite sign"),
+    ForgottenDimension: ("ladj", "ladj of forward against slogdet"),
+    DetachedLadj: ("gradients", "gradient of ladj of inverse in parameter s (is it detached?)"),
+    DetachedInput: ("gradients", "gradient of ladj of forward in z (is it detached?)"),
+    WrongDtype: ("dtype", "ladj of forward is float32"),
+    DefaultDtype: ("dtype", "with default dtype float32"),
+    DefaultPrecision: ("dtype", "under two default dtypes"),
+    FixedDtype: ("dtype", "RuntimeError"),
+    BatchMean: ("rows", "x of forward for a row alone"),
+    BatchNormInverse: ("rows", "z of inverse for a row alone"),
+    NoBatch: ("batch", "forward without batch"),
+    ContextCat: ("batch", "forward expanded: RuntimeError"),
+    RoughInverse: ("round trip", "x against forward(inverse(x))"),
+    FewBisections: ("round trip", "off by"),
+    Unsaved: ("saved", "not in it: order"),
+    NotPersistent: ("saved", "not in it: offset"),
+    Lambda: ("saved", "pickle does not restore the map"),
+    Tanh: ("onto", "inverse gives values that are not finite"),
+    SmallDomain: ("mass", "mass 0.68269 against 1"),
+    WhereTrap: ("gradients", "gradient of x of forward in z is not finite"),
+    TrapInParameters: ("gradients", "in parameter s is not finite"),
+    WrongGradient: ("gradients", "gradient of x of forward in parameter b"),
+    LadjPerCoordinate: ("shape", "ladj of forward has shape (12, 2), expected (12,)"),
+    ScalarLadj: ("shape", "ladj of forward has shape (), expected (12,)"),
+    OnlyAPoint: ("shape", "expected the pair (point, ladj)"),
+    Collapse: ("onto", "no bijection"),
+    Shifted: ("identity", "x against z: off by"),
+}
+make = {
+    DefaultDtype: lambda: DefaultDtype(2),
+    DefaultPrecision: lambda: DefaultPrecision(2),
+    FixedDtype: lambda: FixedDtype(2),
+    ContextCat: lambda: ContextCat(2, context_dim=3),
+    DetachedInput: lambda: DetachedInput(2),
+    FewBisections: lambda: FewBisections(2),
+    Tanh: lambda: Tanh(1),
+    SmallDomain: lambda: SmallDomain(1),
+    WhereTrap: lambda: WhereTrap(2),
+}
+
+
+@pytest.mark.parametrize("broken", rejected, ids=lambda c: c.__name__)
+def test_what_breaks_it_is_rejected_by_name(broken):
+    promise, words = rejected[broken]
+    f = make.get(broken, broken)()
+    z = points(*f.event_shape)
+    if broken is SmallDomain:
+        z = 0.9 * z.tanh()
+    if broken is WhereTrap:
+        z[3, 1] = 0
+    with pytest.raises(ContractError) as caught:
+        check_bijection(f, z, points(f.context_dim, seed=1) if f.context_dim else None)
+    message = str(caught.value)
+    first = message.splitlines()[1].strip()
+    assert first.startswith(f"{promise} ("), message
+    assert words in message, message
+    if broken is WhereTrap:
+        assert "0]" in message, message  # the point itself is shown
+    assert any(f.promise == promise for f in caught.value.report.broken)
+
+
+def test_each_promise_can_be_broken():
+    named = {promise for promise, _ in rejected.values()}
+    assert named | {"round trip in z", "cancel"} == set(PROMISES)
+
+
+class LossyZ(Affine):
+    """Rounds small differences away, and gives back a point that has the same image."""
+
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z + (1e-11 - 0.0) * z.detach().sin(), ladj
+
+
+def test_the_round_trip_in_z_is_sharper_than_the_one_in_x():
+    with pytest.raises(ContractError, match="round trip in z") as caught:
+        check_bijection(LossyZ(), points(2), dtypes=(torch.float64,))
+    assert {f.promise for f in caught.value.report.broken} == {"round trip in z"}
+
+
+class LadjDrifts(Affine):
+    """Each `ladj` is within its own tolerance; their sum shows that they drift apart."""
+
+    def _forward(self, z, context):
+        x, ladj = super()._forward(z, context)
+        return x, ladj + 0.8e-8
+
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, ladj + 0.8e-8
+
+
+def test_the_two_ladj_must_cancel():
+    with pytest.raises(ContractError, match="cancel") as caught:
+        check_bijection(LadjDrifts(), points(2), dtypes=(torch.float64,), levels=(0.0,))
+    assert {f.promise for f in caught.value.report.broken} == {"cancel"}
+
+
+def test_nothing_is_changed():
+    f, z = Affine().train(), points(2)
+    before = {k: v.clone() for k, v in f.state_dict().items()}
+    state, default = torch.get_rng_state(), torch.get_default_dtype()
+    check_bijection(f, z)
+    with pytest.raises(ContractError):
+        check_bijection(WrongDtype(), z)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == default
+    assert f.training and all(p.grad is None for p in f.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items())
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_the_default_dtype_does_not_matter(default):
+    ambient = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        assert check_bijection(Affine(), points(2)).ok
+        with pytest.raises(ContractError, match=r"(?m)^  dtype"):
+            check_bijection(DefaultDtype(2), points(2))
+    finally:
+        torch.set_default_dtype(ambient)
+
+
+def test_exemptions_are_named_and_narrow():
+    z = points(2)
+    report = check_bijection(Shifted(), z, exempt={"identity": "it shifts"})
+    assert "exempt: identity, because it shifts" in repr(report)
+    check_bijection(Shifted(), z, exempt={("identity", 0.0): "it shifts"})
+    with pytest.raises(ContractError, match="identity"):
+        check_bijection(Shifted(), z, exempt={("identity", torch.float32): "it shifts"})
+    with pytest.raises(ValueError, match="exempt: no promise 'identiy'; there are shape, dtype"):
+        check_bijection(Shifted(), z, exempt={"identiy": "it shifts"})
+    with pytest.raises(ValueError, match="needs a reason"):
+        check_bijection(Shifted(), z, exempt={"identity": ""})
+
+
+@pytest.mark.parametrize(
+    "f, z, context, message",
+    [
+        (nn.Linear(2, 2), points(2), None, "bijection: expected a Bijection, got Linear"),
+        (Affine(), points(3), None, r"z: expected at least 2 points with events of \(2,\)"),
+        (Affine(), points(2)[0], None, "z: expected at least 2 points"),
+        (Affine(), points(2).long(), None, "z: expected a floating-point tensor"),
+        (Affine(), points(2).log(), None, "points lie outside the domain"),
+        (Affine(2, 3), points(2), None, r"context: Affine expects shape \(\*batch, 3\), got none"),
+        (Affine(), points(2), points(3), "context: Affine expects none"),
+    ],
+)
+def test_bad_arguments_are_named(f, z, context, message):
+    with pytest.raises(ValueError, match=message):
+        check_bijection(f, z, context)
+
+
+def test_beyond_float32_is_counted_not_blamed():
+    class Stretch(Sinh):
+        def _forward(self, z, context):
+            return z * 1e25, z.new_full(z.shape[:-1], 2 * 25 * math.log(10))
+
+        def _inverse(self, x, context):
+            return x / 1e25, x.new_full(x.shape[:-1], -2 * 25 * math.log(10))
+
+    report = check_bijection(Stretch(2), points(2), exempt=no_identity)
+    assert report.unjudged and all(case.startswith("float32") for case in report.unjudged)
+    assert "beyond the numbers of the format" in repr(report)
