@@ -103,6 +103,11 @@ def broken_promise(
         return str(error)
     return None
 
+# %% ../nbs/96-exercises.ipynb #2e7fb67c
+def _noise(*shape):
+    """The same random points in every run of a checker."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
 # %% ../nbs/96-exercises.ipynb #f3106ce6
 @exercise("0.2")
 def check_bits(
@@ -219,10 +224,6 @@ class _DoublePlusOne(Bijection):
 
     def _inverse(self, x, context):
         return (x - 1) / 2, torch.full_like(x, -math.log(2)).sum(-1)
-
-
-def _noise(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 # %% ../nbs/96-exercises.ipynb #e02071e1
 @exercise("1.1")
@@ -682,11 +683,18 @@ def check_repair(
     z_a, z_b = z.chunk(2, -1)
     s, t = net(z_a).chunk(2, -1)
     x = torch.cat([z_a, z_b * s.exp() + t], -1)
+    s_own, t_own = net(z_b).chunk(2, -1)
+    own = torch.cat([z_a, z_b * s_own.exp() + t_own], -1)
     return compare_pair(
         "repaired", answer(z, net), x, s.sum(-1),
-        {"scale first, then shift, as in the lesson": torch.cat([z_a, (z_b + t) * s.exp()], -1)},
+        {
+            "a block must not decide how it moves itself, or the way back is lost": own,
+            "scale first, then shift, as in the lesson": torch.cat([z_a, (z_b + t) * s.exp()], -1),
+        },
         {
             "it sums over the whole batch; each point has its own": s.sum(),
+            "it sums over the whole batch, and the block that moves decides": s_own.sum(),
+            "a block must not decide how it moves itself": s_own.sum(-1),
             "a mean over the coordinates instead of a sum": s.mean(-1),
         },
     )  # fmt: skip

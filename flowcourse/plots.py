@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'use_style', 'scatter2d', 'grid_points', 'density2d', 'grid2d', 'show_images']
 
-# %% ../nbs/91-plots.ipynb #7bd7a0bd
+# %% ../nbs/91-plots.ipynb #f6f2f235
 import math
 from collections.abc import Callable
+
 import torch
 from torch import Tensor
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import DiagonalGaussian, Flow
+from .core import Flow
 
 # %% ../nbs/02-training.ipynb #b6c7aff8
 class Objective(nn.Module):
@@ -94,12 +94,9 @@ class ReverseKL(Objective):
         self,
         n: int,  # Rows in the global batch
         generator: torch.Generator,  # Source of randomness, on the CPU
-    ) -> Tensor:  # Base points, standardised where the base is trainable
-        """Draw base points for one step."""
-        base = self.flow.base
-        if isinstance(base, DiagonalGaussian):
-            return torch.randn((n, *base.event_shape), generator=generator, dtype=base.loc.dtype)
-        return base.sample((n,), generator)
+    ) -> Tensor:  # Noise of the base, free of parameters
+        """Draw what the base points of one step are made of."""
+        return self.flow.base.noise((n,), generator)
 
     def forward(
         self,
@@ -107,11 +104,8 @@ class ReverseKL(Objective):
         noise: Tensor,  # What `draw` gave
     ) -> Tensor:  # KL(q || p) - log Z in nats, estimated
         """Reverse KL from one set of draws."""
-        base = self.flow.base
-        # a trainable base must get its gradient: draw at its parameters of now
-        z = base.loc + base.scale * noise if isinstance(base, DiagonalGaussian) else noise
-        x, ladj = self.flow.bijection.forward(z)
-        return (base.log_prob(z) - ladj - self.log_target(x)).mean()
+        x, log_q = self.flow.rsample_and_log_prob(noise=noise)
+        return (log_q - self.log_target(x)).mean()
 
 # %% ../nbs/02-training.ipynb #df66a4c7
 def _floats():

@@ -9,7 +9,7 @@ from torch.distributions import constraints
 
 from flowcourse.core import Bijection, Compose, Inverse
 from flowcourse.coupling import RealNVP
-from flowcourse.testing import PROMISES, ContractError, check_bijection
+from flowcourse.testing import PROMISES, ContractError, check_bijection, total_mass
 
 
 def points(*shape, seed=0):
@@ -527,3 +527,11 @@ def test_beyond_float32_is_counted_not_blamed():
     report = check_bijection(Stretch(2), points(2), exempt=no_identity)
     assert report.unjudged and all(case.startswith("float32") for case in report.unjudged)
     assert "beyond the numbers of the format" in repr(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_total_mass_weighs_a_density_that_is_infinite_at_an_end(dtype):
+    at_zero = total_mass(lambda x: -math.log(2) - 0.5 * x[:, 0].log(), low=0, high=1, dtype=dtype)
+    at_one = total_mass(lambda x: -math.log(2) - 0.5 * (-x[:, 0]).log1p(), low=0, high=1, dtype=dtype)
+    for mass in (at_zero, at_one):
+        torch.testing.assert_close(mass, torch.ones((), dtype=dtype), atol=1e-3, rtol=0)

@@ -30,7 +30,7 @@ def headings(
     found, current = [], "Start"
     for cell in cells:
         if cell.cell_type == "markdown":
-            current = ([current] + re.findall(r"^#+ (.*)", cell.source, re.M))[-1]
+            current = ([current] + re.findall(r"^#+ (.*)", cell.source, re.MULTILINE))[-1]
         found.append(current)
     return found
 
@@ -87,7 +87,9 @@ def main():
         sys.exit(f"\n{LESSON.relative_to(ROOT)} failed in this cell:\n{message}")
     learned = time.monotonic()
     print("Building the site")
-    subprocess.run([sys.executable, ROOT / "tools" / "build_docs"], check=True, cwd=ROOT)
+    site = subprocess.run([sys.executable, ROOT / "tools" / "build_docs"], cwd=ROOT)
+    if site.returncode:
+        sys.exit("The lesson ran, but the site could not be built: see above")
     show(json.loads((out / "quick-start.json").read_text()))
     took = time.monotonic() - started
     print(f"\nThe lesson took {learned - started:.0f} s, with the site {took:.0f} s.")
