@@ -231,7 +231,7 @@ class ContractError(AssertionError):
 
     def __init__(
         self,
-        report: "ContractReport",  # What was found
+        report,  # What was found
     ):
         super().__init__(report.complaint())
         self.report = report

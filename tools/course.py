@@ -37,7 +37,7 @@ def headings(
 
 async def execute(
     nb,  # A notebook, executed in place
-    bar,  # Progress over its cells
+    bar,  # Progress over its code cells
 ):
     """Execute a notebook in the folder of the lessons, a section's name beside the bar."""
     sections = headings(nb.cells)
@@ -80,7 +80,8 @@ def main():
     nb = nbformat.read(LESSON, as_version=4)
     print(f"Running {LESSON.relative_to(ROOT)}: it trains six flows, in a minute or two")
     try:
-        with tqdm(total=len(nb.cells), unit="cell") as bar:
+        cells = sum(cell.cell_type == "code" for cell in nb.cells)
+        with tqdm(total=cells, unit="cell") as bar:
             asyncio.run(execute(nb, bar))
     except CellExecutionError as error:
         message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
