@@ -7,7 +7,7 @@ __all__ = ['COSTS', 'as_shape', 'check_event', 'check_context', 'Bijection', 'Co
            'std_normal_log_prob', 'StandardNormal', 'positive', 'softplus_inverse', 'DiagonalGaussian',
            'GaussianMixture', 'Uniform', 'TorchBase', 'Flow', 'FlowDistribution', 'BijectionTransform']
 
-# %% ../nbs/01-change-of-variables.ipynb #f197d2fb
+# %% ../nbs/01-change-of-variables.ipynb #06f78e72
 import copy
 import math
 from itertools import chain
@@ -18,10 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn import functional as F
 
-# %% ../nbs/01-change-of-variables.ipynb #c8c994f8
-COSTS = ("one pass", "D passes", "numerical")  # of a direction, the cheapest first
-
-# %% ../nbs/01-change-of-variables.ipynb #47429816
+# %% ../nbs/01-change-of-variables.ipynb #b9f26937
 def as_shape(
     value: int | tuple[int, ...],  # One size or several
     name: str,  # The argument's name, for the error
@@ -59,7 +56,7 @@ def check_event(
             f"convert one, for example with .to({value.dtype})"
         )
 
-# %% ../nbs/01-change-of-variables.ipynb #b93f174a
+# %% ../nbs/01-change-of-variables.ipynb #d3c4e583
 def check_context(
     context: Tensor | None,  # What came
     owner: nn.Module,  # Who asks
@@ -73,7 +70,10 @@ def check_context(
     if context is not None:
         check_event("context", context, owner, (context_dim,), 1)
 
-# %% ../nbs/01-change-of-variables.ipynb #965605e9
+# %% ../nbs/01-change-of-variables.ipynb #92163deb
+COSTS = ("one pass", "D passes", "numerical")  # of a direction, the cheapest first
+
+
 class Bijection(nn.Module):
     """An invertible, differentiable map; `forward` leads from base to data, `inverse` back."""
 
@@ -193,12 +193,12 @@ class Compose(Bijection):
 
     @property
     def forward_cost(self) -> str:
-        """The dearest `forward` of the chain."""
+        """The cost of the most expensive `forward` of the chain."""
         return max((f.forward_cost for f in self.bijections), key=COSTS.index)
 
     @property
     def inverse_cost(self) -> str:
-        """The dearest `inverse` of the chain."""
+        """The cost of the most expensive `inverse` of the chain."""
         return max((f.inverse_cost for f in self.bijections), key=COSTS.index)
 
     @property
@@ -294,7 +294,7 @@ class Inverse(Bijection):
     def _inverse(self, x, context):
         return self.bijection.forward(x, context)
 
-# %% ../nbs/01-change-of-variables.ipynb #093fa051
+# %% ../nbs/01-change-of-variables.ipynb #debca06d
 def draw(
     sampler,  # `torch.randn` or `torch.rand`
     shape: tuple[int, ...],  # Shape to draw
@@ -320,6 +320,11 @@ class Base(nn.Module):
     ):
         super().__init__()
         self.event_shape = as_shape(event_shape, "event_shape")
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Where base points lie; by default anywhere."""
+        return constraints.independent(constraints.real, len(self.event_shape))
 
     def log_prob(
         self,
@@ -393,7 +398,7 @@ class StandardNormal(Base):
     def _log_prob(self, z):
         return self._sum(std_normal_log_prob(z))
 
-# %% ../nbs/01-change-of-variables.ipynb #557e3592
+# %% ../nbs/01-change-of-variables.ipynb #bbe6e30c
 def positive(
     name: str,  # The argument's name, for the error
     value: float | Tensor,  # What came
@@ -404,7 +409,7 @@ def positive(
         raise ValueError(f"{name}: expected finite numbers above 0, got {value.tolist()}")
     return value
 
-# %% ../nbs/01-change-of-variables.ipynb #ced50afb
+# %% ../nbs/01-change-of-variables.ipynb #f408e875
 def softplus_inverse(
     y: Tensor,  # Positive numbers
 ) -> Tensor:  # `log(exp(y) - 1)`
@@ -504,6 +509,13 @@ class Uniform(Base):
         self.register_buffer("low", low.expand(self.event_shape).clone())
         self.register_buffer("high", high.expand(self.event_shape).clone())
 
+    @property
+    def support(self) -> constraints.Constraint:
+        """The box."""
+        return constraints.independent(
+            constraints.interval(self.low, self.high), len(self.event_shape)
+        )
+
     def _log_prob(self, z):
         inside = ((z >= self.low) & (z <= self.high)).to(z.dtype)
         return self._sum(inside.log() - (self.high - self.low).log())
@@ -565,6 +577,11 @@ class TorchBase(Base):
         """The distribution, with its tensors on the module's device and in its dtype."""
         return self._filled(self._template)
 
+    @property
+    def support(self) -> constraints.Constraint:
+        """The distribution's support."""
+        return self.distribution.support
+
     def _log_prob(self, z):
         return self.distribution.log_prob(z)
 
@@ -579,6 +596,31 @@ class TorchBase(Base):
             torch.manual_seed(seed)
             return sampler(torch.Size(shape))
 
+# %% ../nbs/01-change-of-variables.ipynb #6c8c8da5
+def _lies_in(
+    support: constraints.Constraint,  # Where points are
+    domain: constraints.Constraint,  # Where they are wanted
+) -> bool:  # Whether the support is in the domain; the ends of intervals do not matter
+    """Compare the kinds and bounds of two constraints; no point is drawn."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    while hasattr(domain, "base_constraint"):
+        domain = domain.base_constraint
+    if isinstance(domain, type(constraints.real)):
+        return True
+    if not (hasattr(domain, "lower_bound") or hasattr(domain, "upper_bound")):
+        return isinstance(support, type(domain))  # a simplex, say
+    ends = [
+        getattr(constraint, name, missing)
+        for constraint in (support, domain)
+        for name, missing in (("lower_bound", -math.inf), ("upper_bound", math.inf))
+    ]
+    ends = [e if isinstance(e, Tensor) else torch.tensor(e, device="cpu") for e in ends]
+    if any(e.is_meta for e in ends):
+        return True  # tensors on the meta device have no values to compare
+    low, high, least, most = (e.detach().cpu() for e in ends)
+    return bool(((low >= least) & (high <= most)).all())
+
 # %% ../nbs/01-change-of-variables.ipynb #9918f31d
 class Flow(nn.Module):
     """A bijection and a base distribution: together, a density that can be sampled."""
@@ -586,7 +628,7 @@ class Flow(nn.Module):
     def __init__(
         self,
         bijection: Bijection,  # From base points to data
-        base: Base | Distribution | None = None,  # None: standard normal
+        base: "Base | Distribution | None" = None,  # None: standard normal
     ):
         super().__init__()
         if base is None:
@@ -606,6 +648,11 @@ class Flow(nn.Module):
             raise ValueError(
                 f"base: expected events of {bijection.event_dim} dimensions, "
                 f"got shape {base.event_shape}"
+            )
+        if not _lies_in(base.support, bijection.domain):
+            raise ValueError(
+                f"base: {type(bijection).__name__} takes points of {bijection.domain}, "
+                f"got {type(base).__name__} with support {base.support}"
             )
         self.bijection, self.base = bijection, base
         self.event_shape = tuple(bijection.event_shape_out(base.event_shape))

@@ -115,8 +115,8 @@ class Coupling(Bijection):
     def __init__(
         self,
         mask: Tensor,  # Boolean, shape `(dim,)`; true passes through
-        scalar_map: AdditiveMap | AffineMap = AffineMap(),  # Moves one coordinate
-        conditioner=mlp,  # Makes a module from numbers of inputs and outputs, as `mlp` does
+        scalar_map=AffineMap(),  # Moves one coordinate: an AffineMap, an AdditiveMap or the like
+        conditioner=mlp,  # Makes a module from numbers of inputs and outputs, as mlp does
         context_dim: int = 0,  # Number of context features
     ):
         mask = torch.as_tensor(mask)
@@ -134,13 +134,13 @@ class Coupling(Bijection):
         n_moved = len(mask) - self.n_kept
         self.conditioner = conditioner(self.n_kept + context_dim, n_moved * scalar_map.n_params)
 
-    def _apply_map(self, scalar_map, t, context):
-        t = t[..., self.order]
-        kept, moved = t[..., : self.n_kept], t[..., self.n_kept :]
+    def _apply_map(self, scalar_map, point, context):
+        point = point[..., self.order]
+        kept, moved = point[..., : self.n_kept], point[..., self.n_kept :]
         features = kept
         if context is not None:
             features = torch.cat([kept, context.expand(*kept.shape[:-1], -1)], -1)
-        theta = self.conditioner(features).to(t.dtype)  # under autocast it comes in half precision
+        theta = self.conditioner(features).to(kept.dtype)  # autocast makes it half precision
         theta = theta.unflatten(-1, (moved.shape[-1], self.scalar_map.n_params))
         moved, log_slope = scalar_map(moved, theta)
         return torch.cat([kept, moved], -1)[..., self.restore], log_slope.sum(-1)
@@ -165,8 +165,8 @@ class RealNVP(Compose):
         hidden: tuple[int, ...] = (64, 64),  # Widths of each conditioner's hidden layers
         context_dim: int = 0,  # Number of context features
         bound: float = 3.0,  # Largest size of one layer's log-scale
-        partition=alternating,  # Makes the first mask from `dim`, as `half` and `alternating` do
-        dropout: float = 0.0,  # In the conditioners, while training; call `eval()` afterwards
+        partition=alternating,  # Makes the first mask from dim, as half and alternating do
+        dropout: float = 0.0,  # In the conditioners, while training; call eval() afterwards
     ):
         if dim < 2:
             raise ValueError(f"dim: a coupling needs at least 2 coordinates, got {dim}")

@@ -156,6 +156,74 @@ def test_a_torch_base_refuses_what_it_cannot_move():
         Flow(RealNVP(2), 3)
 
 
+class Root(Bijection):
+    """Square root of every coordinate: takes points between 0 and 1 only."""
+
+    domain = codomain = D.constraints.independent(D.constraints.unit_interval, 1)
+
+    def _forward(self, z, context):
+        return z.sqrt(), -torch.log(2 * z.sqrt()).sum(-1)
+
+    def _inverse(self, x, context):
+        return x.square(), torch.log(2 * x).sum(-1)
+
+
+class Log(Root):
+    domain, codomain = (
+        D.constraints.independent(D.constraints.positive, 1),
+        D.constraints.real_vector,
+    )
+
+
+class Simplex(Root):
+    domain = codomain = D.constraints.simplex
+
+
+def many(make, *args):
+    return D.Independent(make(*(torch.full((2,), a) for a in args)), 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "base", "fits"),
+    [
+        (Root, lambda: Uniform(2), True),
+        (Root, lambda: Uniform(2, 0.25, torch.tensor([0.5, 1.0])), True),
+        (Root, lambda: many(D.Beta, 2.0, 3.0), True),
+        (Root, lambda: None, False),
+        (Root, lambda: DiagonalGaussian(2), False),
+        (Root, lambda: Uniform(2, 0.0, torch.tensor([1.0, 1.001])), False),
+        (Root, lambda: many(D.Exponential, 1.0), False),
+        (Log, lambda: many(D.Exponential, 1.0), True),
+        (Log, lambda: many(D.Gamma, 1.0, 2.0), True),
+        (Log, lambda: many(pdist.Laplace, 0.0, 1.0), False),
+        (lambda n: Inverse(Log(n)), lambda: None, True),
+        (lambda n: Compose(Root(n), Counted(n)), lambda: bases()["torch mixture"], False),
+        (lambda n: Compose(Counted(n), RealNVP(n, context_dim=3)), lambda: Uniform(2), True),
+        (Simplex, lambda: D.Dirichlet(torch.ones(2)), True),
+        (Simplex, lambda: None, False),
+    ],
+)
+def test_a_base_lies_in_the_domain(make, base, fits):
+    before = torch.get_rng_state()
+    if fits:
+        flow = copy.deepcopy(Flow(make(2), base()))
+        assert flow.base.support.check(flow.base.double().sample((9,))).all()
+    else:
+        with pytest.raises(
+            ValueError, match=r"^base: \w+ takes points of .*, got \w+ with support"
+        ):
+            Flow(make(2), base())
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_domain_is_compared_on_the_meta_device():
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="takes points of"):
+            Flow(Root(2))
+    assert Flow(Root(2), Uniform(2).to("meta")).base.low.is_meta  # bounds without values
+    assert Flow(Counted(2).to("meta"), StandardNormal(2).to("meta")).base.loc.is_meta
+
+
 def StandardNormalTorch():
     return D.Independent(D.Normal(torch.zeros(2), torch.ones(2)), 1)
 

@@ -1,7 +1,6 @@
 """The package as a stranger installs it: quick to import, and whole without notebook tools."""
 
 import json
-import statistics
 import subprocess
 import sys
 import zipfile
@@ -21,8 +20,9 @@ def seconds(statement):
 
 
 def test_import_takes_at_most_0_7_s_more_than_torch():
-    pairs = [(seconds("import flowcourse"), seconds("import torch")) for _ in range(4)][1:]
-    assert statistics.median(ours - torch for ours, torch in pairs) < 0.7
+    pairs = [(seconds("import flowcourse"), seconds("import torch")) for _ in range(5)]
+    ours, torch = map(min, zip(*pairs))  # the least disturbed of each
+    assert ours - torch < 0.7
 
 
 def test_heavy_packages_are_imported_where_they_are_used():
