@@ -6,8 +6,12 @@
 __all__ = ['exercise', 'agrees', 'compare', 'compare_pair', 'broken_promise', 'missing_direction', 'check_bits', 'check_density',
            'check_mean_of_long', 'check_no_noise', 'check_class_mixture', 'check_square', 'check_affine',
            'check_prediction', 'check_chain', 'check_ladj_gap', 'check_triangle', 'check_nll', 'check_reverse_kl',
-           'check_gradient_rise', 'check_count_noise', 'check_train_step', 'check_reach', 'check_couple_inverse',
-           'check_repair', 'check_volume', 'check_checkerboard', 'check_sinh_map']
+           'check_gradient_rise', 'check_count_noise', 'check_train_step', 'check_mass_inside', 'check_sigmoid',
+           'check_exponential', 'check_batch_norm', 'check_temper', 'check_softsign_map', 'check_signs',
+           'check_substitution', 'check_determinant_lemma', 'check_pixels', 'check_circulant', 'check_row_order',
+           'check_uniform_to_exponential', 'check_logistic_bound', 'check_sigmoid_pair', 'check_batch_norm_ladj',
+           'check_radial_root', 'check_reach', 'check_couple_inverse', 'check_repair', 'check_volume',
+           'check_checkerboard', 'check_sinh_map']
 
 # %% ../nbs/96-exercises.ipynb #d907fad6
 import functools
@@ -717,6 +721,469 @@ def check_train_step(
             return hint
         if not all(isinstance(number, float) for number in got):
             return "both numbers are right, but not floats: take them out of their tensors with .item()"
+    return None
+
+# %% ../nbs/96-exercises.ipynb #ead551ff
+from torch.nn import functional as F
+
+from .elementwise import Elementwise
+
+# %% ../nbs/96-exercises.ipynb #f7cf3e62
+@exercise("3.1")
+def check_mass_inside(
+    mass_tanh: float,  # Mass of the density whose way to the base is tanh
+    mass_softplus: float,  # The same for softplus
+    mass_arcsinh: float,  # The same for arcsinh
+):
+    """Check the predicted masses of three maps from data to base."""
+    inside = math.erf(math.sqrt(0.5))
+    slips = {
+        "tanh reaches (-1, 1) only, and the base has mass outside": 1.0,
+        "the base is normal: it has more mass near zero than far away": 0.5,
+        "this is what is lost": 1 - inside,
+    }
+    hint = compare("mass_tanh", mass_tanh, inside, slips, tol=5e-3)
+    slips = {"softplus is positive, and so it never reaches half of the base": 1.0}
+    hint = hint or compare("mass_softplus", mass_softplus, 0.5, slips, tol=5e-3)
+    slips = {"arcsinh grows slowly, but it reaches every number": inside}
+    return hint or compare("mass_arcsinh", mass_arcsinh, 1.0, slips, tol=5e-3)
+
+# %% ../nbs/96-exercises.ipynb #47ddaf32
+@exercise("3.2")
+def check_sigmoid(
+    answer,  # From `z` to `(x, ladj)`
+):
+    """Check the sigmoid of vectors, in the middle and far out."""
+    z = _noise(4, 3)
+    log_slope = F.logsigmoid(z) + F.logsigmoid(-z)
+    hint = compare_pair(
+        "my_sigmoid", answer(z), z.sigmoid(), log_slope.sum(-1),
+        {"this is the way back, the logit": z.logit()},
+        {
+            "the sum over the coordinates is missing": log_slope,
+            "one number for each point: sum over the last dimension only": log_slope.sum(),
+            "wrong sign: it belongs to the forward direction": -log_slope.sum(-1),
+            "this is the sum of the slopes; sum their logarithms": log_slope.exp().sum(-1),
+            "the slope is sigmoid(z) * sigmoid(-z); half of it is missing": F.logsigmoid(z).sum(-1),
+        },
+    )  # fmt: skip
+    far = torch.tensor([[100.0], [-100.0]])
+    got = None if hint else answer(far)[1]
+    if hint is None and not got.isfinite().all():
+        return "in float32, at z = 100 and -100, the ladj is infinite: x is rounded there, z is not"
+    return hint or compare("the ladj at z = 100 and -100", got, torch.tensor([-100.0, -100.0]))
+
+# %% ../nbs/96-exercises.ipynb #8e9e5668
+@exercise("3.3")
+def check_exponential(
+    answer,  # From `z` and `rate` to `(x, log_slope)`
+):
+    """Check the map from normal to exponential numbers."""
+    z, rate = _noise(50).double(), 2.0
+    log_survival = torch.special.log_ndtr(-z)
+    x = -log_survival / rate
+    log_normal = -0.5 * (z.square() + math.log(2 * math.pi))
+    log_slope = log_normal - log_survival - math.log(rate)
+    hint = compare_pair(
+        "to_exponential", answer(z, rate), x, log_slope,
+        {
+            "decreasing: F(x) is 1 - exp(-rate x)": -torch.special.log_ndtr(z) / rate,
+            "the rate divides: its reciprocal is the mean": -log_survival * rate,
+            "this takes z for a uniform number; Phi(z) is one": -(1 - z).log() / rate,
+        },
+        {
+            "wrong sign: it belongs to the way back": -log_slope,
+            "one number for each coordinate, not their sum": log_slope.sum(),
+            "the rate has a part in the slope": log_normal - log_survival,
+            "the slope of Phi is the normal density": -log_survival - math.log(rate),
+        },
+    )  # fmt: skip
+    if hint:
+        return hint
+    far = torch.tensor([9.0])  # 1 - Phi(9) is zero in float32, and 1.1e-19 in truth
+    want = -torch.special.log_ndtr(-far.double()) / rate
+    hint = compare("x at z = 9 in float32", answer(far, rate)[0], want, tol=1e-3)
+    return hint and hint + " (1 - Phi(z) rounds to zero; torch.special.log_ndtr does not)"
+
+# %% ../nbs/96-exercises.ipynb #a97e6820
+@exercise("3.4")
+def check_batch_norm(
+    answer,  # From `x` and `eps` to `(z, ladj)`
+):
+    """Check batch normalisation from data to base and its log-determinant."""
+    x, eps = 1 + 0.3 * _noise(6, 3), 0.01
+    variance = x.var(0, correction=0)
+    scale = (variance + eps).sqrt()
+    z, ladj = (x - x.mean(0)) / scale, -scale.log().sum().expand(6)
+    return compare_pair(
+        "my_batch_norm", answer(x, eps), z, ladj,
+        {
+            "the mean is not subtracted": x / scale,
+            "divide by the root of the variance": (x - x.mean(0)) / (variance + eps),
+            "eps is added to the variance, not to its root": (x - x.mean(0)) / (variance.sqrt() + eps),
+            "eps is missing": (x - x.mean(0)) / variance.sqrt(),
+            "use the plain variance, divided by n": (x - x.mean(0)) / (x.var(0) + eps).sqrt(),
+            "statistics of a row; take those of the batch": (x - x.mean(1, True))
+            / (x.var(1, correction=0, keepdim=True) + eps).sqrt(),
+        },
+        {
+            "wrong sign: this direction divides by the scale": -ladj,
+            "the same for every row, but one number for each": ladj[0],
+            "half is missing: the scale is the root of the variance": 2 * ladj,
+            "the sum over the coordinates is missing": -scale.log().expand(6, 3),
+            "the whole batch does not count, only one row": 6 * ladj,
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #1acf879a
+@exercise("3.5")
+def check_temper(
+    answer,  # From `x` and `temperature` to `(z, ladj)`
+):
+    """Check the repaired logit with a temperature."""
+    x, temperature = _noise(5, 2).sigmoid(), 3.0
+    z = temperature * x.logit()
+    log_slope = math.log(temperature) - x.log() - (-x).log1p()
+    wrong_end = -F.logsigmoid(z) - F.logsigmoid(-z)
+    return compare_pair(
+        "tempered", answer(x, temperature), z, log_slope.sum(-1),
+        {"the sigmoid divides by the temperature, so this multiplies": x.logit() / temperature},
+        {
+            "wrong sign: it belongs to the way to the base": -log_slope.sum(-1),
+            "sigmoid was taken at z / temperature": (math.log(temperature) + wrong_end).sum(-1),
+            "sigmoid was taken at z / temperature, and the sign is wrong": (
+                math.log(temperature) - wrong_end
+            ).sum(-1),
+            "the sign of log(temperature): this direction stretches": (
+                log_slope - 2 * math.log(temperature)
+            ).sum(-1),
+            "the temperature scales each coordinate, so it counts once for each": (
+                log_slope.sum(-1) - math.log(temperature)
+            ),
+            "the temperature is missing": (log_slope - math.log(temperature)).sum(-1),
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #4b817fb8
+@exercise("3.6")
+def check_softsign_map(
+    answer: type,  # A `ScalarMap`
+):
+    """Check the softsign, alone and inside a bijection."""
+    # not issubclass: the lesson that defines ScalarMap checks maps built on its own class
+    if not all(hasattr(answer, name) for name in ("point", "back", "log_slope", "codomain")):
+        return "expected a class made from ScalarMap"
+    h, t = answer(), torch.linspace(-4, 4, 17, dtype=torch.float64)
+    hint = compare("point at z", h.point(t), t / (1 + t.abs()))
+    x = t / (1 + t.abs())
+    hint = hint or compare(
+        "back at x", h.back(x), t, {"it has the sign of 1 + |x|; solve x = z / (1 + |z|)": x / (1 + x.abs())}
+    )  # fmt: skip
+    slope = -2 * t.abs().log1p()
+    slips = {
+        "wrong sign: the map flattens": -slope,
+        "derive again: the slope is 1 / (1 + |z|) squared": slope / 2,
+        "this is the slope; return its logarithm": slope.exp(),
+    }
+    hint = hint or compare("log_slope", h.log_slope(t, x), slope, slips)
+    if hint:
+        return hint
+    low, high = (getattr(h.codomain, f"{end}_bound", None) for end in ("lower", "upper"))
+    if (low, high) != (-1, 1):
+        return "say where it goes: codomain = constraints.interval(-1.0, 1.0)"
+    reason = {"identity": "a fixed map"}
+    return broken_promise(Elementwise(2, h), _noise(8, 2), reason)
+
+# %% ../nbs/96-exercises.ipynb #3778471f
+@exercise("4.1")
+def check_signs(
+    mirrors: float,  # Determinant of a product of 7 reflections
+    shuffle: float,  # Determinant of the permutation matrix of the order 1, 2, 0
+    numbers: int,  # Raw numbers of `PLU(5)` without bias
+):
+    """Check the predictions about determinants and parameters."""
+    slips = {"each mirror turns one direction round: it has determinant -1": 1.0}
+    hint = compare("det_of_seven", mirrors, -1.0, slips)
+    slips = {"going round three places is two exchanges, and each exchange turns the sign": -1.0}
+    hint = hint or compare("det_of_shuffle", shuffle, 1.0, slips)
+    slips = {
+        "the ones on the diagonals of both triangles are fixed": 30,
+        "that is one triangle with the diagonal; there are two triangles": 15,
+        "those are the two triangles; the diagonal is missing": 20,
+        "the permutation is fixed, and has no raw numbers": 50,
+    }
+    return hint or compare("free_numbers", numbers, 25, slips)
+
+# %% ../nbs/96-exercises.ipynb #23a663b7
+@exercise("4.2")
+def check_substitution(
+    answer,  # From `lower` and `x` to `(z, ladj)`
+):
+    """Check a triangular solve."""
+    lower = (
+        _noise(5, 5).double().tril(-1) + torch.tensor([2.0, -0.5, 1.0, 3.0, -1.5]).double().diag()
+    )
+    z = _noise(5).double()
+    x, log_diagonal = lower @ z, lower.diagonal().abs().log().sum()
+    unit = lower.tril(-1) + torch.eye(5)
+    return compare_pair(
+        "my_solve", answer(lower, x), z, -log_diagonal,
+        {
+            "divide each row by its own diagonal entry": torch.linalg.solve(unit, x),
+            "this is the product, the other direction": lower @ x,
+            "only the diagonal was undone": x / lower.diagonal(),
+        },
+        {
+            "wrong sign: it belongs to the map from x to z": log_diagonal,
+            "the determinant is a product, and this is not its logarithm": -lower.diagonal().sum(),
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #87085856
+@exercise("4.3")
+def check_determinant_lemma(
+    answer,  # From `d`, `u` and `v` to log|det|
+):
+    """Check a log-determinant by the determinant lemma."""
+    d = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.5, -0.7]).double()
+    u, v = _noise(6, 2).double(), _noise(2, 6).double().T
+    want = torch.linalg.slogdet(d.diag() + u @ v.T).logabsdet
+    small = torch.linalg.slogdet(torch.eye(2) + v.T @ (u / d[:, None])).logabsdet
+    plain = torch.linalg.slogdet(torch.eye(2) + v.T @ u).logabsdet
+    slips = {
+        "the diagonal enters twice: in front, and within the small matrix": d.abs().log().sum()
+        + plain,
+        "the determinant of the diagonal itself is missing": small,
+        "wrong sign of the diagonal's part": small - d.abs().log().sum(),
+    }
+    hint = compare("log|det|", answer(d, u, v), want, slips)
+    if hint:
+        return hint
+    n = 100_000  # a matrix of this size would not fit into memory
+    d, u = torch.ones(n).double(), torch.full((n, 1), n**-0.5).double()
+    return compare("log|det| for n = 100000", answer(d, u, u), math.log(2.0))
+
+# %% ../nbs/96-exercises.ipynb #1072d187
+@exercise("4.4")
+def check_pixels(
+    answer,  # From images and a matrix to `(x, ladj)`
+):
+    """Check the repaired 1×1 convolution."""
+    z, weight = _noise(4, 3, 2, 5).double(), _noise(3, 3).double()
+    x, each = torch.einsum("ij,njhw->nihw", weight, z), torch.linalg.slogdet(weight).logabsdet
+    return compare_pair(
+        "pixels", answer(z, weight), x, (10 * each).expand(4),
+        {
+            "this multiplies by the transposed matrix: it sums over the wrong axis": torch.einsum(
+                "ij,nihw->njhw", weight, z
+            )
+        },
+        {
+            "the matrix acts at every pixel, and each one counts": each.expand(4),
+            "one number for each image": 10 * each,
+            "count pixels, not pixels and channels": (30 * each).expand(4),
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #4474a5bd
+@exercise("4.5")
+def check_circulant(
+    answer,  # From `z` and a kernel to `(x, ladj)`
+):
+    """Check a periodic convolution on a line, at an even and at an odd length."""
+    for n in (8, 7):
+        z, kernel = _noise(3, n).double(), torch.tensor([1.0, -0.6, 0.3]).double()
+        x = sum(k * z.roll(j, -1) for j, k in enumerate(kernel))
+        other_way = sum(k * z.roll(-j, -1) for j, k in enumerate(kernel))
+        size = torch.fft.fft(kernel, n=n).abs().log()
+        half = torch.fft.rfft(kernel, n=n).abs().log().sum()
+        hint = compare_pair(
+            f"my_periodic at n = {n}", answer(z, kernel), x, size.sum().expand(3),
+            {
+                "this shifts the other way: the kernel acts on what came before": other_way,
+                "without zeros after the kernel its transform has the wrong length": torch.fft.ifft(
+                    torch.fft.fft(kernel, n=3).repeat(3)[:n] * torch.fft.fft(z)
+                ).real,
+            },
+            {
+                "rfft keeps about half of the frequencies: the others count too": half.expand(3),
+                "all frequencies count, so sum instead of taking the mean": size.mean().expand(3),
+                "take the logarithm of the absolute value, not of its square": 2 * size.sum().expand(3),
+                "one number for each row": size.sum(),
+                "wrong sign: this is the ladj of the way back": -size.sum().expand(3),
+            },
+        )  # fmt: skip
+        if hint:
+            return hint
+    return None
+
+# %% ../nbs/96-exercises.ipynb #13ef2bf1
+@exercise("4.6")
+def check_row_order(
+    answer,  # From an invertible matrix to an order of its rows
+):
+    """Check an order of rows that leaves no leading minor zero."""
+    swap, cycle = torch.eye(2)[[1, 0]], torch.eye(4)[[1, 2, 3, 0]]
+    shy = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    negative = -torch.eye(3) - torch.ones(3, 3)
+    for name, a in (("the exchange of two", swap), ("a cycle of four", cycle),
+                    ("a matrix with a second minor of zero", shy), ("a dense matrix", negative)):  # fmt: skip
+        a, n = a.double(), len(a)
+        order = torch.as_tensor(answer(a.clone()))
+        if order.is_floating_point() or sorted(order.flatten().tolist()) != list(range(n)):
+            return f"for {name}, expected each of 0 to {n - 1} once, got {order.tolist()}"
+        for k in range(1, n + 1):
+            if torch.linalg.det(a[order][:k, :k]).abs() < 1e-9:
+                hint = "" if k > 1 else "; a pivot must not be zero"
+                inverse = order.argsort()
+                minors = [torch.linalg.det(a[inverse][:j, :j]).abs() for j in range(1, n + 1)]
+                if min(minors) > 1e-9:
+                    hint = "; you return the inverse order: `a[order]` should do it"
+                return f"for {name}, the leading minor of size {k} of a[order] is zero{hint}"
+    return None
+
+# %% ../nbs/96-exercises.ipynb #2f37d67b
+@exercise("5.1")
+def check_uniform_to_exponential(
+    answer,  # From `u` and `rate` to `(x, ladj)`
+):
+    """Check the inverse-transform map to an exponential density."""
+    u, rate = torch.tensor([0.05, 0.3, 0.8, 0.99]), 2.5
+    x = -(-u).log1p() / rate
+    ladj = -math.log(rate) - (-u).log1p()
+    mirrored = -u.log() / rate
+    if isinstance(got := answer(u, rate), tuple) and len(got) == 2 and agrees(got[0], mirrored):
+        # 1 - U is uniform as well: a right answer that falls where this one rises.
+        return compare("ladj", got[1], -math.log(rate) - u.log())
+    return compare_pair(
+        "exponential", got, x, ladj,
+        {
+            "this is the distribution function; its inverse is wanted": 1 - (-rate * u).exp(),
+            "divide by the rate: a larger rate gives smaller numbers": -(-u).log1p() * rate,
+            "wrong sign: x should be positive": -x,
+        },
+        {
+            "this is log-density of x; log dx/du is minus that": -ladj,
+            "the rate is missing": -(-u).log1p(),
+            "this is dx/du; take its logarithm": ladj.exp(),
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #ca81f61f
+@exercise("5.2")
+def check_logistic_bound(
+    answer,  # From `w` and `u` to `û`
+):
+    """Check the corrected `u` of a planar layer with the logistic unit."""
+
+    def corrected(w, u, steepest, power=2):
+        product = w @ u
+        m = torch.nn.functional.softplus(steepest * product + math.log(math.e - 1)) - 1
+        return u + (m / steepest - product) * w / w.norm() ** power
+
+    w = torch.tensor([2.0, -1.0, 0.5])
+    zero = torch.zeros(3)
+    if not agrees(answer(w, zero), zero):
+        return "û should be 0 where u is 0, or the layer does not start at the identity"
+    for u in (torch.tensor([0.3, 1.0, -0.7]), torch.tensor([-3.0, 2.0, 1.0])):
+        got, want = answer(w, u), corrected(w, u, 0.25)
+        slips = {
+            "this is the bound of tanh, w'û > -1; the logistic slope is at most 1/4": corrected(
+                w, u, 1.0
+            ),
+            "divide by the square of the norm": corrected(w, u, 0.25, 1),
+            "this leaves u as it is, and w'u may be below -4": u,
+        }
+        hint = compare("û", got, want, slips)
+        if hint:
+            if agrees(got - (got @ w) * w / (w @ w), u - (u @ w) * w / (w @ w)):
+                hint += f"; w'û = {float(got @ w):.3g}, expected {float(want @ w):.3g}"
+            return hint
+    return None
+
+# %% ../nbs/96-exercises.ipynb #fa539470
+@exercise("5.3")
+def check_sigmoid_pair(
+    forward,  # From `z` to `(x, log dx/dz)`
+    inverse,  # From `x` to `(z, log dz/dx)`
+):
+    """Check both directions of the sigmoid, near zero and far out."""
+    logsigmoid = torch.nn.functional.logsigmoid
+    z = torch.tensor([-3.0, -0.5, 0.0, 2.0])
+    ladj = logsigmoid(z) + logsigmoid(-z)
+    hint = compare_pair(
+        "sigmoid_forward", forward(z), z.sigmoid(), ladj,
+        ladj_slips={
+            "this is the slope; take its logarithm": ladj.exp(),
+            "one factor is missing: the slope is sigmoid(z) * sigmoid(-z)": logsigmoid(z),
+            "wrong sign": -ladj,
+        },
+    )  # fmt: skip
+    hint = hint or compare_pair(
+        "sigmoid_inverse", inverse(z.sigmoid()), z, -ladj,
+        ladj_slips={"wrong sign: it belongs to the inverse, log dz/dx": ladj},
+    )  # fmt: skip
+    if hint:
+        return hint
+    far = torch.tensor([-100.0, 100.0])
+    got = forward(far)[1]
+    if not got.isfinite().all():
+        return f"log dx/dz at z = ±100 is {got.tolist()}: sigmoid underflows, its log need not"
+    return compare("log dx/dz at z = ±100", got, torch.tensor([-100.0, -100.0]))
+
+# %% ../nbs/96-exercises.ipynb #ee3c19b0
+@exercise("5.4")
+def check_batch_norm_ladj(
+    answer,  # From `v`, `gamma` and `eps` to a number
+):
+    """Check the log-determinant of batch normalisation, data to base."""
+    v, gamma, eps = torch.tensor([4.0, 0.25, 9.0]), torch.tensor([0.5, -2.0, 1.5]), 0.1
+    terms = gamma.abs().log() - 0.5 * (v + eps).log()
+    slips = {
+        "wrong sign: this is base to data": -terms.sum(),
+        "sum over the coordinates": terms,
+        "the square root halves the logarithm": (gamma.abs().log() - (v + eps).log()).sum(),
+        "eps is inside the square root, beside v": (gamma.abs().log() - 0.5 * v.log()).sum(),
+        "gamma scales too": -0.5 * (v + eps).log().sum(),
+        "a mean instead of a sum": terms.mean(),
+    }
+    got = answer(v, gamma, eps)
+    if isinstance(got, Tensor) and got.isnan().any():
+        return "not a number: gamma may be negative, and only its size counts"
+    return compare("ladj", got, terms.sum(), slips)
+
+# %% ../nbs/96-exercises.ipynb #1c8b0505
+@exercise("5.5")
+def check_radial_root(
+    answer,  # From `r_out`, `alpha` and `beta` to `r`
+):
+    """Check the inverse of a radial layer, to the last digits of float32."""
+    r = torch.tensor([0.01, 0.01, 3.0, 0.5, 100.0, 0.2])
+    alpha = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.1, 0.5])
+    beta = torch.tensor([1e4, 10.0, 5.0, -0.9, 0.1, 0.0])
+    exact = r.double()
+    r_out = (exact + beta * exact / (alpha + exact)).float()
+    got = answer(r_out, alpha, beta)
+    if not isinstance(got, Tensor) or got.shape != r.shape:
+        return compare("r", got, r)
+    p = alpha + beta - r_out
+    root = (p.square() + 4 * alpha * r_out).sqrt()
+    slips = {
+        "this is the negative root": (-p - root) / 2,
+        "the linear term of the quadratic is alpha + beta - r_out": (
+            p - beta * 2 + ((p - 2 * beta).square() + 4 * alpha * r_out).sqrt()
+        ) / 2,
+    }  # fmt: skip
+    error = (got / r - 1).abs()
+    if not error.max() < 0.05:
+        return compare("r", got, r, slips) or "r is off by more than 5 % somewhere"
+    row = int(error.argmax())
+    if error[row] > 1e-5:
+        where = f"r_out = {r_out[row]:g}, alpha = {alpha[row]:g}, beta = {beta[row]:g}"
+        return (
+            f"right on paper, but off by {100 * float(error[row]):.2g} % at {where}: two nearly "
+            "equal numbers are subtracted; multiply and divide by their sum"
+        )
     return None
 
 # %% ../nbs/96-exercises.ipynb #ff5e2262

@@ -406,15 +406,16 @@ def _show_point(name, t, context=None):
     text = f"{name} = [{', '.join(values)}{', ...' if t.numel() > 6 else ''}]"
     return text if context is None else f"{text}, {_show_point('context', context)}"
 
-# %% ../nbs/92-testing.ipynb #a3d5b0f9
+# %% ../nbs/92-testing.ipynb #62faae91
 class _Pass:
     "One direction at a batch of points, with its derivatives, row by row."
 
     def __init__(self, case, way, points, context):
-        self.way, self.context = way, context
+        self.way = way
+        self.context = None if context is None else context.detach().requires_grad_()
         self.name, self.out_name = ("z", "x") if way == "forward" else ("x", "z")
         self.points = points.detach().requires_grad_()
-        self.out, self.ladj = case.run(way, self.points, context)
+        self.out, self.ladj = case.run(way, self.points, self.context)
 
     def _grad(self, value):
         if not value.requires_grad:
@@ -462,8 +463,24 @@ class _Pass:
         "Rows where both results are finite."
         return self.out.flatten(1).isfinite().all(-1) & self.ladj.isfinite()
 
+    def context_slope(self, value):
+        "Norm of the gradient in the context of each row, times the size of the context."
+        if self.context is None or not value.requires_grad:
+            return torch.zeros_like(self.ladj.detach())
+        total = 0.0
+        for column in value.reshape(len(value), -1).unbind(-1):
+            (grad,) = torch.autograd.grad(
+                column.sum(),
+                self.context,
+                retain_graph=True,
+                materialize_grads=True,
+                allow_unused=True,
+            )
+            total = total + grad.square().sum(-1)
+        return total.sqrt() * (1 + _per_row(self.context.detach()))
+
     def where(self, row):
-        context = None if self.context is None else self.context[row]
+        context = None if self.context is None else self.context[row].detach()
         return _show_point(self.name, self.points[row], context)
 
 
@@ -630,7 +647,9 @@ def _same(case, promise, p, values, rows, how):
         # A batch of another size adds up in another order: float32 is as far off as from float64.
         spread = 2 * (_gap(b.detach().double(), true.detach())[rows] / size)[judged]
         spread = spread.max() if len(spread) else 0.0
-        tolerance = case.allowed(promise, (rounding * slope[rows] / size).clamp(min=spread))
+        through = case.rounding * exact.context_slope(true)[rows]
+        rounded = rounding * slope[rows] + through
+        tolerance = case.allowed(promise, (rounded / size).clamp(min=spread))
         what = f"{name} of {p.way} for a row {how}, against the same row in the whole batch"
         yield what, _gap(a, b[rows].detach()) / size, tolerance, judged, p
 

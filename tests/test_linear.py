@@ -1,0 +1,208 @@
+"""Linear maps: the matrices they claim, their limits, and what their constructors refuse."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from flowcourse.core import Flow
+from flowcourse.linear import (
+    PLU,
+    QR,
+    SVD,
+    Cayley,
+    Diagonal,
+    EmergingConv,
+    Full,
+    Householder,
+    LowRank,
+    MaskedConv,
+    MatrixExponential,
+    PeriodicConv,
+    Permutation,
+    Triangular,
+)
+
+rotations = {
+    "householder": lambda n: Householder(n),
+    "householder, one": lambda n: Householder(n, 1),
+    "householder, more than the dimension": lambda n: Householder(n, 3 * n),
+    "cayley": Cayley,
+    "matrix exponential": lambda n: MatrixExponential(n, orthogonal=True),
+}
+full_rank = {
+    "triangular": Triangular,
+    "matrix exponential": MatrixExponential,
+    "full": Full,
+    "plu": PLU,
+    "qr": QR,
+    "svd": SVD,
+}
+
+
+def shaken(f, sd=1.0, seed=0):
+    """The map in float64, with noise on its parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    f = f.double()
+    with torch.no_grad():
+        for p in f.parameters():
+            p.add_(sd * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return f
+
+
+def matrix(f):
+    """`A`, of an image flattened."""
+    start = torch.zeros(f.event_shape, dtype=next(f.parameters()).dtype)
+    n = start.numel()
+    return torch.func.jacrev(lambda z: f(z)[0])(start).reshape(n, n).detach()
+
+
+@pytest.mark.parametrize("make", rotations.values(), ids=rotations)
+@pytest.mark.parametrize("sd", [0.0, 1.0, 100.0])
+def test_rotations_are_orthogonal(make, sd):
+    a = matrix(shaken(make(5), sd))
+    assert_close(a @ a.T, torch.eye(5, dtype=a.dtype), atol=1e-10, rtol=0)
+
+
+def test_reflections_are_the_product_of_single_ones():
+    f = shaken(Householder(4, 6, bias=False))
+    expected = torch.eye(4, dtype=torch.float64)
+    for raw in f.raw().detach().view(6, 3):
+        v = torch.cat([torch.ones(1), raw])
+        expected = expected @ (torch.eye(4) - 2 * torch.outer(v, v) / (v @ v))
+    assert_close(matrix(f), expected)
+    assert_close(torch.linalg.det(expected), torch.ones(()).double())
+    odd = shaken(Householder(4, 7, bias=False))
+    assert_close(torch.linalg.det(matrix(odd)), -torch.ones(()).double())
+
+
+def test_reflections_begin_apart_from_each_other():
+    directions = Householder(6, 12, bias=False).raw().view(6, 2, 5)
+    assert_close(directions[:, 0], directions[:, 1])
+    assert torch.linalg.matrix_rank(directions[:, 0]) == 5
+
+
+def test_plu_is_the_product_of_its_factors():
+    order = torch.tensor([2, 0, 1])
+    f = shaken(PLU(3, order, bias=False))
+    a = matrix(f)[order.argsort()]
+    minors = torch.stack([torch.linalg.det(a[:k, :k]) for k in (1, 2, 3)])
+    log_scale = f.raw().view(3, 3).diagonal().asinh()
+    assert_close(minors, log_scale.cumsum(0).exp())
+
+
+def test_a_permutation_is_saved():
+    one = Permutation(4, torch.tensor([2, 0, 3, 1]))
+    other = Permutation(4, torch.arange(4))
+    other.load_state_dict(one.state_dict())
+    z = torch.randn(3, 4)
+    assert torch.equal(other(z)[0], z[:, [2, 0, 3, 1]])
+    assert torch.equal(other.inverse(other(z)[0])[0], z)
+
+
+def test_low_rank_obeys_the_determinant_lemma():
+    f = shaken(LowRank(6, 2, bias=False))
+    a, scale = matrix(f), f.raw()[:6].asinh().exp()
+    update = a / scale - torch.eye(6)
+    assert torch.linalg.matrix_rank(update) == 2
+    assert_close(f(torch.zeros(6).double())[1], torch.linalg.slogdet(a).logabsdet)
+
+
+@pytest.mark.parametrize("make", [*full_rank.values(), Diagonal, Cayley])
+def test_an_image_is_mapped_pixel_by_pixel(make):
+    torch.manual_seed(0)
+    pixel = shaken(make(3))
+    torch.manual_seed(0)
+    image = shaken(make((3, 2, 4)))
+    z = torch.randn(5, 3, 2, 4, dtype=torch.float64)
+    x, ladj = image(z)
+    rows, each = pixel(z.movedim(1, -1))
+    assert_close(x, rows.movedim(-1, 1))
+    assert_close(ladj, each.sum((-2, -1)))
+
+
+@pytest.mark.parametrize("make", full_rank.values(), ids=full_rank)
+def test_full_rank_maps_reach_the_gaussian_optimum(make):
+    torch.manual_seed(0)
+    root = torch.randn(4, 4, dtype=torch.float64) + torch.eye(4)
+    covariance = root @ root.T
+    mean = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    flow = Flow(make(4)).double()
+    # A quadratic log-density has the same mean over these 8 points as over the Gaussian.
+    sides = 2.0 * torch.linalg.cholesky(covariance).T
+    x = mean + torch.cat([sides, -sides])
+    entropy = torch.distributions.MultivariateNormal(mean, covariance).entropy()
+    optimizer = torch.optim.LBFGS(
+        flow.parameters(), max_iter=500, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        nll = -flow.log_prob(x).mean()
+        nll.backward()
+        return nll
+
+    optimizer.step(loss)
+    assert abs(loss() - entropy) < 1e-3
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_a_masked_convolution_is_triangular(kernel_size, reverse):
+    f = shaken(MaskedConv((2, 3, 4), kernel_size, reverse, bias=False))
+    a = matrix(f).view(2, 12, 2, 12).permute(1, 0, 3, 2).reshape(24, 24)  # pixel, then channel
+    a = a.flip(0, 1) if reverse else a
+    assert not a.triu(1).any()
+    assert a.diagonal().log().sum().sub(f(torch.zeros(2, 3, 4).double())[1]).abs() < 1e-10
+
+
+def test_an_emerging_convolution_sees_all_around():
+    f = shaken(EmergingConv((1, 5, 5), bias=False))
+    seen = matrix(f).view(25, 5, 5)[12]
+    assert (seen != 0)[1:4, 1:4].all()
+
+
+@pytest.mark.parametrize("width", [4, 5])
+def test_a_periodic_convolution_commutes_with_shifts(width):
+    f = shaken(PeriodicConv((2, 4, width)))
+    z = torch.randn(3, 2, 4, width, dtype=torch.float64)
+    x, ladj = f(z)
+    moved, same = f(z.roll((1, 2), (-2, -1)))
+    assert_close(moved, x.roll((1, 2), (-2, -1)))
+    assert_close(same, ladj)
+    assert_close(ladj, torch.linalg.slogdet(matrix(f)).logabsdet.expand(3))
+
+
+def test_filters_of_any_size_leave_a_convolution_invertible():
+    for sd in (10.0, 1e4):
+        f = shaken(PeriodicConv((2, 4, 4), bias=False), sd)
+        a = matrix(f) / f.raw()[:2].asinh().exp().repeat_interleave(16)[:, None]
+        assert (2 * a.diagonal().abs() > a.abs().sum(1)).all()
+
+
+def test_autocast_leaves_the_precision_alone():
+    f = PLU(4)
+    z = torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        x, ladj = f(z)
+        back, _ = f.inverse(x)
+    assert x.dtype == ladj.dtype == back.dtype == torch.float32
+    assert_close(back, z)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Permutation(3, torch.tensor([0, 1, 1])), "order: .*permutation"),
+        (lambda: Permutation(3, torch.tensor([1, 0])), "order: expected 3"),
+        (lambda: PLU(3, torch.tensor([1, 0])), "order: expected 3"),
+        (lambda: Householder(1), "event_shape: .* at least 2"),
+        (lambda: Householder(3, 0), "reflections: "),
+        (lambda: LowRank(3, 4), "rank: expected 1 to 3, got 4"),
+        (lambda: MaskedConv((2, 4, 4), 4), "kernel_size: .* odd"),
+        (lambda: PeriodicConv(4), "event_shape: .*channels, height, width"),
+        (lambda: Diagonal(0), "event_shape: "),
+    ],
+)
+def test_constructors_name_what_is_wrong(make, names):
+    with pytest.raises(ValueError, match=names):
+        make()

@@ -1,0 +1,330 @@
+"""Planar, radial and Sylvester layers: what the contract does not ask of every bijection."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from pyro.distributions.transforms import Planar as PyroPlanar
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowcourse.planar import (
+    IDENTITY,
+    LeakyUnit,
+    LogisticUnit,
+    Planar,
+    Radial,
+    Sylvester,
+    TanhUnit,
+    bounded,
+    gram_schmidt,
+    log_add_square,
+    log_softplus,
+    reflect,
+)
+
+UNITS = [TanhUnit(), LogisticUnit(), LeakyUnit()]
+
+
+def noise(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def perturbed(f, scale=1.0, seed=0):
+    f = f.double()
+    with torch.no_grad():
+        for i, p in enumerate(f.parameters()):
+            p.add_(scale * noise(*p.shape, seed=seed + i))
+    return f
+
+
+def layer(w, u, b=0.0, **options):
+    """One planar layer with the parameters given."""
+    w, u = torch.as_tensor(w), torch.as_tensor(u)
+    f = Planar(len(w), **options).to(w.dtype)
+    f.raw.value.data = torch.cat([w, u, torch.full_like(w[:1], b)])[None]
+    return f
+
+
+def loop(f, z, context=None):
+    """A planar stack layer by layer."""
+    w, u, b, _, log_steepest = f.layers(context)
+    ladj = 0.0
+    for k in range(f.length):
+        a = (w[..., k, :] * z).sum(-1) + b[..., k]
+        z = z + u[..., k, :] * f.unit(a).unsqueeze(-1)
+        ladj = ladj + f.unit.log_slope(a, log_steepest[..., k])
+    return z, ladj
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("length, block", [(1, 16), (7, 1), (7, 3), (7, 7), (20, 16)])
+def test_blocks_give_the_numbers_and_gradients_of_the_loop(unit, context_dim, length, block):
+    f = perturbed(Planar(4, length, context_dim, unit=unit, block=block), 0.5)
+    z = noise(6, 4).requires_grad_()
+    context = noise(6, 3, seed=1).requires_grad_() if context_dim else None
+    leaves = [z, *f.parameters()] + ([context] if context_dim else [])
+    weight = noise(6, 4, seed=2)
+    grads = []
+    for x, ladj in (f(z, context), loop(f, z, context)):
+        value = (x * weight).sum() + ladj.sum()
+        grads.append([x, ladj, *torch.autograd.grad(value, leaves)])
+    for fast, plain in zip(*grads):
+        assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_the_cost_is_linear_in_the_length():
+    def flops(length):
+        counter = FlopCounterMode(display=False)
+        f = Planar(40, length)
+        with counter, torch.no_grad():
+            f(torch.randn(100, 40))
+        return counter.get_total_flops()
+
+    assert flops(256) == 2 * flops(128) == 4 * flops(64)
+
+
+def test_a_tanh_layer_is_that_of_pyro():
+    torch.manual_seed(0)
+    for _ in range(20):
+        theirs = PyroPlanar(5)
+        for p in (theirs.w, theirs.u, theirs.bias):
+            p.data = torch.randn(p.shape, dtype=torch.float64) * 2  # theirs loses digits in float32
+        ours = layer(theirs.w.data, theirs.u.data, float(theirs.bias.detach()), offset=0.0)
+        z = torch.randn(50, 5, dtype=torch.float64)
+        x, ladj = ours(z)
+        want = theirs(z)
+        assert_close(x, want, rtol=1e-7, atol=1e-7)
+        assert_close(ladj, theirs.log_abs_det_jacobian(z, want), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm, product, broken", [(0.5, -2.0, -1.44), (4.0, 1.1, -1.75)])
+def test_division_by_the_norm_alone_folds_space(norm, product, broken):
+    w = torch.tensor([norm, 0.0], dtype=torch.float64)
+    u = torch.tensor([product / norm, 1.0], dtype=torch.float64)
+    m = math.log1p(math.exp(product)) - 1
+    wrong = u + (m - product) * w / w.norm()
+    assert math.isclose(w @ wrong, broken, abs_tol=0.01) and w @ wrong < -1
+    _, u_hat, _, gain, _ = layer(w, u, offset=0.0).layers()
+    assert gain > -1
+    assert_close(w @ u_hat[0], gain[0])
+    assert_close(gain[0], torch.tensor(m, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_the_slope_stays_positive(unit):
+    w, u = noise(10000, 3), noise(10000, 3, seed=1)
+    w = w * torch.logspace(-3, 2, len(w), dtype=torch.float64)[:, None]
+    f = Planar(3, len(w), unit=unit).double()
+    f.raw.value.data = torch.cat([w, u, torch.zeros(len(w), 1)], -1)
+    _, u_hat, _, gain, log_steepest = f.layers()
+    assert (gain >= -1 / unit.max_slope).all() and log_steepest.isfinite().all()  # 1 + m > 0
+    assert_close((w * u_hat).sum(-1), gain, rtol=1e-9, atol=1e-9)
+
+
+def test_the_logistic_unit_bends_by_more_than_minus_four():
+    for product, least in ((-30.0, -4.0), (-3.0, -4.0), (5.0, 0.0)):
+        _, _, _, gain, _ = layer([1.0, 0.0], [product, 0.3], unit=LogisticUnit()).layers()
+        assert least <= gain.item()
+    assert layer([1.0], [-30.0], unit=LogisticUnit()).layers()[3].item() < -3.9
+
+
+def exact_log_slope(a, product, half):
+    """log(tanh² + sech² softplus) with as many digits as it takes."""
+    with mpmath.workdps(60):
+        a, product = mpmath.mpf(a) / (2 if half else 1), mpmath.mpf(product) / (4 if half else 1)
+        top = mpmath.log1p(mpmath.exp(product + mpmath.log(mpmath.e - 1)))
+        return float(mpmath.log(mpmath.tanh(a) ** 2 + mpmath.sech(a) ** 2 * top))
+
+
+@pytest.mark.parametrize("unit", UNITS[:2], ids=str)
+def test_the_log_slope_is_right_in_float32(unit):
+    half = isinstance(unit, LogisticUnit)
+    for a in (0.0, 1e-20, 1e-6, 0.03, 1.0, 7.0, 100.0, 1e4):
+        for product in (-1e4, -300.0, -80.0, -20.0, -1.0, 0.0, 1.0, 30.0, 1e4):
+            at = torch.tensor(a, requires_grad=True)
+            p = torch.tensor(product, requires_grad=True)
+            got = unit.log_slope(at, bounded(p * unit.max_slope)[1])
+            want = torch.tensor(exact_log_slope(at.item(), product, half))
+            assert_close(got, want, rtol=1e-5, atol=1e-5)
+            for g in torch.autograd.grad(got, [at, p]):
+                assert g.isfinite()
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_the_ladj_is_finite_for_any_w_and_u(unit):
+    g = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(2000, 3, generator=g), dim=-1)
+    for norm in (0.0, 1e-30, 1e-10, 1e-3, 1.0, 100.0, 1e4):
+        for product in (-1e4, -100.0, -1.0, 0.0, 100.0, 1e4):
+            w = direction * norm
+            u = torch.randn(2000, 3, generator=g)
+            if norm > 1e-4:
+                u = direction * product / norm + u / norm
+            f = Planar(3, 2000, unit=unit)
+            f.raw.value.data = torch.cat([w, u, torch.zeros(2000, 1)], -1)
+            w, u_hat, b, _, log_steepest = f.layers()
+            z = torch.randn(2000, 3, generator=g)
+            ladj = unit.log_slope((w * z).sum(-1) + b, log_steepest)
+            assert ladj.isfinite().all() and u_hat.isfinite().all()
+            slopes = torch.autograd.grad(ladj.sum() + u_hat.sum(), f.raw.value)[0]
+            assert slopes.isfinite().all()
+
+
+def test_u_hat_stays_bounded_as_w_vanishes_and_the_paper_s_does_not():
+    u = torch.tensor([3.0, -4.0])
+    for norm in (1.0, 1e-3, 1e-8, 1e-15, 1e-30):
+        u_hat = layer([0.6 * norm, 0.8 * norm], u).layers()[1]
+        assert u_hat.norm() < 1.5 * u.norm()
+    assert_close(layer([0.0, 0.0], u).layers()[1][0], u)
+    assert layer([6e-9, 8e-9], u, offset=0.0).layers()[1].norm() > 1e7
+
+
+def test_u_zero_is_the_identity():
+    f, z = layer(noise(4), torch.zeros(4, dtype=torch.float64), 0.7), noise(5, 4, seed=1)
+    x, ladj = f(z)
+    assert torch.equal(x, z)
+    assert_close(ladj, torch.zeros_like(ladj), rtol=0, atol=1e-15)
+
+
+MAKERS = {
+    **{f"planar {u}": lambda c, u=u: Planar(4, 3, c, unit=u, block=2) for u in UNITS},
+    "radial": lambda c: Radial(4, 3, c),
+    **{
+        f"sylvester {v}": lambda c, v=v: Sylvester(4, length=2, context_dim=c, variant=v)
+        for v in ("orthogonal", "householder", "triangular")
+    },
+    "sylvester narrow": lambda c: Sylvester(4, units=2, length=2, context_dim=c),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_derivatives_of_the_inverse_are_the_implicit_ones(name, scale):
+    """Of `z` it is the inverse matrix, of `ladj` it is what the forward direction says."""
+    torch.manual_seed(0)
+    f = perturbed(MAKERS[name](0), scale)
+    z = noise(20, 4, seed=5)
+    x = f(z)[0].detach()
+    forward = torch.vmap(torch.func.jacrev(lambda t: f(t)[0]))(z)
+    inverse = torch.vmap(torch.func.jacrev(lambda t: f.inverse(t)[0]))(x)
+    z_slope = torch.vmap(torch.func.grad(lambda t: f(t)[1]))(z)
+    x_slope = torch.vmap(torch.func.grad(lambda t: f.inverse(t)[1]))(x)
+    condition = torch.linalg.cond(forward)
+    good = condition < 1e6
+    assert good.sum() >= 5
+    assert_close(f.inverse(x)[0][good], z[good], rtol=1e-8, atol=1e-8)
+    want = torch.linalg.inv(forward)
+    error = (inverse - want).flatten(1).norm(dim=-1) / want.flatten(1).norm(dim=-1)
+    assert (error < 1e-12 * condition.square())[good].all()
+    want = -torch.linalg.solve(forward.mT, z_slope)
+    error = (x_slope - want).norm(dim=-1) / (1 + want.norm(dim=-1))
+    assert (error < 1e-12 * condition.square())[good].all()
+
+
+def test_second_derivatives_of_the_inverse_are_right():
+    f = perturbed(Planar(3, 2))
+    x = noise(3, seed=3)
+    assert torch.autograd.gradgradcheck(lambda t: f.inverse(t), x.requires_grad_())
+
+
+def test_log_add_square_is_smooth_at_zero():
+    for v in (-3.0, 0.5):
+        t, v = torch.zeros((), dtype=torch.float64), torch.tensor(v, dtype=torch.float64)
+        slope = torch.func.grad(log_add_square)
+        assert_close(log_add_square(t, v), v)
+        assert slope(t, v) == 0
+        assert_close(torch.func.grad(slope)(t, v), 2 * (-v).exp())
+
+
+def test_the_radial_inverse_keeps_its_digits():
+    """The naive root of the quadratic is 2.5 % off in float32 at beta = 1e4 and r = 0.01."""
+    alpha, beta = 1.0, 1e4
+    f = Radial(2)
+    f.raw.value.data = torch.tensor([[0.0, 0.0, 0.0, 1 + beta - IDENTITY]])
+    z = torch.tensor([0.006, 0.008])
+    x, _ = f(z)
+    total, r_out = torch.tensor(alpha + beta), x.norm()
+    half = total - r_out
+    naive = (-half + (half.square() + 4 * alpha * r_out).sqrt()) / 2
+    assert abs(naive - 0.01) > 1e-4
+    assert_close(f.inverse(x)[0], z, rtol=1e-5, atol=0)
+
+
+def test_the_radial_layer_is_its_formula():
+    f, z = perturbed(Radial(3)), noise(10, 3, seed=4)
+    z0, alpha, total = (t[0] for t in f.layers())
+    assert alpha > 0 and total > 0
+    beta, ray = total - alpha, z - z0
+    r = ray.norm(dim=-1)
+    h, slope = 1 / (alpha + r), -1 / (alpha + r).square()
+    x, ladj = f(z)
+    assert_close(x, z + (beta * h)[:, None] * ray)
+    assert_close(ladj, (1 + beta * h + beta * slope * r).log() + 2 * (1 + beta * h).log())
+    assert f(z0)[0].isfinite().all() and f.inverse(z0)[1].isfinite()
+
+
+def test_a_sylvester_layer_with_one_unit_is_planar():
+    f = perturbed(Sylvester(4, units=1))
+    z = noise(6, 4, seed=2)
+    q, _, r_inner, b, _, _ = f.layers()
+    w = (q * r_inner)[0, :, 0]
+    outer = f.raw.value[0, 0]
+    g = layer(w.detach(), (q[0, :, 0] * outer).detach(), float(b.detach()))
+    for got, want in zip(g(z), f(z)):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("variant", ["orthogonal", "householder", "triangular"])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_sylvester_ladj_at_large_parameters(variant, scale):
+    """In float32 against autograd's Jacobian in float64."""
+    torch.manual_seed(0)
+    f = perturbed(Sylvester(3, variant=variant), scale)
+    z = noise(20, 3).float().double()
+    jacobian = torch.vmap(torch.func.jacrev(lambda t: f(t)[0]))(z)
+    want, known = torch.linalg.slogdet(jacobian).logabsdet, torch.linalg.cond(jacobian) < 1e9
+    assert known.sum() > 5
+    assert_close(f(z)[1][known], want[known], rtol=1e-6, atol=1e-6)
+    assert_close(f.float()(z.float())[1][known], want[known].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_frames_are_orthonormal_and_move_smoothly():
+    raw = noise(7, 5, 3)
+    eye = torch.eye(3, dtype=torch.float64).expand(7, 3, 3)
+    for q in (gram_schmidt(raw), reflect(raw.mT, 3)):
+        assert_close(q.mT @ q, eye)
+    assert_close(reflect(torch.zeros_like(raw.mT), 3)[0], torch.eye(5, 3, dtype=torch.float64))
+    right = torch.tensor([[1e-9, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    left = right * torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64)
+    assert_close(gram_schmidt(left), gram_schmidt(right), atol=1e-8, rtol=0)
+
+
+def test_softplus_and_m_keep_their_digits():
+    for s in (-1e4, -200.0, -18.0001, -17.9999, -1.0, 0.0, 19.0, 21.0, 39.0, 41.0, 1e4):
+        s = torch.tensor(s, dtype=torch.float64)
+        with mpmath.workdps(60):
+            want = float(mpmath.log(mpmath.log1p(mpmath.exp(mpmath.mpf(float(s))))))
+        assert_close(log_softplus(s), torch.tensor(want, dtype=torch.float64), rtol=1e-14, atol=0)
+    small = torch.tensor([1e-12, -1e-30], dtype=torch.float64)
+    assert_close(bounded(small)[0], small * (1 - math.exp(-1)), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda: LeakyUnit(1.5), "slope"),
+        (lambda: Planar(2, 0), "length"),
+        (lambda: Planar(2, 3, block=0), "block"),
+        (lambda: Sylvester(3, units=4), "units"),
+        (lambda: Sylvester(3, units=2, variant="triangular"), "units"),
+        (lambda: Sylvester(3, variant="qr"), "variant"),
+        (lambda: Sylvester(3, variant="householder", reflections=0), "reflections"),
+    ],
+)
+def test_bad_arguments_are_named(make, word):
+    with pytest.raises(ValueError, match=word):
+        make()
