@@ -1189,7 +1189,8 @@ def check_radial_root(
 # %% ../nbs/96-exercises.ipynb #ff5e2262
 from torch import nn
 
-from .coupling import Coupling, half, mlp
+from .coupling import Coupling, half
+from .elementwise import mlp
 
 # %% ../nbs/96-exercises.ipynb #ad7be343
 def _check_net(d):

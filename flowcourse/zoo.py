@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['small', 'fixed', 'elementwise_row', 'elementwise_rows', 'linear_row', 'image_row', 'turned', 'linear_rows',
-           'planar_row', 'sharp', 'far', 'planar_rows', 'coupling_row', 'coupling_rows', 'combinator_row',
-           'combinator_rows', 'zoo', 'Row', 'coordinatewise', 'ranges', 'backwards', 'planar', 'sylvester', 'couple']
+           'planar_row', 'sharp', 'far', 'planar_rows', 'coupling_row', 'coupling_rows', 'scalar_maps', 'containers',
+           'lessons', 'map_exempt', 'cross_rows', 'combinator_row', 'combinator_rows', 'zoo', 'Row', 'coordinatewise',
+           'ranges', 'backwards', 'planar', 'sylvester', 'couple', 'crossed']
 
 # %% ../nbs/93-zoo.ipynb #a0748496
 from collections.abc import Callable, Mapping
@@ -17,17 +18,24 @@ from torch.distributions import constraints
 
 from . import linear
 from .core import Bijection, Compose, Inverse, as_shape
-from .coupling import AdditiveMap, AffineMap, Coupling, RealNVP, alternating, half, mlp
+from .coupling import Coupling, RealNVP, alternating, half
 from .data import Table
 from flowcourse.elementwise import (
     ActNorm,
+    AdditiveMap,
+    AffineMap,
     BatchNorm,
     Elementwise,
     ExpMap,
-    SplineMap,
+    InverseMap,
+    affine_maps,
     elementwise_maps,
+    mlp,
 )
 from .planar import LeakyUnit, LogisticUnit, Planar, Radial, Sylvester
+from .monotone import monotone_maps
+from .splines import spline_maps
+
 
 # %% ../nbs/93-zoo.ipynb #9b0c90d7
 @dataclass(frozen=True)
@@ -92,9 +100,9 @@ def coordinatewise(
 def ranges(
     dim: int,  # Size of the event
     context_dim: int,  # Number of context features
-) -> Elementwise:  # A spline on the first coordinate, exp on the last, nothing between
+) -> Elementwise:  # An affine map of the first coordinate, exp on the last, nothing between
     """Different maps on ranges of coordinates."""
-    maps = {(0, 1): SplineMap(4), (dim - 1, dim): ExpMap()}
+    maps = {(0, 1): AffineMap(), (dim - 1, dim): ExpMap()}
     return Elementwise(dim, maps, context_dim, **small)
 
 
@@ -102,7 +110,7 @@ elementwise_row = partial(Row, family="elementwise", lesson="03-elementwise")
 elementwise_rows = {
     name: elementwise_row(
         partial(coordinatewise, scalar_map=scalar_map),
-        reference=getattr(scalar_map, "reference", "Dinh et al. 2017, eq. 4 and 5"),
+        reference=scalar_map.reference,
         # a jump across both axes cannot be weighed to 1e-3 in the plane; on the line it can
         event_shapes=((1,), (5,)) if name == "leaky-relu" else ((2,), (5,)),
         exempt={} if scalar_map.n_params else fixed,
@@ -292,10 +300,6 @@ def couple(
 
 coupling_row = partial(Row, family="coupling", lesson="06-coupling")
 coupling_rows = {
-    "additive-coupling": coupling_row(
-        partial(couple, scalar_map=AdditiveMap()), reference="Dinh et al. 2015, sec. 3.2"
-    ),
-    "affine-coupling": coupling_row(couple, reference="Dinh et al. 2017, eq. 4 and 5"),
     "affine-coupling-alternating": coupling_row(
         partial(couple, partition=alternating), reference="Dinh et al. 2017, fig. 3"
     ),
@@ -303,6 +307,32 @@ coupling_rows = {
         lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim), reference="Dinh et al. 2017"
     ),
 }
+
+
+# %% ../nbs/93-zoo.ipynb #a27aeb6b
+scalar_maps = Table(affine_maps | spline_maps | monotone_maps)
+containers = {"elementwise": coordinatewise, "coupling": couple}
+lessons = {"07-splines": spline_maps, "08-monotone": monotone_maps}
+map_exempt = {}  # of a scalar map by name: promise of the contract -> reason
+
+
+def crossed(
+    name: str,  # Of a scalar map
+    container: str,  # Its key in `containers`
+) -> Row:  # Its family is the container
+    """The row of a scalar map in a container."""
+    scalar_map = scalar_maps[name]
+    return Row(
+        partial(containers[container], scalar_map=scalar_map),
+        family=container,
+        lesson=next((lesson for lesson, maps in lessons.items() if name in maps), "03-elementwise"),
+        reference=scalar_map.reference,
+        exempt=map_exempt.get(name, {}),
+    )
+
+
+cross_rows = {f"{m}-{c}": crossed(m, c) for c in containers for m in scalar_maps}
+
 
 # %% ../nbs/93-zoo.ipynb #bb2b0d37
 combinator_row = partial(Row, family="combinators", lesson="01-change-of-variables")
@@ -318,4 +348,7 @@ combinator_rows = {
 }
 
 # %% ../nbs/93-zoo.ipynb #53b938f4
-zoo = Table(elementwise_rows | linear_rows | planar_rows | coupling_rows | combinator_rows)
+zoo = Table(
+    elementwise_rows | linear_rows | planar_rows | coupling_rows | cross_rows | combinator_rows
+)
+

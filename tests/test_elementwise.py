@@ -25,10 +25,10 @@ from flowcourse.elementwise import (
     Sigmoid,
     SigmoidMap,
     SinhArcsinhMap,
-    SplineMap,
     TanhMap,
     elementwise_maps,
 )
+from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
 
 names = pytest.mark.parametrize("name", elementwise_maps)
@@ -163,7 +163,7 @@ def test_ranges_that_overlap_or_leave_the_event_are_refused(ranges):
 
 
 def test_images_work_and_ranges_follow_the_last_axis():
-    f = noisy(Elementwise((2, 3, 4), {(0, 2): SplineMap(4), (3, 4): PReLUMap()}, context_dim=2))
+    f = noisy(Elementwise((2, 3, 4), {(0, 2): RationalQuadraticSplineMap(4), (3, 4): PReLUMap()}, context_dim=2))
     f = f.double()
     z = torch.randn(5, 2, 3, 4, dtype=torch.float64)
     context = torch.randn(5, 2, dtype=torch.float64)
@@ -179,8 +179,8 @@ def test_images_work_and_ranges_follow_the_last_axis():
         lambda: PReLUMap(-1.0),
         lambda: SigmoidMap(0.0),
         lambda: PowerMap(0.0),
-        lambda: SplineMap(1),
-        lambda: SplineMap(bound=0.0),
+        lambda: RationalQuadraticSplineMap(1),
+        lambda: RationalQuadraticSplineMap(bound=0.0),
         lambda: BatchNorm(2, momentum=2.0),
         lambda: ActNorm(2, eps=0.0),
         lambda: Elementwise(2, ExpMap(), context_dim=1),
@@ -215,14 +215,14 @@ def test_slopes_are_learned_for_each_dimension():
     assert_close(f(-torch.ones(2))[0], -true, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("scalar_map", [PReLUMap(), SinhArcsinhMap(), PowerMap(), SplineMap(4)])
+@pytest.mark.parametrize("scalar_map", [PReLUMap(), SinhArcsinhMap(), PowerMap(), RationalQuadraticSplineMap(4)])
 def test_the_same_maps_serve_a_coupling(scalar_map):
     f = Coupling(half(2), scalar_map)
     check_bijection(f, torch.randn(6, 2), levels=(0.0, 1.0), exempt={"mass": "weighed alone"})
 
 
 def test_the_spline_is_smooth_across_knots_and_the_identity_outside():
-    f = noisy(Elementwise(1, SplineMap(6, bound=2.0)), seed=3).double()
+    f = noisy(Elementwise(1, RationalQuadraticSplineMap(6, bound=2.0)), seed=3).double()
     t = torch.linspace(-2.5, 2.5, 200_001, dtype=torch.float64)[:, None]
     x, ladj = f(t)
     assert (x.diff(dim=0) > 0).all()
@@ -234,7 +234,7 @@ def test_the_spline_is_smooth_across_knots_and_the_identity_outside():
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e6])
 def test_the_spline_survives_wild_parameters_in_float32(scale):
     torch.manual_seed(0)
-    f = Elementwise(4, SplineMap())
+    f = Elementwise(4, RationalQuadraticSplineMap())
     with torch.no_grad():
         f.thetas[0].value.copy_(scale * torch.randn(4, 23))
     z = (4 * torch.randn(2000, 4)).requires_grad_()
