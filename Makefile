@@ -22,7 +22,7 @@ course: $(STAMP)  ## run the quick start, build the site, and say what was learn
 
 test: $(STAMP)  ## check notebooks, exported code and tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check_clean
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env nbs tests  # matrices are small: a second thread only waits
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --nbval-lax --nbval-current-env nbs tests  # small matrices: processes gain more than threads
 
 lab: $(STAMP)  ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab nbs
