@@ -331,7 +331,13 @@ def crossed(
     )
 
 
-cross_rows = {f"{m}-{c}": crossed(m, c) for c in containers for m in scalar_maps}
+# what a map on an interval moves can lie beside nothing but its like: such maps go elementwise
+cross_rows = {
+    f"{m}-{c}": crossed(m, c)
+    for c in containers
+    for m in scalar_maps
+    if c == "elementwise" or scalar_maps[m].domain is constraints.real
+}
 
 
 # %% ../nbs/93-zoo.ipynb #bb2b0d37
