@@ -29,7 +29,7 @@ def wrap(
 
 # %% ../nbs/07-splines.ipynb #08f32b97
 class SplineMap(ScalarMap):
-    """Pieces of a curve joined in a box; a subclass says `parts`, `knots`, `point`, `back` and `log_slope`."""
+    """Pieces of a curve joined in a box; a subclass says `knots` and the piece in the unit square."""
 
     evenness, steepest = (
         1.5,
@@ -138,7 +138,7 @@ class SplineMap(ScalarMap):
     def inverse(self, x, theta):
         """Data to base, coordinate by coordinate."""
         if self.tails == "circular":
-            x = wrap(x - theta[..., -1], *self.ends)
+            x = wrap(x - wrap(theta[..., -1], *self.ends), *self.ends)
         t = self._enter(x)
         z0, x0, width, height, shape = self._bin(t, theta, 1)
         u = self.back((t - x0) / height, *shape)
@@ -150,9 +150,11 @@ class SplineMap(ScalarMap):
 
     def _leave(self, given, t, image, log_slope, theta=None):
         if self.tails == "circular":
-            shift = 0.0 if theta is None else theta[..., -1]
+            shift = 0.0 if theta is None else wrap(theta[..., -1], *self.ends)
             return wrap(image + shift, *self.ends), log_slope
-        far = given != t  # what lies outside the box stays where it is
+        low, high = self.ends
+        # What lies outside the box stays where it is; a box keeps the slope at its ends.
+        far = given != t if self.tails == "box" else (given <= low) | (given >= high)
         image = torch.where(far, given, image)
         return interior(image, self.codomain), torch.where(far, 0.0, log_slope)
 
@@ -351,14 +353,14 @@ class RationalQuadraticSplineMap(SplineMap):
 
     def back(self, v, a, b):
         """The root of a quadratic."""
-        bend = v * (a + b - 2)
-        first, second = 1 - a + bend, a - bend
+        second = a - v * (a + b - 2)
+        first = 1 - second
         tiny = torch.finfo(
             v.dtype
         ).tiny  # rounding may go below zero, where sqrt has no slope
-        return (
-            2 * v / (second + (second * second + 4 * first * v).clamp(min=tiny).sqrt())
-        )
+        root = second.abs() + (second * second + 4 * first * v).clamp(min=tiny).sqrt()
+        rising = second > 0  # of the two forms of the root the one that does not cancel
+        return torch.where(rising, 2 * v, root) / torch.where(rising, root, 2 * first)
 
     def log_slope(self, u, a, b):
         """log dv/du."""
