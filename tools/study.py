@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributions import constraints
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
@@ -53,6 +54,13 @@ DIGITS = {  # what is changed in `spline.digits`
     "twice the steps": {"steps": 1600},
     "twice the width": {"hidden": (256, 256)},
     "autoregressive": {"kind": "autoregressive", "layers": 4, "hidden": (256, 256)},
+}
+
+
+BASELINES = {  # components and noisy copies of a mixture of Gaussians, its ridge tuned
+    "one Gaussian": (1, 1),
+    "mixture of 10": (10, 1),
+    "mixture of 10, 20 noisy copies": (10, 20),
 }
 
 
@@ -94,7 +102,9 @@ class SideBySide(Objective):
 
 def compare(data, kind, scalar_map):
     """Train three seeds of one flow for a fixed time, and judge them on their test rows."""
-    config = FlowConfig(data=data, kind=kind, scalar_map=scalar_map, layers=4, lr=3e-3, **DATA[data])
+    config = FlowConfig(
+        data=data, kind=kind, scalar_map=scalar_map, layers=4, lr=3e-3, **DATA[data]
+    )
     seeded = [replace(config, seed=seed) for seed in SEEDS]
     objectives = [config.objective() for config in seeded]
     splits = [config.load() for config in seeded]
@@ -134,7 +144,9 @@ def vary(change, seed):
     """Train `spline.digits` with something changed, and judge it on its test rows."""
     config = replace(configs["spline.digits"], seed=seed, **DIGITS[change])
     rows, objective, start = config.load(), config.objective(), time.process_time()
-    history = fit(objective, rows.train, validation=rows.validation, **config.training, progress=False)
+    history = fit(
+        objective, rows.train, validation=rows.validation, **config.training, progress=False
+    )
     return {
         "results": config.evaluate(objective.eval()),
         "steps": config.steps,
@@ -144,17 +156,46 @@ def vary(change, seed):
     }
 
 
+def baseline(change, seed):
+    """Fit a mixture of Gaussians to the rows that the flows see, tuned on the validation rows."""
+    from sklearn.mixture import GaussianMixture
+
+    components, copies = BASELINES[change]
+    rows, start = (
+        replace(configs["spline.digits"], seed=seed, copies=copies).load(),
+        time.process_time(),
+    )
+    train, validation, test = (part.numpy() for part in rows[:3])
+    fitted = [
+        GaussianMixture(components, reg_covar=ridge, random_state=seed).fit(train)
+        for ridge in ((0.03, 0.1, 0.2, 0.3, 0.5) if copies == 1 else (0.05, 0.1))
+    ]
+    best = max(fitted, key=lambda mixture: mixture.score(validation))
+    score = best.score(test) + rows.test_ladj.mean().item()
+    seconds = round(time.process_time() - start, 2)
+    return {"results": {"test log-likelihood [nat]": score}, "seconds": seconds}
+
+
+def digits(change, seed):
+    """One model of the digits: a baseline, or `spline.digits` with something changed."""
+    return (baseline if change in BASELINES else vary)(change, seed)
+
+
 STUDIES = {
     "maps": (
         compare,
         [
             {"data": data, "kind": kind, "scalar_map": name}
             for data in DATA
-            for name in scalar_maps
+            for name, scalar_map in scalar_maps.items()
+            if scalar_map.domain is constraints.real
             for kind in ("coupling", "autoregressive")
         ],
     ),
-    "digits": (vary, [{"change": change, "seed": seed} for seed in SEEDS for change in DIGITS]),
+    "digits": (
+        digits,
+        [{"change": name, "seed": seed} for seed in SEEDS for name in [*BASELINES, *DIGITS]],
+    ),
 }
 
 
@@ -186,11 +227,15 @@ def main():
             found = train(**job)
         except TrainingDiverged as error:
             found = {"diverged": str(error)}
-        found = {"job": job} | found | {
-            "command": shlex.join(["python", "tools/study.py", options.study]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        }
+        found = (
+            {"job": job}
+            | found
+            | {
+                "command": shlex.join(["python", "tools/study.py", options.study]),
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+            }
+        )
         with path.open("a") as file:  # one write, so that two processes may share the file
             file.write(json.dumps(found) + "\n")
 
