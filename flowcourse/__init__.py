@@ -12,7 +12,7 @@ from flowcourse.core import (
     StandardNormal,
     Uniform,
 )
-from flowcourse.coupling import Coupling, RealNVP
+from flowcourse.coupling import NICE, Coupling, Couplings, RealNVP
 from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
 from flowcourse.training import MaximumLikelihood, Objective, ReverseKL, fit
 from flowcourse.zoo import zoo

@@ -155,31 +155,46 @@ class AdditiveMap(ScalarMap):
 
 
 class AffineMap(ScalarMap):
-    """The map `x = z exp(s) + shift`, its log-scale `s` kept between `-bound` and `bound`."""
+    """The map `x = scale z + shift`, its scale made positive by `exp` or by `softplus`."""
 
-    n_params = 2  # raw log-scale, shift
-    reference = "Dinh et al. 2017, eq. 4 and 5"
+    n_params = 2  # raw scale, shift
 
     def __init__(
         self,
-        bound: float = 3.0,  # Largest size of the log-scale, above 0
+        bound: float | None = 3.0,  # Of the raw scale, above 0; None leaves it as it comes
+        scale: str = "exp",  # Or "softplus", which grows no faster than the raw scale
     ):
-        if not bound > 0:
+        if bound is not None and not bound > 0:
             raise ValueError(f"bound: expected a number above 0, got {bound}")
-        self.bound = bound
+        if scale not in ("exp", "softplus"):
+            raise ValueError(f"scale: expected 'exp' or 'softplus', got {scale!r}")
+        self.bound, self.scale = bound, scale
 
-    def point(self, z, raw, shift):
-        """Base to data."""
-        return z * bounded(raw, self.bound).exp() + shift
+    @property
+    def reference(self) -> str:
+        """Where the scale is made positive in this way."""
+        softplus = self.scale == "softplus"
+        return "Durkan et al. 2020, nflows" if softplus else "Dinh et al. 2017, eq. 4 and 5"
 
-    def back(self, x, raw, shift):
-        """Data to base."""
-        return (x - shift) * (-bounded(raw, self.bound)).exp()
+    def _log_scale(self, raw):
+        raw = raw if self.bound is None else bounded(raw, self.bound)
+        if self.scale == "exp":
+            return raw
+        raw = raw + math.log(math.e - 1)  # softplus of it is 1 where raw is 0
+        low = raw.clamp(min=-15)  # softplus is exp below, to six digits
+        return F.softplus(low).log() + (raw - low)
 
-    def log_slope(self, z, x, raw, shift):
-        """log dx/dz from both ends."""
-        return bounded(raw, self.bound).expand_as(z)
+    def forward(self, z, theta):
+        """Base to data, coordinate by coordinate."""
+        raw, shift = theta.unbind(-1)
+        log_scale = self._log_scale(raw)
+        return z * log_scale.exp() + shift, log_scale.expand_as(z)
 
+    def inverse(self, x, theta):
+        """Data to base, coordinate by coordinate."""
+        raw, shift = theta.unbind(-1)
+        log_scale = self._log_scale(raw)
+        return (x - shift) * (-log_scale).exp(), -log_scale.expand_as(x)
 
 # %% ../nbs/03-elementwise.ipynb #8ce61c76
 class PReLUMap(ScalarMap):
@@ -577,7 +592,15 @@ def _fill(maps, dim):
     return lengths, found
 
 # %% ../nbs/03-elementwise.ipynb #021567f0
-affine_maps = Table({"additive": AdditiveMap(), "affine": AffineMap()})
+affine_maps = Table(
+    {
+        "additive": AdditiveMap(),
+        "affine": AffineMap(),
+        "affine-tanh": AffineMap(1.0),
+        "affine-exp": AffineMap(None),
+        "affine-softplus": AffineMap(5.0, "softplus"),
+    }
+)
 elementwise_maps = Table(
     {
         "prelu": PReLUMap(),
