@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['small', 'fixed', 'elementwise_row', 'elementwise_rows', 'linear_row', 'image_row', 'turned', 'linear_rows',
-           'planar_row', 'sharp', 'far', 'planar_rows', 'coupling_row', 'coupling_rows', 'scalar_maps', 'containers',
-           'lessons', 'rounds', 'map_exempt', 'cross_rows', 'combinator_row', 'combinator_rows', 'zoo', 'Row',
-           'coordinatewise', 'ranges', 'backwards', 'planar', 'sylvester', 'couple', 'crossed']
+           'planar_row', 'sharp', 'far', 'planar_rows', 'coupling_row', 'image_coupling_row', 'coupling_rows',
+           'scalar_maps', 'containers', 'lessons', 'rounds', 'map_exempt', 'cross_rows', 'combinator_row',
+           'combinator_rows', 'zoo', 'Row', 'coordinatewise', 'ranges', 'backwards', 'planar', 'sylvester', 'couple',
+           'seeded_half', 'crossed']
 
 # %% ../nbs/93-zoo.ipynb #a0748496
 from collections.abc import Callable, Mapping
@@ -319,21 +320,55 @@ planar_rows = {
     ),
 }
 
+# %% ../nbs/93-zoo.ipynb #3f4f9f36
+from .coupling import NICE, channel, checkerboard, convnet, random_half, residual
+
 # %% ../nbs/93-zoo.ipynb #674e84e8
 def couple(
     dim: int,  # Size of the event
     context_dim: int = 0,  # Number of context features
     scalar_map=AffineMap(),  # Moves one coordinate
     partition=half,  # Makes the mask
+    conditioner=mlp,  # Makes the network
 ) -> Coupling:  # With a small conditioner
     """A small coupling layer."""
-    return Coupling(partition(dim), scalar_map, partial(mlp, **small), context_dim)
+    return Coupling(partition(dim), scalar_map, partial(conditioner, **small), context_dim)
+
+
+def seeded_half(
+    event_shape: int | tuple[int, ...],  # Shape of one point
+) -> torch.Tensor:  # A mask that follows from the global seed, and leaves its generator alone
+    """A random partition for tests."""
+    return random_half(event_shape, torch.Generator().manual_seed(torch.initial_seed() % 2**63))
 
 
 coupling_row = partial(Row, family="coupling", lesson="06-coupling")
+image_coupling_row = partial(coupling_row, event_shapes=((2, 4, 4), (3, 3, 5)))
 coupling_rows = {
     "affine-coupling-alternating": coupling_row(
-        partial(couple, partition=alternating), reference="Dinh et al. 2017, fig. 3"
+        partial(couple, partition=alternating), reference="Dinh et al. 2017, sec. 3.4"
+    ),
+    "affine-coupling-random": coupling_row(
+        partial(couple, partition=seeded_half), reference="Papamakarios et al. 2021, sec. 3.1.2"
+    ),
+    "affine-coupling-residual": coupling_row(
+        partial(couple, conditioner=residual), reference="Dinh et al. 2017, sec. 4.1"
+    ),
+    "affine-coupling-channel": image_coupling_row(
+        partial(couple, partition=channel, conditioner=convnet),
+        reference="Dinh et al. 2017, fig. 3",
+    ),
+    "affine-coupling-checkerboard": image_coupling_row(
+        partial(couple, partition=checkerboard, conditioner=convnet),
+        reference="Dinh et al. 2017, fig. 3",
+    ),
+    "affine-coupling-random-pixels": image_coupling_row(
+        partial(couple, partition=seeded_half, conditioner=convnet),
+        reference="Dinh et al. 2017, eq. 9",
+    ),
+    "nice": coupling_row(
+        lambda dim, context_dim: NICE(dim, 2, (8,), context_dim),
+        reference="Dinh et al. 2015, sec. 3.2 and 3.3",
     ),
     "realnvp": coupling_row(
         lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim),
