@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['small', 'fixed', 'elementwise_row', 'elementwise_rows', 'linear_row', 'image_row', 'turned', 'linear_rows',
            'planar_row', 'sharp', 'far', 'planar_rows', 'coupling_row', 'image_coupling_row', 'coupling_rows',
-           'scalar_maps', 'containers', 'lessons', 'rounds', 'map_exempt', 'cross_rows', 'combinator_row',
-           'combinator_rows', 'zoo', 'Row', 'coordinatewise', 'ranges', 'backwards', 'planar', 'sylvester', 'couple',
-           'seeded_half', 'crossed']
+           'autoregressive_row', 'autoregressive_rows', 'scalar_maps', 'containers', 'lessons', 'rounds', 'map_exempt',
+           'cross_rows', 'combinator_row', 'combinator_rows', 'zoo', 'Row', 'coordinatewise', 'ranges', 'backwards',
+           'planar', 'sylvester', 'couple', 'seeded_half', 'autoregress', 'inwards', 'crossed']
 
 # %% ../nbs/93-zoo.ipynb #a0748496
 from collections.abc import Callable, Mapping
@@ -376,9 +376,65 @@ coupling_rows = {
     ),
 }
 
+# %% ../nbs/93-zoo.ipynb #98c422c3
+from .autoregressive import IAF, MAF, Autoregressive, BlockAutoregressive, BNAF
+
+# %% ../nbs/93-zoo.ipynb #9cde8189
+def autoregress(
+    dim: int,  # Size of the event
+    context_dim: int = 0,  # Number of context features
+    scalar_map=AffineMap(),  # Moves one coordinate
+    **options,  # Passed on to `Autoregressive`
+) -> Autoregressive:  # With a small network
+    """A small autoregressive layer."""
+    return Autoregressive(dim, scalar_map, context_dim, **small, **options)
+
+
+def inwards(
+    dim: int,  # Number of coordinates
+) -> torch.Tensor:  # An order of them that is neither upwards nor downwards
+    """The last coordinate, the first, the last but one, the second, and so on."""
+    return torch.stack([torch.arange(dim).flip(0), torch.arange(dim)], 1).flatten()[:dim]
+
+
+autoregressive_row = partial(Row, family="autoregressive", lesson="09-autoregressive")
+autoregressive_rows = {
+    "maf": autoregressive_row(
+        lambda dim, context_dim: MAF(dim, 2, (8,), context_dim),
+        reference="Papamakarios et al. 2017, eq. 3 to 5",
+    ),
+    "iaf": autoregressive_row(
+        lambda dim, context_dim: IAF(dim, 2, (8,), context_dim),
+        reference="Kingma et al. 2016, eq. 9 and 10",
+        exempt={
+            ("gradients", torch.float64, 3.0): "ten steps back, of slopes up to e^3 each, are "
+            "curved on scales below the checker's steps of 1e-6; "
+            "tests/test_autoregressive.py compares with the implicit derivative"
+        },
+    ),
+    "autoregressive-ordered": autoregressive_row(
+        lambda dim, context_dim: autoregress(dim, context_dim, order=inwards(dim)),
+        reference="Germain et al. 2015, sec. 4.1",
+    ),
+    "autoregressive-fixed-point": autoregressive_row(
+        partial(autoregress, sampling="fixed-point"), reference="Song et al. 2021, alg. 1"
+    ),
+    "autoregressive-loop": autoregressive_row(
+        partial(autoregress, sampling="loop"), reference="Papamakarios et al. 2017, sec. 3.1"
+    ),
+    "block-autoregressive": autoregressive_row(
+        lambda dim, context_dim: BlockAutoregressive(dim, (3, 3), context_dim, inwards(dim)),
+        reference="De Cao et al. 2019, sec. 3",
+    ),
+    "bnaf": autoregressive_row(
+        lambda dim, context_dim: BNAF(dim, 2, (4,), context_dim),
+        reference="De Cao et al. 2019, sec. 3",
+    ),
+}
+
 # %% ../nbs/93-zoo.ipynb #a27aeb6b
 scalar_maps = Table(affine_maps | spline_maps | monotone_maps)
-containers = {"elementwise": coordinatewise, "coupling": couple}
+containers = {"elementwise": coordinatewise, "coupling": couple, "autoregressive": autoregress}
 lessons = {"07-splines": spline_maps, "08-monotone": monotone_maps}
 rounds = {  # of a conditioner's raw parameters; the slope of a spline shows it
     (
@@ -418,6 +474,7 @@ cross_rows = {
     if c == "elementwise" or scalar_maps[m].domain is constraints.real
 }
 
+
 # %% ../nbs/93-zoo.ipynb #bb2b0d37
 combinator_row = partial(Row, family="combinators", lesson="01-change-of-variables")
 combinator_rows = {
@@ -439,6 +496,7 @@ zoo = Table(
     | linear_rows
     | planar_rows
     | coupling_rows
+    | autoregressive_rows
     | cross_rows
     | combinator_rows
 )

@@ -1,0 +1,512 @@
+"""Autoregressive flows: masks, orders, costs, and three ways to sample that agree."""
+
+import copy
+import math
+
+import pytest
+import torch
+from pyro.distributions.transforms import AffineAutoregressive, ConditionalAffineAutoregressive
+from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowcourse.autoregressive import (
+    BNAF,
+    IAF,
+    MADE,
+    MAF,
+    Autoregressive,
+    BlockAutoregressive,
+    MaskedLinear,
+)
+from flowcourse.core import Flow, Inverse
+from flowcourse.elementwise import AffineMap, InverseMap, ScalarMap
+from flowcourse.splines import RationalQuadraticSplineMap
+from flowcourse.testing import check_bijection, total_mass
+
+WAYS = ("incremental", "fixed-point", "loop")
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def shuffled(dim, seed=0):
+    return torch.randperm(dim, generator=torch.Generator().manual_seed(seed))
+
+
+def perturbed(f, scale=0.3, seed=0):
+    f = f.double()
+    with torch.no_grad():
+        for i, p in enumerate(f.parameters()):
+            p.add_(scale * noise(*p.shape, seed=seed + i))
+    return f
+
+
+def sample_by(f, way, tolerance=None):
+    """A copy of a map whose autoregressive layers sample in another way."""
+    f = copy.deepcopy(f)
+    for layer in f.modules():
+        if isinstance(layer, Autoregressive):
+            layer.sampling, layer.tolerance = way, tolerance
+    return f
+
+
+def make(dim=5, context_dim=0, scalar_map=AffineMap(), seed=0, scale=0.3, **options):
+    torch.manual_seed(seed)
+    options.setdefault("order", shuffled(dim, seed))
+    options.setdefault("hidden", (16, 12))
+    return perturbed(Autoregressive(dim, scalar_map, context_dim, **options), scale, seed)
+
+
+# masks
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7])
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_output_sees_its_own_or_a_later_coordinate(dim, context_dim, seed):
+    torch.manual_seed(seed)
+    degrees = [torch.randint(0, dim, (n,)) for n in (30, 20)]
+    order = shuffled(dim, seed)
+    net = perturbed(MADE(dim, 3, context_dim=context_dim, order=order, degrees=degrees))
+    context = noise(context_dim) if context_dim else None
+    slopes = torch.func.jacrev(net)(noise(dim, seed=1), context)  # (dim, 3, dim)
+    place = order.argsort()
+    allowed = place[:, None] > place[None, :]
+    assert not slopes[(~allowed)[:, None].expand_as(slopes)].any()
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_every_output_sees_all_that_it_may(context_dim):
+    order = shuffled(7)
+    net = perturbed(MADE(7, 2, (24, 24), context_dim, order))
+    context = noise(context_dim) if context_dim else None
+    slopes = torch.func.jacrev(net)(noise(7), context)
+    place = order.argsort()
+    allowed = (place[:, None] > place[None, :])[:, None].expand_as(slopes)
+    assert torch.equal(slopes != 0, allowed)
+    if context_dim:
+        seen = torch.func.jacrev(net, argnums=1)(noise(7), context)
+        assert (seen != 0).all()
+
+
+@pytest.mark.parametrize("make_flow", [MAF, IAF, BNAF])
+def test_the_jacobian_of_a_layer_is_triangular_in_its_order(make_flow):
+    order = shuffled(4)
+    f = perturbed(make_flow(4, 1, (8,), orders=[order]))
+    for direction in (f.forward, f.inverse):
+        jacobian = torch.func.jacrev(lambda t: direction(t)[0])(noise(4))[order][:, order]
+        assert_close(jacobian.triu(1), torch.zeros_like(jacobian), rtol=0, atol=1e-12)
+        assert (jacobian.tril() != 0).sum() == 10
+
+
+def test_units_of_low_degree_start_as_large_as_others():
+    torch.manual_seed(0)
+    layer = MaskedLinear(torch.ones(4000, 40).tril(36) > 0)
+    torch.manual_seed(0)
+    narrow = MaskedLinear(torch.arange(40).expand(4000, 40) < 4)
+    out = [m(torch.randn(1000, 40)).std().item() for m in (layer, narrow)]
+    assert abs(out[0] / out[1] - 1) < 0.1
+
+
+def test_degrees_orders_and_names_that_are_wrong_are_refused():
+    for bad in (dict(order=torch.tensor([0, 0, 1])), dict(order=torch.arange(4))):
+        with pytest.raises(ValueError, match="order: expected each of 0 to 2 once"):
+            MADE(3, **bad)
+        with pytest.raises(ValueError, match="order"):
+            BlockAutoregressive(3, **bad)
+    with pytest.raises(ValueError, match=r"degrees\[1\]: expected whole numbers from 0 to 2"):
+        MADE(3, degrees=[torch.tensor([1, 2]), torch.tensor([3])])
+    with pytest.raises(ValueError, match="sampling: expected one of incremental"):
+        Autoregressive(3, sampling="parallel")
+    with pytest.raises(ValueError, match="tolerance: expected 0 or more"):
+        Autoregressive(3, tolerance=-1.0)
+    with pytest.raises(ValueError, match="scalar_map: expected one with parameters"):
+        Autoregressive(3, ScalarMap())
+    with pytest.raises(ValueError, match="bend: expected a number between 0 and 1"):
+        BlockAutoregressive(3, bend=1.0)
+    with pytest.raises(ValueError, match="layers"):
+        MAF(3, 0)
+
+
+# three ways to sample
+
+
+@pytest.mark.parametrize("scalar_map", [AffineMap(), RationalQuadraticSplineMap()])
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("dim", [1, 2, 6])
+def test_three_ways_agree_with_their_gradients(dim, context_dim, scalar_map):
+    f = make(dim, context_dim, scalar_map)
+    z, context = noise(9, dim), noise(9, context_dim) if context_dim else None
+    results = {}
+    for way in WAYS:
+        g = sample_by(f, way)
+        inputs = [z.clone().requires_grad_()]
+        inputs += [] if context is None else [context.clone().requires_grad_()]
+        x, ladj = g(*inputs)
+        loss = (x * noise(9, dim, seed=1)).sum() + (ladj * noise(9, seed=2)).sum()
+        grads = torch.autograd.grad(loss, [*inputs, *g.parameters()], materialize_grads=True)
+        results[way] = (x, ladj, *grads)
+    for way in WAYS:
+        for got, wanted in zip(results[way], results["loop"]):
+            assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+def test_fixed_point_is_as_good_as_its_tolerance_and_exact_without(tolerance):
+    f = make(20, hidden=(40, 40))
+    z = noise(64, 20)
+    wanted, ladj = sample_by(f, "loop")(z)
+    with torch.no_grad():
+        got, got_ladj = sample_by(f, "fixed-point", tolerance)(z)
+    error = ((got - wanted).abs() / (1 + wanted.abs())).max()
+    assert 0 < error < 10 * tolerance
+    assert (got_ladj - ladj).abs().max() < 20 * 10 * tolerance
+    got, _ = sample_by(f, "fixed-point", 0.0)(z)
+    assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("seed", range(3))
+def test_in_float32_no_way_is_further_off_than_twice_the_loop(scale, seed):
+    torch.manual_seed(seed)
+    f = perturbed(MAF(16, 3, (64, 64)), scale, seed)
+    z = noise(512, 16, seed=seed).float()
+    with torch.no_grad():
+        exact = sample_by(f, "loop")(z.double())
+        error = {}
+        for way in WAYS:
+            got = sample_by(f, way).float()(z)
+            error[way] = [
+                # By the median: a few points lie where the map amplifies any rounding a thousandfold.
+                ((a.double() - b) / (1 + b.abs())).abs().median()
+                for a, b in zip(got, exact)
+            ]
+    for way in WAYS:
+        for mine, plain in zip(error[way], error["loop"]):
+            assert mine <= 2 * plain
+
+
+class Explosive(ScalarMap):
+    """Affine without a bound: what the course does not do, to make numbers overflow."""
+
+    n_params = 2
+
+    def forward(self, z, theta):
+        s, t = theta.unbind(-1)
+        return z * s.exp() + t, s.expand_as(z)
+
+    def inverse(self, x, theta):
+        s, t = theta.unbind(-1)
+        return (x - t) * (-s).exp(), -s.expand_as(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_overflow_of_what_is_not_determined_yet_does_not_spread(way):
+    degrees = [torch.tensor([1, 2])]
+    f = Autoregressive(3, Explosive(), sampling=way, degrees=degrees, activation=nn.Identity)
+    first, last = f.made.layers
+    with torch.no_grad():  # the last log-scale is 100 (1 - x_1): large while x_1 is not known
+        first.weight.copy_(torch.eye(2, 3))
+        first.bias.zero_()
+        last.weight[4, 1], last.bias[4] = -100.0, 100.0
+    z = torch.tensor([[0.5, 1.0, 2.0], [-1.0, 0.99, -1.0]]).requires_grad_()
+    swept = f.scalar_map.forward(z, f.made(torch.zeros_like(z)))[0]
+    assert swept[:, 2].isinf().all() and f.made(swept).isnan().all()  # 0 * inf
+    wanted = torch.tensor([[0.5, 1.0, 2.0], [-1.0, 0.99, -math.e]])
+    x, ladj = f(z)
+    assert_close(x, wanted, rtol=1e-4, atol=1e-4)
+    assert_close(ladj, torch.tensor([0.0, 1.0]), rtol=1e-4, atol=1e-4)
+    (grad,) = torch.autograd.grad(x.sum() + ladj.sum(), z)
+    assert_close(grad[0], torch.tensor([1.0, 1 - 200.0 - 100.0, 1.0]))
+
+
+def test_a_coordinate_that_overflows_leaves_those_before_it_alone():
+    for way in WAYS:
+        f = make(5, order=torch.arange(5), sampling=way)
+        z = noise(3, 5)
+        wanted = f(z)[0]
+        z[:, 2] = torch.inf
+        assert_close(f(z)[0][:, :2], wanted[:, :2])
+
+
+# costs
+
+
+class Counted(nn.Module):
+    """A network that counts how often it is called."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "net" else getattr(self.net, name)
+
+    def forward(self, *args):
+        self.calls += 1
+        return self.net(*args)
+
+
+def test_passes_are_what_the_classes_declare():
+    dim = 9
+    f = make(dim)
+    f.made = Counted(f.made)
+    assert (f.inverse_cost, f.forward_cost) == ("one pass", "D passes")
+    f.inverse(noise(4, dim))
+    assert f.made.calls == 1
+    for way, tolerance, calls in (("loop", None, dim), ("fixed-point", 0.0, 2 * dim)):
+        f.made.calls, f.sampling, f.tolerance = 0, way, tolerance
+        f(noise(4, dim))
+        assert f.made.calls == calls  # under gradients, a sweep is made twice
+        f.made.calls = 0
+        with torch.no_grad():
+            f(noise(4, dim))
+        assert f.made.calls == dim
+    f.made.calls, f.sampling, f.tolerance = 0, "fixed-point", 1e-2
+    with torch.no_grad():
+        f(noise(4, dim))
+    assert 1 < f.made.calls < dim
+    maf, iaf = MAF(3, 2), IAF(3, 2)
+    assert (maf.forward_cost, maf.inverse_cost) == ("D passes", "one pass")
+    assert (iaf.forward_cost, iaf.inverse_cost) == ("one pass", "D passes")
+    bnaf = BNAF(3)
+    assert (bnaf.forward_cost, bnaf.inverse_cost) == ("numerical", "one pass")
+
+
+@pytest.mark.parametrize("context_dim", [0, 4])
+def test_incremental_sampling_does_the_arithmetic_of_one_pass(context_dim):
+    f = MAF(32, 2, (64, 64), context_dim)
+    z, context = torch.randn(16, 32), torch.randn(16, context_dim) if context_dim else None
+
+    def flops(f, call):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(z, context)
+        return counter.get_total_flops()
+
+    one = flops(f, f.inverse)
+    assert flops(f, f.forward) < 0.75 * one  # the masked half is never multiplied
+    loop = sample_by(f, "loop")
+    assert flops(loop, loop.forward) == 32 * one
+
+
+# duality, parity
+
+
+def test_maf_and_iaf_are_dual_with_one_set_of_weights():
+    maf = perturbed(MAF(6, 1, (20,)))
+    iaf = Inverse(Autoregressive(6, InverseMap(AffineMap()), hidden=(20,))).double()
+    iaf.bijection.made = maf.bijections[0].made
+    u = noise(5, 6)
+    # The IAF sees its base points where the MAF sees its data.
+    for a, b in zip(iaf.forward(u), Inverse(maf).forward(u)):
+        assert a.shape == b.shape
+    theta = maf.bijections[0].made(u)
+    x, ladj = iaf.forward(u)
+    assert_close(x, AffineMap().forward(u, theta)[0])
+    assert_close(iaf.inverse(x)[0], u)
+    turned = Autoregressive(6, InverseMap(AffineMap()), hidden=(20,)).double()
+    turned.made = maf.bijections[0].made
+    for a, b in zip(turned.inverse(u), iaf.forward(u)):
+        assert_close(a, b)
+    for a, b in zip(turned.forward(x), iaf.inverse(x)):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_pyro_agrees_given_the_same_weights(context_dim):
+    dim, hidden = 5, [17, 13]
+    torch.manual_seed(0)
+    order = shuffled(dim)
+    if context_dim:
+        net = ConditionalAutoRegressiveNN(dim, context_dim, hidden, permutation=order)
+    else:
+        net = AutoRegressiveNN(dim, hidden, permutation=order)
+    low = 0 if context_dim else 1
+    degrees = [torch.linspace(1, dim - low, n).round().long() - 1 + low for n in hidden]
+    f = IAF(dim, 1, context_dim=context_dim, scalar_map=AffineMap(1e6), orders=[order])
+    made = MADE(dim, 2, None, context_dim, order, degrees, nn.ReLU)
+    f.bijections[0].bijection.made = made
+    with torch.no_grad():
+        for i, (mine, theirs) in enumerate(zip(made.layers, net.layers)):
+            weight, bias = theirs.weight, theirs.bias
+            if i == 0:
+                if context_dim:
+                    made.from_context.weight.copy_(weight[:, :context_dim])
+                weight = weight[:, context_dim:]
+            if i == 2:  # theirs are all shifts, then all log-scales; ours alternate
+                weight, bias = (
+                    t.unflatten(0, (2, dim)).flip(0).transpose(0, 1).flatten(0, 1)
+                    for t in (weight, bias)
+                )
+            mask = theirs.mask[:, context_dim:] if i == 0 else theirs.mask
+            if i < 2:
+                assert torch.equal(mine.mask, mask.bool())
+            mine.weight.copy_(weight)
+            mine.bias.copy_(bias)
+    z = noise(7, dim, dtype=torch.float32)
+    context = noise(7, context_dim, seed=1, dtype=torch.float32) if context_dim else None
+    if context_dim:
+        theirs = ConditionalAffineAutoregressive(net).condition(context)
+    else:
+        theirs = AffineAutoregressive(net)
+    x, ladj = f(z, context)
+    y = theirs(z)
+    assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert_close(ladj, theirs.log_abs_det_jacobian(z, y), rtol=1e-5, atol=1e-5)
+    assert_close(f.inverse(y, context)[0], z, rtol=1e-4, atol=1e-4)
+
+
+# transforms of torch
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sampling_works_under_vmap_and_compile(way):
+    f = make(3, 2, sampling=way, tolerance=0.0, hidden=(8, 8))
+    z, context = noise(3, 3), noise(3, 2, seed=1)
+    wanted = f(z, context)
+    for got in (
+        torch.func.vmap(f)(z, context),
+        torch.compile(f, backend="aot_eager", fullgraph=True)(z, context),
+    ):
+        assert_close(got[0], wanted[0])
+        assert_close(got[1], wanted[1])
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, c: f(z, c)[0]))(z, context)
+    assert_close(torch.linalg.slogdet(jacobian).logabsdet, wanted[1])
+    second = torch.func.jacrev(torch.func.jacrev(lambda z: f(z, context[0])[1]))(z[0])
+    assert_close(second, second.T)
+    assert second.any()
+
+
+def test_block_networks_work_under_vmap_and_compile():
+    f = perturbed(BlockAutoregressive(2, (3,), 2, shuffled(2)))
+    z, context = noise(3, 2), noise(3, 2, seed=1)
+    for direction in (f.forward, f.inverse):
+        wanted = direction(z, context)
+        got = torch.func.vmap(direction)(z, context)
+        assert_close(got[0], wanted[0])
+        assert_close(got[1], wanted[1])
+        second = torch.func.jacrev(torch.func.jacrev(lambda z: direction(z, context[0])[1]))(z[0])
+        assert_close(second, second.T)
+        assert second.any()
+    f, z = perturbed(BlockAutoregressive(1, (2,))), noise(3, 1)
+    for direction in (f.forward, f.inverse):
+        got = torch.compile(direction, backend="aot_eager", fullgraph=True)(z)
+        for a, b in zip(got, direction(z)):
+            assert_close(a, b)
+
+
+def test_a_state_dict_restores_random_orders_and_degrees():
+    def random(seed):
+        torch.manual_seed(seed)
+        degrees = [torch.randint(1, 6, (20,)) for _ in range(2)]
+        return make(6, seed=seed, degrees=degrees)
+
+    one, other = random(1), random(2)
+    z = noise(4, 6)
+    assert not torch.allclose(one(z)[0], other(z)[0])
+    other.load_state_dict(one.state_dict())
+    for way in WAYS:
+        assert_close(sample_by(other, way)(z)[0], sample_by(one, way)(z)[0])
+        assert_close(sample_by(other, way)(z)[0], one(z)[0])
+
+
+def test_autocast_keeps_the_dtype_and_the_block_networks_exact():
+    z = noise(8, 4, dtype=torch.float32)
+    for f in (MAF(4, 2, (16,)), IAF(4, 2, (16,)), BNAF(4)):
+        f = perturbed(f).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            x, ladj = f(z)
+            back, _ = f.inverse(x)
+        assert x.dtype == back.dtype == ladj.dtype == torch.float32
+        if isinstance(f, BNAF):
+            assert_close(x, f(z)[0])
+            assert_close(back, z, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_carry_gradients_to_every_weight_that_a_mask_allows():
+    flow = Flow(perturbed(MAF(4, 2, (8, 8)))).double()
+    x, log_prob = flow.rsample_and_log_prob(64, generator=torch.Generator().manual_seed(0))
+    (x.square().sum() + log_prob.sum()).backward()
+    for layer in flow.modules():
+        if isinstance(layer, MaskedLinear):
+            assert torch.equal(layer.weight.grad != 0, layer.mask)
+
+
+def test_the_way_back_of_an_iaf_has_the_implicit_derivative_where_parameters_are_wild():
+    f = perturbed(IAF(5, 2, (8,)), 3.0)
+    for seed in range(5):
+        z = noise(5, seed=seed)
+        x, _ = f(z)
+        there = torch.func.jacrev(lambda t: f(t)[0])(z)
+        back = torch.func.jacrev(lambda t: f.inverse(t)[0])(x)
+        again = f.inverse(x)[0]
+        assert_close(again, z, rtol=1e-6, atol=1e-6)
+        size = there.norm() * back.norm()
+        assert (there @ back - torch.eye(5).double()).norm() < 1e-9 * size
+
+
+# block autoregressive networks
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_block_networks_are_onto_and_have_mass_one(scale, context_dim):
+    flow = Flow(perturbed(BNAF(2, 2, (6,), context_dim), scale)).double()
+    context = noise(context_dim) if context_dim else None
+    mass = total_mass(lambda x: flow.log_prob(x, context), 2, dtype=torch.float64)
+    assert abs(mass - 1) < 1e-3
+    far = torch.tensor([[1e6, -1e6], [-1e8, 3.0]], dtype=torch.float64)
+    x, _ = flow.bijection(far, context)
+    assert x.isfinite().all()
+    assert_close(flow.bijection.inverse(x, context)[0], far, rtol=1e-9, atol=1e-6)
+
+
+def test_a_block_network_starts_at_the_identity_with_units_that_differ():
+    torch.manual_seed(0)
+    f = BlockAutoregressive(3, (8, 8)).double()
+    x = noise(500, 3)
+    z, ladj = f.inverse(x)
+    assert_close(z, x, rtol=1e-6, atol=1e-6)
+    assert_close(ladj, torch.zeros_like(ladj), rtol=0, atol=1e-6)
+    target = torch.stack([x[:, 0].sinh(), x[:, 1] + x[:, 0] ** 2, x[:, 2].tanh()], 1)
+    (z - target).square().mean().backward()
+    for layer in f.layers:
+        first_block = layer.units.value.grad[1:, 0].squeeze(-1)  # scales, bends
+        if first_block.shape[-1] > 1:
+            assert first_block.std(-1).min() > 1e-6
+        assert layer.units.value.grad.isfinite().all()
+        assert layer.below.grad[layer.mask == 0].eq(0).all()
+        assert layer.below.grad[layer.mask != 0].ne(0).all()
+
+
+def test_a_bounded_network_would_not_be_onto():
+    """What the leak is for: without it the same network misses most of the plane."""
+    f = BlockAutoregressive(1, (8,)).double()
+    assert f.inverse(torch.tensor([[1e9]]).double())[0] > 1e6
+    squashed = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    with torch.no_grad():
+        for p in squashed.parameters():
+            p.abs_()
+        assert squashed(torch.tensor([[1e9]]).double()) < 10
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_contexts_that_are_shared_are_broadcast(direction):
+    context, points = noise(3, 2), noise(4, 3, 5)
+    for f in (make(5, 2), perturbed(BlockAutoregressive(5, (4,), 2))):
+        whole = getattr(f, direction)(points, context)
+        one = getattr(f, direction)(points[1, 2], context[2])
+        assert_close(whole[0][1, 2], one[0])
+        assert_close(whole[1][1, 2], one[1])
+
+
+def test_the_checker_sees_a_mask_that_is_off_by_one():
+    torch.manual_seed(0)
+    f = make(3, order=torch.arange(3), hidden=(16,))
+    f.made.layers[-1].mask[0:2] = True  # the first coordinate sees units that see itself
+    with pytest.raises(AssertionError, match="breaks"):
+        check_bijection(f, noise(8, 3))
