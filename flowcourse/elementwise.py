@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .core import Bijection, as_shape, softplus_inverse
+from .core import COSTS, Bijection, as_shape, softplus_inverse
 from .data import Table
 
 # %% ../nbs/03-elementwise.ipynb #d74d93e6
@@ -58,6 +58,7 @@ class ScalarMap:
     n_params = 0  # raw parameters for each coordinate; zeros are the identity
     domain = codomain = constraints.real  # their ends are open
     reference = ""  # paper and equation
+    forward_cost = inverse_cost = "one pass"  # of a direction, one of `COSTS`
 
     def forward(
         self,
@@ -82,7 +83,7 @@ class ScalarMap:
         return interior(z, self.domain), -self.log_slope(z, x, *raw)
 
     def __repr__(self) -> str:
-        settings = (f"{k}={v}" for k, v in vars(self).items() if k != "n_params")
+        settings = (f"{k}={v}" for k, v in vars(self).items() if k != "n_params" and k[0] != "_")
         return f"{type(self).__name__}({', '.join(settings)})"
 
 # %% ../nbs/03-elementwise.ipynb #d6c29b31
@@ -96,6 +97,7 @@ class InverseMap(ScalarMap):
         self.scalar_map = scalar_map
         self.n_params = scalar_map.n_params
         self.reference = scalar_map.reference
+        self.forward_cost, self.inverse_cost = scalar_map.inverse_cost, scalar_map.forward_cost
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -195,6 +197,7 @@ class AffineMap(ScalarMap):
         raw, shift = theta.unbind(-1)
         log_scale = self._log_scale(raw)
         return (x - shift) * (-log_scale).exp(), -log_scale.expand_as(x)
+
 
 # %% ../nbs/03-elementwise.ipynb #8ce61c76
 class PReLUMap(ScalarMap):
@@ -451,11 +454,14 @@ def monotone_root(
         for i in range(1, halvings + 1):
             middle = torch.add(low, width, alpha=0.5**i)
             low = torch.where(excess(middle) < 0, middle, low)
-    t = low.detach()
+        width = width * 0.5**halvings  # what is left of the bracket, and a few roundings
+        slack = 4 * torch.finfo(low.dtype).eps * (low.abs() + width)
+        low, high = (low - slack).detach(), (low + width + slack).detach()
+    t = (low + high) / 2
     for _ in range(2):  # attached: the first makes gradients right, the second their gradients
         t = t - excess(t) * (-log_slope(t)).clamp(max=80).exp()
+        t = t + (t.detach().clamp(low, high) - t.detach())  # rounding alone can push it out
     return t
-
 
 # %% ../nbs/03-elementwise.ipynb #98d97ccb
 def mlp(
@@ -535,6 +541,19 @@ class Elementwise(Bijection):
             Conditional((*rest, n, m.n_params), context_dim, hidden=hidden) if m.n_params else None
             for n, m in zip(self.lengths, self.maps)
         )
+
+    @property
+    def forward_cost(self) -> str:
+        """The cost of the most expensive scalar map."""
+        return self._dearest("forward_cost")
+
+    @property
+    def inverse_cost(self) -> str:
+        """The cost of the scalar map that is most expensive to invert."""
+        return self._dearest("inverse_cost")
+
+    def _dearest(self, name):
+        return max((getattr(m, name, "one pass") for m in self.maps), key=COSTS.index)
 
     @property
     def domain(self) -> constraints.Constraint:
