@@ -10,8 +10,8 @@ __all__ = ['exercise', 'agrees', 'compare', 'compare_pair', 'broken_promise', 'm
            'check_exponential', 'check_batch_norm', 'check_temper', 'check_softsign_map', 'check_signs',
            'check_substitution', 'check_determinant_lemma', 'check_pixels', 'check_circulant', 'check_row_order',
            'check_uniform_to_exponential', 'check_logistic_bound', 'check_sigmoid_pair', 'check_batch_norm_ladj',
-           'check_radial_root', 'check_reach', 'check_couple_inverse', 'check_repair', 'check_volume',
-           'check_checkerboard', 'check_sinh_map']
+           'check_radial_root', 'check_reach', 'check_couple_inverse', 'check_repair', 'check_densest',
+           'check_couple_image', 'check_partition']
 
 # %% ../nbs/96-exercises.ipynb #d907fad6
 import functools
@@ -1189,9 +1189,6 @@ def check_radial_root(
 # %% ../nbs/96-exercises.ipynb #ff5e2262
 from torch import nn
 
-from .coupling import Coupling, half
-from .elementwise import mlp
-
 # %% ../nbs/96-exercises.ipynb #ad7be343
 def _check_net(d):
     """A small random conditioner, the same every time."""
@@ -1280,115 +1277,104 @@ def check_repair(
         },
     )  # fmt: skip
 
-# %% ../nbs/96-exercises.ipynb #d72a8ef4
+# %% ../nbs/96-exercises.ipynb #f9b8efdb
 @exercise("6.4")
-def check_volume(
-    answer,  # From `dim` and `layers` to a bijection
+def check_densest(
+    additive: float,  # Highest density after additive couplings
+    stretched: float,  # The same after stretching the base by 1/2 and 3
 ):
-    """Check a stack of additive couplings."""
-    f = answer(5, 3)
-    if not isinstance(f, Bijection):
-        return f"expected a Bijection, such as Compose(...), got {type(f).__name__}"
-    if len([m for m in f.modules() if isinstance(m, Coupling)]) != 3:
-        return "expected 3 couplings for layers=3"
-    if f.event_shape != (5,):
-        return f"expected events of shape (5,) for dim=5, got {f.event_shape}"
-    z, generator = _noise(8, 5), torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in f.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-        x, ladj = f(z)
-    if ladj.abs().max() > 1e-6:
-        return "the volume changes: use the additive scalar map in every layer"
-    if (x == z).all(0).any():
-        return "some coordinates never move: change sides from layer to layer"
-    return broken_promise(answer(5, 3), z)
+    """Check the predictions about volume."""
+    peak = 1 / (2 * math.pi)
+    slips = {
+        "this is the peak on the line; in the plane it is its square": peak**0.5,
+        "this is its logarithm": math.log(peak),
+        "a volume that is kept does not keep a density from being high, but that of the base was": 1.0,
+        "there is a limit: no volume changes, so no density does": math.inf,
+    }
+    hint = compare("densest_additive", additive, peak, slips, tol=2e-3)
+    slips = {
+        "where the volume grows by 3/2, the density falls": 1.5 * peak,
+        "this is still the base; the factors change the volume by 1/2 times 3": peak,
+        "the product of the factors counts, not one of them": 2 * peak,
+        "the product of the factors counts, not one of them; stretching by 3 is in it": peak / 3,
+        "multiply the factors, do not add them": peak / 3.5,
+    }
+    return hint or compare("densest_stretched", stretched, peak / 1.5, slips, tol=2e-3)
 
-# %% ../nbs/96-exercises.ipynb #9a5c23f9
+# %% ../nbs/96-exercises.ipynb #8718c739
+def _image_net(channels):
+    """A small random convolution with twice the channels, the same every time."""
+    generator = torch.Generator().manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.Tanh())
+    for parameter in net.parameters():
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    return net.requires_grad_(False)
+
+# %% ../nbs/96-exercises.ipynb #92151f9b
 @exercise("6.5")
-def check_checkerboard(
-    answer,  # From `height` and `width` to a mask
+def check_couple_image(
+    answer,  # From `z`, `net` and `mask` to `(x, ladj)`
 ):
-    """Check the checkerboard mask."""
-    for height, width in ((8, 8), (3, 5), (2, 3)):
-        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        want = ((row + column) % 2 == 0).flatten()
-        got = answer(height, width)
-        if not isinstance(got, Tensor) or got.dtype != torch.bool:
-            return f"the mask should be a boolean tensor, got {getattr(got, 'dtype', type(got).__name__)}"
-        stripes = torch.arange(height * width) % 2 == 0
-        hint = compare(
-            f"the mask of {height} x {width}", got, want,
+    """Check an affine coupling of images under a mask."""
+    net, z = _image_net(2), _noise(3, 2, 4, 5)
+    board = (torch.arange(4)[:, None] + torch.arange(5)) % 2 == 0
+    for mask in (torch.stack([board, ~board]), _noise(2, 4, 5) > 0.3):
+        s, t = net(torch.where(mask, z, 0.0)).chunk(2, 1)
+        x = torch.where(mask, z, z * s.exp() + t)
+        ladj = torch.where(mask, 0.0, s).sum((1, 2, 3))
+        s_all, t_all = net(z).chunk(2, 1)
+        s_other, t_other = net(torch.where(mask, 0.0, z)).chunk(2, 1)
+        wrong_net = "the network must see zeros where the mask is false, or the way back is lost"
+        hint = compare_pair(
+            "couple_image", answer(z, net, mask), x, ladj,
             {
-                "the upper left pixel should be true": ~want,
-                "these are stripes: with an even width, every row starts with the same colour": stripes,
-                "flatten it, rows one after another": want.reshape(height, width),
-                "rows one after another; here columns are": want.reshape(height, width).T.flatten(),
+                wrong_net: torch.where(mask, z, z * s_all.exp() + t_all),
+                "the mask is true where an entry passes through": torch.where(
+                    mask, z * s_other.exp() + t_other, z
+                ),
+                "entries under the mask keep their value": z * s.exp() + t,
+                "what passes through is lost: it became zero": torch.where(mask, 0.0, z * s.exp() + t),
+                "first the channels of s, then those of t": torch.where(mask, z, z * t.exp() + s),
+            },
+            {
+                "only what moves counts: set s to zero under the mask": s.sum((1, 2, 3)),
+                "wrong sign: forward scales by exp(s), so it is plus the sum of s": -ladj,
+                "one number for each image: sum over its three dimensions only": ladj.sum(),
+                "the sum over channels and pixels is missing": torch.where(mask, 0.0, s),
             },
         )  # fmt: skip
         if hint:
             return hint
     return None
 
-# %% ../nbs/96-exercises.ipynb #c9cca693
+# %% ../nbs/96-exercises.ipynb #8347ff6d
 @exercise("6.6")
-def check_sinh_map(
-    answer: type,  # A class with `n_params`, `forward` and `inverse`
+def check_partition(
+    answer,  # From `x` to a mask
 ):
-    """Check the sinh-arcsinh scalar map, alone and inside a coupling."""
-    h, z = answer(), torch.linspace(-3, 3, 13, dtype=torch.float64)
-    if getattr(h, "n_params", None) != 2:
-        return f"n_params should be 2, got {getattr(h, 'n_params', None)}"
-
-    def bend(delta, epsilon):
-        return torch.sinh(delta.exp() * z.asinh() + epsilon)
-
-    def squeeze(raw, bound):
-        return bound * torch.tanh(raw / bound)
-
-    zero = torch.zeros(13, 2, dtype=torch.float64)
-    hint = compare_pair("forward at theta = 0", h.forward(z, zero), z, torch.zeros_like(z))
-    if hint:
-        return hint + " (theta = 0 must be the identity)"
-    theta = 2 * _noise(13, 2).double()
-    raw_delta, raw_epsilon = theta.unbind(-1)
-    delta, epsilon = squeeze(raw_delta, 0.5), squeeze(raw_epsilon, 2)
-    x = bend(delta, epsilon)
-    log_slope = delta + 0.5 * x.square().log1p() - 0.5 * z.square().log1p()
-    hint = compare_pair(
-        "forward", h.forward(z, theta), x, log_slope,
-        {
-            "the first entry of theta is for delta, the second for epsilon": bend(
-                squeeze(raw_epsilon, 0.5), squeeze(raw_delta, 2)
-            ),
-            "bound delta by 0.5 and epsilon by 2": bend(raw_delta, raw_epsilon),
-            "use tanh for the bounds; beyond those of clamp the gradient is zero": bend(
-                raw_delta.clamp(-0.5, 0.5), raw_epsilon.clamp(-2, 2)
-            ),
-            "divide by the bound inside the tanh as well": bend(
-                0.5 * raw_delta.tanh(), 2 * raw_epsilon.tanh()
-            ),
-        },
-        {
-            "wrong sign": -log_slope,
-            "this is the slope; return its logarithm": log_slope.exp(),
-            "no sum here: one number for each coordinate": log_slope.sum(),
-            "delta is missing: exp(delta) is a factor of the slope": log_slope - delta,
-        },
-    )  # fmt: skip
-    hint = hint or compare_pair(
-        "inverse", h.inverse(x, theta), z, -log_slope,
-        {
-            "undo the steps in the opposite order: subtract epsilon, then divide by exp(delta)": (
-                torch.sinh(x.asinh() * (-delta).exp() - epsilon)
-            ),
-        },
-        {
-            "wrong sign: it belongs to the inverse, log dz/dx": log_slope,
-            "delta is missing: exp(-delta) is a factor of the slope": delta - log_slope,
-        },
-    )  # fmt: skip
-    if hint:
-        return hint
-    coupling = Coupling(half(4), h, functools.partial(mlp, hidden=(8,)))
-    return broken_promise(coupling, _noise(8, 4))
+    """Check a partition that cuts every pair of correlated columns."""
+    generator = torch.Generator().manual_seed(3)
+    tries = {
+        "": (1.0, 0.0),
+        "only with columns of different widths: use correlations, not covariances": (1.0, 2.0),
+        "only where correlations are negative: -0.9 binds as much as 0.9": (-1.0, 0.0),
+    }
+    for when, (sign, widths) in tries.items():
+        for dim in (2, 12, 20):
+            pairs = torch.randn(2000, dim // 2, 2, generator=generator)
+            rho = torch.linspace(0.6, 0.9, dim // 2)
+            pairs[..., 1] = sign * rho * pairs[..., 0] + (1 - rho**2).sqrt() * pairs[..., 1]
+            order = torch.randperm(dim, generator=generator)
+            scale = (widths * torch.randn(dim, generator=generator)).exp()
+            x = 3 + scale * pairs.flatten(1)[:, order]
+            mask = answer(x)
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (dim,):
+                got = getattr(mask, "dtype", type(mask).__name__)
+                shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+                return f"the mask should be a boolean tensor of shape ({dim},), got {got}{shape}"
+            sides = mask[order.argsort()].view(-1, 2)
+            uncut = int((sides[:, 0] == sides[:, 1]).sum())
+            if uncut:
+                hint = f"{uncut} of {dim // 2} pairs are on one side"
+                return f"{hint}, {when}" if when else hint
+    return None
