@@ -860,7 +860,14 @@ def _gradients_of(case, p, rows):
         for name in inputs:
             grad = grads[name].flatten(1) / scales[:, k, None]
             yield from _in_input(
-                what, name, inputs, grad, lambda *t: value(*t)[:, k], fine[name], case, (p, rows)
+                what,
+                name,
+                inputs,
+                grad,
+                lambda *t: value(*t)[:, k],
+                fine[name],
+                case,
+                (p, rows),
             )
         if params:
             yield from _in_parameters(

@@ -202,14 +202,10 @@ class DefaultPrecision(Bijection):
     """The dtype is right, but the constant has only as many digits as the default dtype."""
 
     def _forward(self, z, context):
-        return z * torch.tensor(1.1), z.new_full(
-            z.shape[:-1], self.event_shape[0] * math.log(1.1)
-        )
+        return z * torch.tensor(1.1), z.new_full(z.shape[:-1], self.event_shape[0] * math.log(1.1))
 
     def _inverse(self, x, context):
-        return x / torch.tensor(1.1), x.new_full(
-            x.shape[:-1], -self.event_shape[0] * math.log(1.1)
-        )
+        return x / torch.tensor(1.1), x.new_full(x.shape[:-1], -self.event_shape[0] * math.log(1.1))
 
 
 class FixedDtype(Bijection):
@@ -369,10 +365,7 @@ rejected = {  # class: the promise that must be named first, and words of the me
     FlippedSign: ("ladj", "ladj of inverse against slogdet"),
     BothSignsFlipped: ("ladj", "opposite sign"),
     ForgottenDimension: ("ladj", "ladj of forward against slogdet"),
-    DetachedLadj: (
-        "gradients",
-        "gradient of ladj of inverse in parameter s (is it detached?)",
-    ),
+    DetachedLadj: ("gradients", "gradient of ladj of inverse in parameter s (is it detached?)"),
     DetachedInput: ("gradients", "gradient of ladj of forward in z (is it detached?)"),
     WrongDtype: ("dtype", "ladj of forward is float32"),
     DefaultDtype: ("dtype", "with default dtype float32"),
@@ -534,9 +527,7 @@ def test_exemptions_are_named_and_narrow():
     check_bijection(Shifted(), z, exempt={("identity", 0.0): "it shifts"})
     with pytest.raises(ContractError, match="identity"):
         check_bijection(Shifted(), z, exempt={("identity", torch.float32): "it shifts"})
-    with pytest.raises(
-        ValueError, match="exempt: no promise 'identiy'; there are shape, dtype"
-    ):
+    with pytest.raises(ValueError, match="exempt: no promise 'identiy'; there are shape, dtype"):
         check_bijection(Shifted(), z, exempt={"identiy": "it shifts"})
     with pytest.raises(ValueError, match="needs a reason"):
         check_bijection(Shifted(), z, exempt={"identity": ""})
@@ -545,27 +536,12 @@ def test_exemptions_are_named_and_narrow():
 @pytest.mark.parametrize(
     "f, z, context, message",
     [
-        (
-            nn.Linear(2, 2),
-            points(2),
-            None,
-            "bijection: expected a Bijection, got Linear",
-        ),
-        (
-            Affine(),
-            points(3),
-            None,
-            r"z: expected at least 2 points with events of \(2,\)",
-        ),
+        (nn.Linear(2, 2), points(2), None, "bijection: expected a Bijection, got Linear"),
+        (Affine(), points(3), None, r"z: expected at least 2 points with events of \(2,\)"),
         (Affine(), points(2)[0], None, "z: expected at least 2 points"),
         (Affine(), points(2).long(), None, "z: expected a floating-point tensor"),
         (Affine(), points(2).log(), None, "points lie outside the domain"),
-        (
-            Affine(2, 3),
-            points(2),
-            None,
-            r"context: Affine expects shape \(\*batch, 3\), got none",
-        ),
+        (Affine(2, 3), points(2), None, r"context: Affine expects shape \(\*batch, 3\), got none"),
         (Affine(), points(2), points(3), "context: Affine expects none"),
     ],
 )
@@ -583,17 +559,13 @@ def test_beyond_float32_is_counted_not_blamed():
             return x / 1e25, x.new_full(x.shape[:-1], -2 * 25 * math.log(10))
 
     report = check_bijection(Stretch(2), points(2), exempt=no_identity)
-    assert report.unjudged and all(
-        case.startswith("float32") for case in report.unjudged
-    )
+    assert report.unjudged and all(case.startswith("float32") for case in report.unjudged)
     assert "beyond the numbers of the format" in repr(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_total_mass_weighs_a_density_that_is_infinite_at_an_end(dtype):
-    at_zero = total_mass(
-        lambda x: -math.log(2) - 0.5 * x[:, 0].log(), low=0, high=1, dtype=dtype
-    )
+    at_zero = total_mass(lambda x: -math.log(2) - 0.5 * x[:, 0].log(), low=0, high=1, dtype=dtype)
     at_one = total_mass(
         lambda x: -math.log(2) - 0.5 * (-x[:, 0]).log1p(), low=0, high=1, dtype=dtype
     )
