@@ -36,6 +36,7 @@ from .planar import LeakyUnit, LogisticUnit, Planar, Radial, Sylvester
 from .monotone import monotone_maps
 from .splines import spline_maps
 
+
 # %% ../nbs/93-zoo.ipynb #9b0c90d7
 @dataclass(frozen=True)
 class Row:
@@ -292,6 +293,7 @@ coupling_rows = {
     ),
 }
 
+
 # %% ../nbs/93-zoo.ipynb #a27aeb6b
 scalar_maps = Table(affine_maps | spline_maps | monotone_maps)
 containers = {"elementwise": coordinatewise, "coupling": couple}
@@ -316,6 +318,7 @@ def crossed(
 
 cross_rows = {f"{m}-{c}": crossed(m, c) for c in containers for m in scalar_maps}
 
+
 # %% ../nbs/93-zoo.ipynb #bb2b0d37
 combinator_row = partial(Row, family="combinators", lesson="01-change-of-variables")
 combinator_rows = {
@@ -333,3 +336,4 @@ combinator_rows = {
 zoo = Table(
     elementwise_rows | linear_rows | planar_rows | coupling_rows | cross_rows | combinator_rows
 )
+

@@ -5,6 +5,7 @@ import math
 import mpmath
 import pytest
 import torch
+from helpers import noise, shaken
 from pyro.distributions.transforms import Planar as PyroPlanar
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,17 +28,8 @@ from flowcourse.planar import (
 UNITS = [TanhUnit(), LogisticUnit(), LeakyUnit()]
 
 
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def perturbed(f, scale=1.0, seed=0):
-    f = f.double()
-    with torch.no_grad():
-        for i, p in enumerate(f.parameters()):
-            p.add_(scale * noise(*p.shape, seed=seed + i))
-    return f
+    return shaken(f.double(), scale, seed)
 
 
 def layer(w, u, b=0.0, **options):
