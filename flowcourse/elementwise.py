@@ -189,15 +189,14 @@ class AffineMap(ScalarMap):
     def forward(self, z, theta):
         """Base to data, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
-        log_scale = self._log_scale(raw)
-        return z * log_scale.exp() + shift, log_scale.expand_as(z)
+        log_slope = self._log_scale(raw)
+        return z * log_slope.exp() + shift, log_slope.expand_as(z)
 
     def inverse(self, x, theta):
         """Data to base, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
-        log_scale = self._log_scale(raw)
-        return (x - shift) * (-log_scale).exp(), -log_scale.expand_as(x)
-
+        log_slope = -self._log_scale(raw)
+        return (x - shift) * log_slope.exp(), log_slope.expand_as(x)
 
 # %% ../nbs/03-elementwise.ipynb #8ce61c76
 class PReLUMap(ScalarMap):

@@ -25,16 +25,21 @@ class Linear(Bijection):
     def __init__(
         self,
         event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
-        n_params: int,  # Number of raw parameters of `A`, zero for a fixed matrix
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
         start: Tensor | None = None,  # Raw parameters of `A` to begin with; None for zeros
     ):
         super().__init__(event_shape, context_dim)
-        self.size, self.n_params = self.event_shape[0], n_params
-        start = torch.zeros(n_params) if start is None else start
+        self.size = self.event_shape[0]
+        start = torch.zeros(self._count(self.size)) if start is None else start
+        self.n_params = len(start)
         start = torch.cat([start, torch.zeros(self.size if bias else 0)])
         self.raw = Conditional(start.shape, context_dim, start) if len(start) else None
+
+    @staticmethod
+    def _count(size):
+        "Number of raw parameters of `A` where all start at zero; a fixed matrix has none."
+        return 0
 
     def _multiply(self, z: Tensor, theta: Tensor):
         """`A z` and log|det A| for each position, given columns `(*batch, size, n)`."""
@@ -87,7 +92,7 @@ class Permutation(Linear):
         context_dim: int = 0,  # Number of context features, for the bias
         bias: bool = False,  # Whether to add `b`
     ):
-        super().__init__(event_shape, 0, context_dim, bias)
+        super().__init__(event_shape, context_dim, bias)
         order = torch.as_tensor(order)
         if order.tolist() != order.argsort().argsort().tolist():
             raise ValueError(f"order: expected a permutation of 0 to n - 1, got {order.tolist()}")
@@ -106,14 +111,9 @@ class Permutation(Linear):
 class Diagonal(Linear):
     """Each coordinate stretched by itself, `A = diag(exp(asinh(raw)))`."""
 
-    def __init__(
-        self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
-        context_dim: int = 0,  # Number of context features
-        bias: bool = True,  # Whether to add `b`
-    ):
-        size = as_shape(event_shape, "event_shape")[0]
-        super().__init__(event_shape, size, context_dim, bias)
+    @staticmethod
+    def _count(size):
+        return size
 
     def _multiply(self, z, theta):
         log_scale = theta.asinh()
@@ -169,9 +169,12 @@ class Triangular(Linear):
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
     ):
-        size = as_shape(event_shape, "event_shape")[0]
-        super().__init__(event_shape, size * (size + 1) // 2, context_dim, bias)
+        super().__init__(event_shape, context_dim, bias)
         self.upper = upper
+
+    @staticmethod
+    def _count(size):
+        return size * (size + 1) // 2
 
     def _factors(self, theta):
         log_scale, entries = theta.asinh().tensor_split([self.size], -1)
@@ -235,7 +238,7 @@ class Householder(Orthogonal):
         bias: bool = True,  # Whether to add `b`
     ):
         start = mirror_pairs(event_shape, reflections)
-        super().__init__(event_shape, len(start), context_dim, bias, start)
+        super().__init__(event_shape, context_dim, bias, start)
 
     def _matrix(self, theta):
         return reflections(theta, self.size)
@@ -244,14 +247,9 @@ class Householder(Orthogonal):
 class Cayley(Orthogonal):
     """`A = (I + S)^-1 (I - S)` with an antisymmetric `S`: each rotation without a half turn."""
 
-    def __init__(
-        self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
-        context_dim: int = 0,  # Number of context features
-        bias: bool = True,  # Whether to add `b`
-    ):
-        size = as_shape(event_shape, "event_shape")[0]
-        super().__init__(event_shape, size * (size - 1) // 2, context_dim, bias)
+    @staticmethod
+    def _count(size):
+        return size * (size - 1) // 2
 
     def _matrix(self, theta):
         lower = strict_lower(theta.asinh(), self.size)
@@ -270,8 +268,8 @@ class MatrixExponential(Linear):
         bias: bool = True,  # Whether to add `b`
     ):
         size = as_shape(event_shape, "event_shape")[0]
-        n_params = size * (size - 1) // 2 if orthogonal else size**2
-        super().__init__(event_shape, n_params, context_dim, bias)
+        start = torch.zeros(Cayley._count(size) if orthogonal else size**2)
+        super().__init__(event_shape, context_dim, bias, start)
         self.orthogonal = orthogonal
 
     def _generator(self, theta):
@@ -299,14 +297,9 @@ def trace(
 class Full(Linear):
     """`A = I + raw`, any matrix at all, at the cost of a factorisation in each call."""
 
-    def __init__(
-        self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
-        context_dim: int = 0,  # Number of context features
-        bias: bool = True,  # Whether to add `b`
-    ):
-        size = as_shape(event_shape, "event_shape")[0]
-        super().__init__(event_shape, size**2, context_dim, bias)
+    @staticmethod
+    def _count(size):
+        return size**2
 
     def _matrix(self, theta):
         return plus_identity(theta.unflatten(-1, (self.size, self.size)))
@@ -341,9 +334,13 @@ class PLU(Linear):
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
     ):
-        size = as_shape(event_shape, "event_shape")[0]
-        super().__init__(event_shape, size**2, context_dim, bias)
-        self.permutation = Permutation(size, torch.arange(size) if order is None else order)
+        super().__init__(event_shape, context_dim, bias)
+        order = torch.arange(self.size) if order is None else order
+        self.permutation = Permutation(self.size, order)
+
+    @staticmethod
+    def _count(size):
+        return size**2
 
     def _multiply(self, z, theta):
         lower, log_scale, upper = ldu(theta, self.size)
@@ -369,7 +366,7 @@ class QR(Linear):
         turn = mirror_pairs(event_shape, reflections)
         size = as_shape(event_shape, "event_shape")[0]
         start = torch.cat([torch.zeros(size * (size + 1) // 2), turn])
-        super().__init__(event_shape, len(start), context_dim, bias, start)
+        super().__init__(event_shape, context_dim, bias, start)
 
     def _factors(self, theta):
         sizes = [self.size, self.size * (self.size + 1) // 2]
@@ -400,7 +397,7 @@ class SVD(Linear):
         turns = [mirror_pairs(event_shape, reflections) for _ in range(2)]
         size = as_shape(event_shape, "event_shape")[0]
         start = torch.cat([torch.zeros(size), *turns])
-        super().__init__(event_shape, len(start), context_dim, bias, start)
+        super().__init__(event_shape, context_dim, bias, start)
 
     def _factors(self, theta):
         log_scale, turns = theta.tensor_split([self.size], -1)
@@ -431,7 +428,7 @@ class LowRank(Linear):
             raise ValueError(f"rank: expected 1 to {size}, got {rank}")
         self.sizes = [size, rank * size, rank**2, rank * (size - rank)]
         start = torch.cat([torch.zeros(sum(self.sizes[:3])), torch.randn(self.sizes[3])])
-        super().__init__(event_shape, len(start), context_dim, bias, start)
+        super().__init__(event_shape, context_dim, bias, start)
         self.rank = rank
 
     def _factors(self, theta):
@@ -493,7 +490,7 @@ class MaskedConv(Linear):
         offsets = [(a, b) for a in range(reach + 1) for b in range(-reach, reach + 1)]
         offsets = [offset for offset in offsets if offset > (0, 0)]
         sizes = [channels, channels * (channels - 1) // 2, channels**2 * len(offsets)]
-        super().__init__(event_shape, sum(sizes), context_dim, bias)
+        super().__init__(event_shape, context_dim, bias, torch.zeros(sum(sizes)))
         self.reverse, self.reach, self.offsets, self.sizes = reverse, reach, offsets, sizes
 
     def _factors(self, theta):
@@ -571,8 +568,8 @@ class PeriodicConv(Linear):
         bias: bool = True,  # Whether to add `b`, one number for each channel
     ):
         channels, reach = check_image(event_shape, kernel_size)
-        n_params = channels + (channels * kernel_size) ** 2
-        super().__init__(event_shape, n_params, context_dim, bias)
+        start = torch.zeros(channels + (channels * kernel_size) ** 2)
+        super().__init__(event_shape, context_dim, bias, start)
         self.reach = reach
 
     def _spectrum(self, theta):

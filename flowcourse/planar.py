@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'softplus', 'log_softplus', 'bounded', 'log_add_square', 'TanhUnit', 'LogisticUnit', 'LeakyUnit',
-           'substitute', 'times', 'Planar', 'length_of', 'Radial', 'gram_schmidt', 'reflect', 'Sylvester']
+           'substitute', 'substitute_back', 'times', 'length_of', 'last_digits', 'Planar', 'Radial', 'gram_schmidt',
+           'reflect', 'Sylvester']
 
 # %% ../nbs/05-planar.ipynb #777daaee
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .core import Bijection, as_shape
-from .elementwise import Conditional
+from .elementwise import Conditional, monotone_root
 
 # %% ../nbs/05-planar.ipynb #ad297c6e
 IDENTITY = math.log(math.e - 1)  # softplus is 1 there, so that u = 0 gives the identity
@@ -70,6 +72,13 @@ class TanhUnit:
         """The unit's output."""
         return a.tanh()
 
+    def derivative(
+        self,
+        a: Tensor,  # Where
+    ) -> Tensor:  # h'(a)
+        """Slope of the unit."""
+        return 1 - self(a).square()
+
     def log_slope(
         self,
         a: Tensor,  # Where
@@ -84,19 +93,14 @@ class TanhUnit:
         gain: Tensor,  # `m / max h'`
         log_steepest: Tensor,  # log(1 + m)
     ) -> Tensor:  # The root `a`
-        """Solve `a + gain h(a) = y`, by halving a bracket and two Newton steps."""
-        with torch.no_grad():
-            target, g = y.detach(), gain.detach()
-            low = target - torch.maximum(g * self.low, g * self.high)
-            width = g.abs() * (self.high - self.low)
-            for i in range(1, 33):  # Newton doubles the digits, so that half of them are enough
-                middle = torch.add(low, width, alpha=0.5**i)
-                low = torch.where(torch.addcmul(middle, g, self(middle)) < target, middle, low)
-        a = low
-        for _ in range(2):  # attached: the first makes gradients right, the second their gradients
-            excess = a + gain * self(a) - y
-            a = a - excess * (-self.log_slope(a, log_steepest)).clamp(max=80).exp()
-        return a
+        """Solve `a + gain h(a) = y` within a bracket, which the range of h gives."""
+        ends = y - gain * self.low, y - gain * self.high
+        return monotone_root(
+            lambda a: torch.addcmul(a - y, gain, self(a)),
+            lambda a: self.log_slope(a, log_steepest),
+            torch.minimum(*ends),
+            torch.maximum(*ends),
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -110,6 +114,9 @@ class LogisticUnit(TanhUnit):
 
     def __call__(self, a):
         return a.sigmoid()
+
+    def derivative(self, a):
+        return a.sigmoid() * (-a).sigmoid()
 
     def log_slope(self, a, log_steepest):
         return super().log_slope(a / 2, log_steepest)
@@ -136,13 +143,20 @@ class LeakyUnit:
         """The unit's output."""
         return F.leaky_relu(a, self.slope)
 
+    def derivative(
+        self,
+        a: Tensor,  # Where
+    ) -> Tensor:  # h'(a)
+        """Slope of the unit."""
+        return torch.where(a < 0, self.slope, torch.ones_like(a))
+
     def log_slope(
         self,
         a: Tensor,  # Where
         log_steepest: Tensor,  # log(1 + m)
     ) -> Tensor:  # log(1 + m h'(a) / max h')
         """Log-slope of `a + m h(a) / max h'`."""
-        share = torch.where(a < 0, self.slope, torch.ones_like(a)) / self.max_slope
+        share = self.derivative(a) / self.max_slope
         return torch.logaddexp((-share).log1p(), share.log() + log_steepest)
 
     def solve(
@@ -176,12 +190,57 @@ def substitute(
     return torch.cat(found, -1)
 
 
+def substitute_back(
+    y: Tensor,  # Right-hand sides, shape `(*batch, n)`
+    products: Tensor,  # Shape `(*batch, n, n)`; only what lies above the diagonal counts
+    unit: TanhUnit | LeakyUnit,  # h
+    gain: Tensor,  # Factors c, shape `(*batch, n)`
+    log_steepest: Tensor,  # Of the same shape
+) -> Tensor:  # a, shape `(*batch, n)`
+    """Solve `a_k + c_k h(a_k) = y_k - Σ_{j>k} G_kj h(a_j)`, the last `k` first."""
+    flipped = (t.flip(-1) for t in (gain, log_steepest))
+    return substitute(y.flip(-1), -products.flip(-1, -2), unit, *flipped).flip(-1)
+
+
 def times(
     t: Tensor,  # Vectors, shape `(*batch, n)`
     matrix: Tensor,  # Shape `(*batch, n, m)` or `(n, m)`
 ) -> Tensor:  # Shape `(*batch, m)`
     """Row vectors times matrices, one for all or one for each."""
     return (t.unsqueeze(-2) @ matrix).squeeze(-2)
+
+# %% ../nbs/05-planar.ipynb #aa5af011
+def length_of(
+    t: Tensor,  # Vectors, shape `(*batch, n)`
+) -> Tensor:  # Shape `(*batch,)`
+    """Euclidean length, with gradient zero at zero."""
+    square = t.square().sum(-1)
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+# %% ../nbs/05-planar.ipynb #b5050026
+@torch.no_grad()
+def last_digits(
+    z: Tensor,  # Nearly the point that goes to `x`, shape `(*batch, d)`
+    x: Tensor,  # Where it should go
+    ahead,  # The layers: from a point to its image and its activations, shape `(*batch, n)`
+    w: Tensor,  # Weights into the units, shape `(*batch, n, d)` or `(n, d)`
+    u: Tensor,  # Weights out of them, of the same shape
+    products: Tensor,  # `w u'`; only what lies above the diagonal counts
+    unit: TanhUnit | LeakyUnit,  # h
+    log_steepest: Tensor,  # log(1 + m) of each unit
+) -> tuple[Tensor, Tensor]:  # What is missing from `z`, and the activations with it
+    """Newton's step `J^-1 (x - f(z))` on the point, without a graph, where it comes nearer."""
+    image, a = ahead(z)
+    slope = unit.derivative(a)
+    jacobian = (products * slope.unsqueeze(-2)).triu(1)
+    jacobian = jacobian + unit.log_slope(a, log_steepest).exp().diag_embed()
+    y = times(x - image, w.mT).unsqueeze(-1)
+    da = torch.linalg.solve_triangular(jacobian, y, upper=True).squeeze(-1)
+    missing = x - image - times(slope * da, u)
+    next_image, next_a = ahead(z + missing)
+    nearer = (length_of(x - next_image) < length_of(x - image)).unsqueeze(-1)  # no kink between
+    return torch.where(nearer, missing, 0.0), torch.where(nearer, next_a, a)
 
 # %% ../nbs/05-planar.ipynb #5d7e212c
 class Planar(Bijection):
@@ -226,38 +285,39 @@ class Planar(Bijection):
 
     def _forward(self, z, context):
         w, u, b, _, log_steepest = self.layers(context)
-        x, a = self._run(z, w, u, b)
-        return x, self.unit.log_slope(a, log_steepest).sum(-1)
+        activations = []
+        for part in self._blocks():
+            layers = w[..., part, :], u[..., part, :]
+            z, a = self._ahead(z, *layers, b[..., part], layers[0] @ layers[1].mT)
+            activations.append(a)
+        return z, self.unit.log_slope(torch.cat(activations, -1), log_steepest).sum(-1)
+
+    def _ahead(self, z, w, u, b, products):
+        "Where a block of layers takes a point, and its activations."
+        a = substitute(times(z, w.mT) + b, products, self.unit)
+        return z + times(self.unit(a), u), a
 
     def _inverse(self, x, context):
         w, u, b, gain, log_steepest = self.layers(context)
-        b, gain, log_steepest = (t.flip(-1) for t in (b, gain, log_steepest))
-        z, a = self._run(x, w.flip(-2), -u.flip(-2), b, gain, log_steepest)
-        return z, -self.unit.log_slope(a, log_steepest).sum(-1)
+        ladj = 0.0
+        for part in self._blocks()[::-1]:
+            layers = w[..., part, :], u[..., part, :]
+            products, root = layers[0] @ layers[1].mT, (gain[..., part], log_steepest[..., part])
+            a = substitute_back(times(x, layers[0].mT) + b[..., part], products, self.unit, *root)
+            z = x - times(self.unit(a), layers[1])
+            ahead = partial(
+                self._ahead, w=layers[0], u=layers[1], b=b[..., part], products=products
+            )
+            missing, found = last_digits(z, x, ahead, *layers, products, self.unit, root[1])
+            x, a = z + missing, a + (found - a).detach()
+            ladj = ladj - self.unit.log_slope(a, root[1]).sum(-1)
+        return x, ladj
 
-    def _run(self, point, w, u, b, *roots):
-        "Add `u h(a)` layer by layer, a block of layers at a time."
-        activations = []
-        for start in range(0, self.length, self.block):
-            part = slice(start, start + self.block)
-            w_part, u_part = w[..., part, :], u[..., part, :]
-            y = times(point, w_part.mT) + b[..., part]
-            a = substitute(y, w_part @ u_part.mT, self.unit, *(t[..., part] for t in roots))
-            point = point + times(self.unit(a), u_part)
-            activations.append(a)
-        return point, torch.cat(activations, -1)
+    def _blocks(self):
+        return [slice(i, i + self.block) for i in range(0, self.length, self.block)]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, length={self.length}, unit={self.unit}"
-
-# %% ../nbs/05-planar.ipynb #aa5af011
-def length_of(
-    t: Tensor,  # Vectors, shape `(*batch, n)`
-) -> Tensor:  # Shape `(*batch,)`
-    """Euclidean length, with gradient zero at zero."""
-    square = t.square().sum(-1)
-    zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 # %% ../nbs/05-planar.ipynb #b9f9c4af
 class Radial(Bijection):
@@ -412,22 +472,32 @@ class Sylvester(Bijection):
         q, r, r_inner, b, _, log_steepest = self.layers(context)
         ladj = 0.0
         for k in range(self.length):
-            q_k = q[..., k, :, :]
-            a = times(times(z, q_k), r_inner[..., k, :, :].mT) + b[..., k, :]
-            z = z + times(times(self.unit(a), r[..., k, :, :].mT), q_k.mT)
+            z, a = self._ahead(
+                z, q[..., k, :, :], r[..., k, :, :], r_inner[..., k, :, :], b[..., k, :]
+            )
             ladj = ladj + self.unit.log_slope(a, log_steepest[..., k, :]).sum(-1)
         return z, ladj
+
+    def _ahead(self, z, q, r, r_inner, b):
+        "Where one layer takes a point, and its activations."
+        a = times(times(z, q), r_inner.mT) + b
+        return z + times(times(self.unit(a), r.mT), q.mT), a
 
     def _inverse(self, x, context):
         q, r, r_inner, b, gain, log_steepest = self.layers(context)
         ladj = 0.0
         for k in range(self.length)[::-1]:
             q_k, r_k, inner_k = q[..., k, :, :], r[..., k, :, :], r_inner[..., k, :, :]
+            layer = {"q": q_k, "r": r_k, "r_inner": inner_k, "b": b[..., k, :]}
+            products, root = inner_k @ r_k, (gain[..., k, :], log_steepest[..., k, :])
             y = times(times(x, q_k), inner_k.mT) + b[..., k, :]
-            roots = (t[..., k, :].flip(-1) for t in (gain, log_steepest))
-            a = substitute(y.flip(-1), -(inner_k @ r_k).flip(-1, -2), self.unit, *roots).flip(-1)
-            x = x - times(times(self.unit(a), r_k.mT), q_k.mT)
-            ladj = ladj - self.unit.log_slope(a, log_steepest[..., k, :]).sum(-1)
+            a = substitute_back(y, products, self.unit, *root)
+            z = x - times(times(self.unit(a), r_k.mT), q_k.mT)
+            w, u = inner_k @ q_k.mT, (q_k @ r_k).mT
+            ahead = partial(self._ahead, **layer)
+            missing, found = last_digits(z, x, ahead, w, u, products, self.unit, root[1])
+            x, a = z + missing, a + (found - a).detach()
+            ladj = ladj - self.unit.log_slope(a, root[1]).sum(-1)
         return x, ladj
 
     def extra_repr(self) -> str:

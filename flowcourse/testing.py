@@ -827,12 +827,12 @@ def _gradients_of(case, p, rows):
     values = value(*inputs.values())
     scales = 1 / (1 + values.detach().abs())  # so that no row drowns the others in a sum
     everything = inputs | params
+    found = []
     for k, result in enumerate((p.out_name, "ladj")):
-        v, scale = values[:, k], scales[:, k]
         grads = [torch.zeros_like(t) for t in everything.values()]
         if values.requires_grad:
             grads = torch.autograd.grad(
-                (v * scale).sum(),
+                (values[:, k] * scales[:, k]).sum(),
                 list(everything.values()),
                 retain_graph=True,
                 allow_unused=True,
@@ -848,33 +848,68 @@ def _gradients_of(case, p, rows):
             if not finite.all():
                 where = _culprit(case, p, rows, tensor)
                 raise _Broken(f"{what}parameter {name} is not finite", where)
-        if case.dtype != torch.float64:
-            continue
+        found.append((what, grads))
+    if case.dtype != torch.float64:
+        return
+    # A map's own scale: what changes the point or `ladj` about as much as they are large.
+    fine = {
+        name: 1 / (1 + sum(grads[name].flatten(1).norm(dim=-1) for _, grads in found))
+        for name in inputs
+    }
+    for k, (what, grads) in enumerate(found):
         for name in inputs:
-            grad = grads[name].flatten(1) / scale[:, None]
+            grad = grads[name].flatten(1) / scales[:, k, None]
             yield from _in_input(
-                what, name, inputs, grad, lambda *t: value(*t)[:, k], case, (p, rows)
+                what,
+                name,
+                inputs,
+                grad,
+                lambda *t: value(*t)[:, k],
+                fine[name],
+                case,
+                (p, rows),
             )
         if params:
             yield from _in_parameters(
-                what, params, grads, lambda: (value(*inputs.values())[:, k] * scale).sum(), case
+                what,
+                params,
+                [g for _, g in found],
+                k,
+                lambda: (value(*inputs.values())[:, k] * scales[:, k]).sum(),
+                case,
             )
 
 
-def _in_input(what, name, inputs, grad, value, case, at):
+def _in_input(what, name, inputs, grad, value, fine, case, at):
     "Each row along its own random direction, all steps in one batch."
     t = inputs[name]
     direction = _randn(case, t.shape)
-    steps = (_STEPS[:, None] * _OFFSETS).to(t).view(-1, 1, *[1] * (t.dim() - 1))
-    moved = {k: u.detach().expand(len(steps), *u.shape) for k, u in inputs.items()}
-    moved[name] = moved[name] + steps * direction
-    with torch.no_grad():
-        values = value(*[u.flatten(0, 1) for u in moved.values()])
     slope = (grad * direction.flatten(1)).sum(-1)
-    error, doubt = _against(slope, _quotients(values.view(len(_STEPS), len(_OFFSETS), -1)))
     size = 1 + grad.norm(dim=-1) * direction.flatten(1).norm(dim=-1)
+
+    def judge(scale):
+        steps = (_STEPS[:, None] * _OFFSETS).to(t).view(-1, 1) * scale
+        moved = {k: u.detach().expand(len(steps), *u.shape) for k, u in inputs.items()}
+        moved[name] = moved[name] + steps.view(*steps.shape, *[1] * (t.dim() - 1)) * direction
+        with torch.no_grad():
+            values = value(*[u.flatten(0, 1) for u in moved.values()])
+        quotients = _quotients(values.view(len(_STEPS), len(_OFFSETS), -1)) / scale
+        error, doubt = _against(slope, quotients)
+        return error / size, case.allowed("gradients") + doubt / size
+
     hint = "" if slope.any() else " (is it detached?)"
-    yield f"{what}{name}{hint}", error / size, case.allowed("gradients") + doubt / size, None, at
+    error, tolerance = _either(judge, fine)
+    yield f"{what}{name}{hint}", error, tolerance, None, at
+
+
+def _either(judge, fine):
+    "Judge with the usual steps; what fails may turn on a finer scale, so it is judged there too."
+    error, tolerance = judge(torch.ones_like(fine))
+    if (error > tolerance).any():
+        again = judge(fine)
+        better = again[0] / again[1] < error / tolerance
+        error, tolerance = (torch.where(better, a, b) for a, b in zip(again, (error, tolerance)))
+    return error, tolerance
 
 
 def _culprit(case, p, rows, parameter):
@@ -887,27 +922,32 @@ def _culprit(case, p, rows, parameter):
     return ""
 
 
-def _in_parameters(what, params, grads, total, case):
+def _in_parameters(what, params, found, k, total, case):
     "Along one random direction through all parameters; where that fails, through each alone."
     size = sum(t.numel() for t in params.values()) ** 0.5
     direction = {name: _randn(case, t.shape) / size for name, t in params.items()}
 
     def judge(names):
-        # Through `.data`, because the graph of the gradients above is still in use.
-        start = {name: params[name].detach().clone() for name in names}
-        values = []
-        with torch.no_grad():
-            for h in (_STEPS[:, None] * _OFFSETS).flatten().tolist():
+        slope = sum((found[k][name] * direction[name]).sum() for name in names)
+        steepest = sum(g[name].square().sum() for g in found for name in names).sqrt()
+
+        def moved_by(scale):
+            # Through `.data`, because the graph of the gradients above is still in use.
+            start = {name: params[name].detach().clone() for name in names}
+            values = []
+            with torch.no_grad():
+                for h in (_STEPS[:, None] * _OFFSETS).flatten().tolist():
+                    for name in names:
+                        params[name].data.copy_(start[name] + h * scale * direction[name])
+                    values.append(total())
                 for name in names:
-                    params[name].data.copy_(start[name] + h * direction[name])
-                values.append(total())
-            for name in names:
-                params[name].data.copy_(start[name])
-        quotients = _quotients(torch.stack(values).view(len(_STEPS), len(_OFFSETS)))
-        slope = sum((grads[name] * direction[name]).sum() for name in names)
-        error, doubt = _against(slope, quotients)
-        scale = 1 + quotients.abs().nan_to_num(nan=math.inf).amin(0)
-        return error / scale, case.allowed("gradients") + doubt / scale, slope
+                    params[name].data.copy_(start[name])
+            quotients = _quotients(torch.stack(values).view(len(_STEPS), len(_OFFSETS))) / scale
+            error, doubt = _against(slope, quotients)
+            size = 1 + quotients.abs().nan_to_num(nan=math.inf).amin(0)
+            return error / size, case.allowed("gradients") + doubt / size
+
+        return *_either(moved_by, 1 / (1 + steepest)), slope
 
     error, tolerance, slope = judge(list(params))
     name = "parameters"

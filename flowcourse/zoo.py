@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['small', 'fixed', 'elementwise_row', 'elementwise_rows', 'linear_row', 'image_row', 'turned', 'linear_rows',
-           'planar_row', 'sharp', 'far', 'planar_rows', 'coupling_row', 'image_coupling_row', 'coupling_rows',
-           'autoregressive_row', 'autoregressive_rows', 'near', 'monotone_exempt', 'scalar_maps', 'containers',
-           'lessons', 'rounds', 'map_exempt', 'cross_rows', 'combinator_row', 'combinator_rows', 'zoo', 'Row',
-           'coordinatewise', 'ranges', 'backwards', 'planar', 'sylvester', 'couple', 'seeded_half', 'autoregress',
-           'inwards', 'crossed']
+           'planar_row', 'planar_rows', 'coupling_row', 'image_coupling_row', 'coupling_rows', 'autoregressive_row',
+           'autoregressive_rows', 'near', 'monotone_exempt', 'scalar_maps', 'containers', 'lessons', 'rounds',
+           'map_exempt', 'cross_rows', 'combinator_row', 'combinator_rows', 'zoo', 'Row', 'coordinatewise', 'ranges',
+           'backwards', 'planar', 'sylvester', 'couple', 'seeded_half', 'autoregress', 'inwards', 'crossed']
 
 # %% ../nbs/93-zoo.ipynb #a0748496
 from collections.abc import Callable, Mapping
@@ -50,14 +49,11 @@ class Row:
     lesson: str  # The notebook that teaches it, without its ending
     reference: str  # Paper and equation
     event_shapes: tuple[tuple[int, ...], ...] = ((2,), (5,))  # The shapes to test it at
-    exempt: Mapping[str, str] = field(
-        default_factory=dict
-    )  # Promise of the contract -> reason
+    exempt: Mapping[str, str] = field(default_factory=dict)  # Promise of the contract -> reason
 
     def make(
         self,
-        event_shape: int
-        | tuple[int, ...],  # Shape of one point; an int is a vector's dimension
+        event_shape: int | tuple[int, ...],  # Shape of one point; an int is a vector's dimension
         context_dim: int = 0,  # Number of context features
     ) -> Bijection:  # Small enough to test in a second
         """Make a small bijection of this kind."""
@@ -89,9 +85,7 @@ class Row:
 
 # %% ../nbs/93-zoo.ipynb #0419fd8c
 small = {"hidden": (8,)}  # networks of the size of a test
-fixed = {
-    "identity": "a fixed map: it has no parameters that could make it the identity"
-}
+fixed = {"identity": "a fixed map: it has no parameters that could make it the identity"}
 
 
 def coordinatewise(
@@ -100,17 +94,13 @@ def coordinatewise(
     scalar_map,  # Moves one coordinate
 ) -> Elementwise:  # With context where the map has parameters
     """A scalar map on every coordinate."""
-    return Elementwise(
-        dim, scalar_map, context_dim if scalar_map.n_params else 0, **small
-    )
+    return Elementwise(dim, scalar_map, context_dim if scalar_map.n_params else 0, **small)
 
 
 def ranges(
     dim: int,  # Size of the event
     context_dim: int,  # Number of context features
-) -> (
-    Elementwise
-):  # An affine map of the first coordinate, exp on the last, nothing between
+) -> Elementwise:  # An affine map of the first coordinate, exp on the last, nothing between
     """Different maps on ranges of coordinates."""
     maps = {(0, 1): AffineMap(), (dim - 1, dim): ExpMap()}
     return Elementwise(dim, maps, context_dim, **small)
@@ -133,9 +123,7 @@ elementwise_rows = {
         exempt={"identity": "exp on a range of coordinates is never the identity"},
     ),
     "actnorm": elementwise_row(ActNorm, reference="Kingma and Dhariwal 2018, sec. 3.1"),
-    "batchnorm": elementwise_row(
-        BatchNorm, reference="Dinh et al. 2017, sec. 3.7 and app. E"
-    ),
+    "batchnorm": elementwise_row(BatchNorm, reference="Dinh et al. 2017, sec. 3.7 and app. E"),
 }
 
 # %% ../nbs/93-zoo.ipynb #4a83ca62
@@ -152,41 +140,33 @@ turned = {"identity": "it starts at its fixed permutation"}
 linear_rows = {
     "permutation": linear_row(
         lambda n, c: linear.Permutation(n, backwards(n), c, bias=c > 0),
-        reference="Dinh et al. 2017, sec. 3.5",
+        reference="Kingma and Dhariwal 2018, sec. 3.2",
         exempt={"identity": "it exchanges coordinates by design"},
     ),
     "diagonal": linear_row(linear.Diagonal, reference="Dinh et al. 2015, sec. 3.3"),
     "triangular": linear_row(
-        lambda n, c: linear.Triangular(n, False, c),
-        reference="Papamakarios et al. 2021, sec. 3.1.1",
+        lambda n, c: linear.Triangular(n, False, c), reference="Papamakarios et al. 2021, sec. 3.2"
     ),
     "upper-triangular": linear_row(
-        lambda n, c: linear.Triangular(n, True, c),
-        reference="Papamakarios et al. 2021, sec. 3.1.1",
+        lambda n, c: linear.Triangular(n, True, c), reference="Papamakarios et al. 2021, sec. 3.2"
     ),
     "householder": linear_row(
-        lambda n, c: linear.Householder(n, None, c),
-        reference="Tomczak and Welling 2016, eq. 8",
+        lambda n, c: linear.Householder(n, None, c), reference="Tomczak and Welling 2016"
     ),
     "householder-many": linear_row(
-        lambda n, c: linear.Householder(n, 2 * n + 2, c),
-        reference="Tomczak and Welling 2016, eq. 8",
+        lambda n, c: linear.Householder(n, 2 * n + 2, c), reference="Tomczak and Welling 2016"
     ),
     "householder-odd": linear_row(
         lambda n, c: linear.Householder(n, 3, c),
-        reference="Tomczak and Welling 2016, eq. 8",
+        reference="Tomczak and Welling 2016",
         exempt={"identity": "an odd number of reflections cannot undo themselves"},
     ),
-    "cayley": linear_row(
-        linear.Cayley, reference="Papamakarios et al. 2021, sec. 3.1.1"
-    ),
+    "cayley": linear_row(linear.Cayley, reference="Papamakarios et al. 2021, sec. 3.2"),
     "matrix-exponential": linear_row(
-        lambda n, c: linear.MatrixExponential(n, False, c),
-        reference="Xiao and Liu 2020, sec. 3",
+        lambda n, c: linear.MatrixExponential(n, False, c), reference="Xiao and Liu 2020"
     ),
     "matrix-exponential-orthogonal": linear_row(
-        lambda n, c: linear.MatrixExponential(n, True, c),
-        reference="Xiao and Liu 2020, sec. 3",
+        lambda n, c: linear.MatrixExponential(n, True, c), reference="Xiao and Liu 2020"
     ),
     "full": linear_row(linear.Full, reference="Kingma and Dhariwal 2018, sec. 3.2"),
     "plu": linear_row(
@@ -194,27 +174,21 @@ linear_rows = {
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=turned,
     ),
-    "lu": linear_row(
-        lambda n, c: linear.PLU(n, None, c), reference="Oliva et al. 2018, sec. 3.2"
-    ),
+    "lu": linear_row(lambda n, c: linear.PLU(n, None, c), reference="Oliva et al. 2018"),
     "qr": linear_row(
-        lambda n, c: linear.QR(n, None, c), reference="Hoogeboom et al. 2019, sec. 3.2"
+        lambda n, c: linear.QR(n, None, c),
+        reference="Hoogeboom et al. 2019, 1x1 convolutions by QR",
     ),
     "svd": linear_row(
-        lambda n, c: linear.SVD(n, None, c),
-        reference="Papamakarios et al. 2021, sec. 3.1.1",
+        lambda n, c: linear.SVD(n, None, c), reference="Papamakarios et al. 2021, sec. 3.2"
     ),
     "low-rank": linear_row(
-        lambda n, c: linear.LowRank(n, 1, c),
-        reference="van den Berg et al. 2018, eq. 13",
+        lambda n, c: linear.LowRank(n, 1, c), reference="van den Berg et al. 2018, thm. 1"
     ),
     "low-rank-2": linear_row(
-        lambda n, c: linear.LowRank(n, 2, c),
-        reference="van den Berg et al. 2018, eq. 13",
+        lambda n, c: linear.LowRank(n, 2, c), reference="van den Berg et al. 2018, thm. 1"
     ),
-    "1x1-convolution": image_row(
-        linear.Full, reference="Kingma and Dhariwal 2018, eq. 9"
-    ),
+    "1x1-convolution": image_row(linear.Full, reference="Kingma and Dhariwal 2018, eq. 9"),
     "1x1-convolution-plu": image_row(
         lambda shape, c: linear.PLU(shape, backwards(shape), c),
         reference="Kingma and Dhariwal 2018, eq. 10",
@@ -222,15 +196,15 @@ linear_rows = {
     ),
     "masked-convolution": image_row(
         lambda shape, c: linear.MaskedConv(shape, 3, False, c),
-        reference="Hoogeboom et al. 2019, sec. 3.1",
+        reference="Hoogeboom et al. 2019, emerging convolutions",
     ),
     "emerging-convolution": image_row(
         lambda shape, c: linear.EmergingConv(shape, 3, c),
-        reference="Hoogeboom et al. 2019, sec. 3.1",
+        reference="Hoogeboom et al. 2019, emerging convolutions",
     ),
     "periodic-convolution": image_row(
         lambda shape, c: linear.PeriodicConv(shape, 3, c),
-        reference="Hoogeboom et al. 2019, sec. 3.3",
+        reference="Hoogeboom et al. 2019, periodic convolutions",
     ),
 }
 
@@ -255,69 +229,40 @@ def sylvester(
 
 
 planar_row = partial(Row, family="planar", lesson="05-planar")
-sharp = {
-    (
-        "gradients",
-        torch.float64,
-        level,
-    ): "curved on scales below the checker's steps of 1e-6; "
-    "tests/test_planar.py compares with the implicit derivative"
-    for level in (1.0, 3.0)
-}
-far = {
-    (
-        "round trip",
-        torch.float32,
-        3.0,
-    ): "|x| is hundreds of times |z|, so that x - û h(a) cancels"
-}
 planar_rows = {
-    "planar": planar_row(
-        planar,
-        reference="Rezende and Mohamed 2015, eq. 10 to 12 and app. A.1",
-        exempt=far,
-    ),
+    "planar": planar_row(planar, reference="Rezende and Mohamed 2015, eq. 10 to 12 and app. A.1"),
     "planar-logistic": planar_row(
-        partial(planar, unit=LogisticUnit()),
-        reference="Rezende and Mohamed 2015, app. A.1",
-        exempt=far,
+        partial(planar, unit=LogisticUnit()), reference="Rezende and Mohamed 2015, app. A.1"
     ),
     "planar-leaky": planar_row(
-        partial(planar, length=1, unit=LeakyUnit()),
-        reference="Rezende and Mohamed 2015, app. A.1",
-        exempt=sharp | far,
+        partial(planar, length=1, unit=LeakyUnit()), reference="Rezende and Mohamed 2015, app. A.1"
     ),
     "planar-paper": planar_row(
         partial(planar, offset=0.0),
         reference="Rezende and Mohamed 2015, app. A.1",
-        exempt={"identity": "the paper's m is not 0 at 0"} | far,
+        exempt={"identity": "the paper's m is not 0 at 0"},
     ),
     "planar-blocks": planar_row(
-        partial(planar, length=5, block=2),
-        reference="Rezende and Mohamed 2015, eq. 10 to 12",
-        exempt=far,
+        partial(planar, length=5, block=2), reference="Rezende and Mohamed 2015, eq. 10 to 12"
     ),
     "radial": planar_row(
         lambda dim, context_dim: Radial(dim, 2, context_dim, **small),
         reference="Rezende and Mohamed 2015, eq. 14 and app. A.2",
     ),
     "sylvester-orthogonal": planar_row(
-        sylvester, reference="van den Berg et al. 2018, sec. 4.1", exempt=sharp | far
+        sylvester, reference="van den Berg et al. 2018, orthogonal flows"
     ),
     "sylvester-householder": planar_row(
         partial(sylvester, variant="householder"),
-        reference="van den Berg et al. 2018, sec. 4.2",
-        exempt=sharp | far,
+        reference="van den Berg et al. 2018, Householder flows",
     ),
     "sylvester-triangular": planar_row(
         partial(sylvester, variant="triangular"),
-        reference="van den Berg et al. 2018, sec. 4.3",
-        exempt=sharp | far,
+        reference="van den Berg et al. 2018, triangular flows",
     ),
     "sylvester-narrow": planar_row(
         partial(sylvester, units=2, unit=LogisticUnit()),
         reference="van den Berg et al. 2018, thm. 1 and 2",
-        exempt=sharp | far,
     ),
 }
 
@@ -372,8 +317,7 @@ coupling_rows = {
         reference="Dinh et al. 2015, sec. 3.2 and 3.3",
     ),
     "realnvp": coupling_row(
-        lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim),
-        reference="Dinh et al. 2017",
+        lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim), reference="Dinh et al. 2017"
     ),
 }
 
@@ -451,11 +395,7 @@ scalar_maps = Table(affine_maps | spline_maps | monotone_maps)
 containers = {"elementwise": coordinatewise, "coupling": couple, "autoregressive": autoregress}
 lessons = {"07-splines": spline_maps, "08-monotone": monotone_maps}
 rounds = {  # of a conditioner's raw parameters; the slope of a spline shows it
-    (
-        promise,
-        torch.float32,
-        3.0,
-    ): "in batches of other sizes a network with large weights rounds "
+    (promise, torch.float32, 3.0): "in batches of other sizes a network with large weights rounds "
     "differently, by more than the checker sees in its context"
     for promise in ("rows", "batch")
 }
@@ -472,10 +412,7 @@ def crossed(
     return Row(
         partial(containers[container], scalar_map=scalar_map),
         family=container,
-        lesson=next(
-            (lesson for lesson, maps in lessons.items() if name in maps),
-            "03-elementwise",
-        ),
+        lesson=next((lesson for lesson, maps in lessons.items() if name in maps), "03-elementwise"),
         reference=scalar_map.reference,
         exempt=map_exempt.get(name, {}),
     )
@@ -489,14 +426,11 @@ cross_rows = {
     if c == "elementwise" or scalar_maps[m].domain is constraints.real
 }
 
-
 # %% ../nbs/93-zoo.ipynb #bb2b0d37
 combinator_row = partial(Row, family="combinators", lesson="01-change-of-variables")
 combinator_rows = {
     "composition": combinator_row(
-        lambda dim, context_dim: Compose(
-            couple(dim, context_dim), couple(dim, 0, AdditiveMap())
-        ),
+        lambda dim, context_dim: Compose(couple(dim, context_dim), couple(dim, 0, AdditiveMap())),
         reference="Papamakarios et al. 2021, sec. 2.1",
     ),
     "inverse": combinator_row(

@@ -455,6 +455,40 @@ class LadjDrifts(Affine):
         return z, ladj + 0.8e-8
 
 
+class Hinge(Bijection):
+    """Slope 1 on the left and 4 on the right of zero, bent within 1e-8; gradients as `share` says."""
+
+    def __init__(self, share=1.0):
+        super().__init__(1)
+        self.share, self.log_width = share, nn.Parameter(torch.tensor([math.log(1e-8)]))
+
+    def log_slope(self, z, width):
+        log_slope = (2.5 + 1.5 * z / torch.hypot(z, width)).log().sum(-1)
+        return self.share * log_slope + (1 - self.share) * log_slope.detach()
+
+    def _forward(self, z, context):
+        width = self.log_width.exp()
+        return 2.5 * z + 1.5 * (torch.hypot(z, width) - width), self.log_slope(z, width)
+
+    def _inverse(self, x, context):
+        width = self.log_width.exp()
+        y = x + 1.5 * width
+        z = (2.5 * y - 1.5 * torch.hypot(y, 2 * width)) / 4
+        return z, -self.log_slope(z, width)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.999, 1.001, 0.0, -1.0, 2.0, 1e4])
+def test_gradients_are_judged_at_the_map_s_own_scale(share):
+    options = {"levels": (0.0,), "dtypes": (torch.float64,)}
+    options["exempt"] = {"identity": "a hinge", "mass": "its jump is not the subject"}
+    z = 1e-8 * points(1)
+    if share == 1.0:
+        assert check_bijection(Hinge(), z, **options).ok
+    else:
+        with pytest.raises(ContractError, match="gradient of ladj of"):
+            check_bijection(Hinge(share), z, **options)
+
+
 def test_the_two_ladj_must_cancel():
     with pytest.raises(ContractError, match="cancel") as caught:
         check_bijection(LadjDrifts(), points(2), dtypes=(torch.float64,), levels=(0.0,))
@@ -532,6 +566,8 @@ def test_beyond_float32_is_counted_not_blamed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_total_mass_weighs_a_density_that_is_infinite_at_an_end(dtype):
     at_zero = total_mass(lambda x: -math.log(2) - 0.5 * x[:, 0].log(), low=0, high=1, dtype=dtype)
-    at_one = total_mass(lambda x: -math.log(2) - 0.5 * (-x[:, 0]).log1p(), low=0, high=1, dtype=dtype)
+    at_one = total_mass(
+        lambda x: -math.log(2) - 0.5 * (-x[:, 0]).log1p(), low=0, high=1, dtype=dtype
+    )
     for mass in (at_zero, at_one):
         torch.testing.assert_close(mass, torch.ones((), dtype=dtype), atol=1e-3, rtol=0)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import shaken
 from torch.testing import assert_close
 
 from flowcourse.core import Compose, Flow, Inverse, StandardNormal
@@ -35,14 +36,6 @@ names = pytest.mark.parametrize("name", elementwise_maps)
 normalisers = pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 
 
-def noisy(f, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in f.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-    return f
-
-
 def far_points(f, dtype):
     t = torch.tensor([-100.0, -50.0, -17.0, -1.0, 0.0, 1.0, 17.0, 50.0, 100.0], dtype=dtype)
     t = t[:, None]
@@ -54,7 +47,7 @@ def far_points(f, dtype):
 @names
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_slopes_and_their_gradients_are_finite_far_out(name, dtype):
-    f = noisy(Elementwise(1, elementwise_maps[name])).to(dtype)
+    f = shaken(Elementwise(1, elementwise_maps[name])).to(dtype)
     found = 0
     for way, t in far_points(f, dtype):
         t = t.clone().requires_grad_()
@@ -67,11 +60,22 @@ def test_log_slopes_and_their_gradients_are_finite_far_out(name, dtype):
 
 @names
 def test_float32_agrees_with_float64_far_out(name):
-    f = noisy(Elementwise(1, elementwise_maps[name]))
+    f = shaken(Elementwise(1, elementwise_maps[name]))
     exact = copy.deepcopy(f).double()
     pairs = zip(far_points(f, torch.float32), far_points(exact, torch.float64))
     for (way, t), (way64, t64) in pairs:
         assert_close(way(t)[1].double(), way64(t64)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 2.0, 100.0])
+def test_sigmoid_and_logit_are_exact_in_the_tails_at_any_temperature(temperature):
+    sigmoid, logit = Sigmoid(1, temperature), Logit(1, temperature)
+    z = torch.tensor([-100.0, -30.0, -1.0, 0.0, 1.0, 30.0, 100.0])[:, None]
+    _, ladj = sigmoid(z)
+    assert_close(ladj.double(), sigmoid(z.double())[1], rtol=1e-6, atol=1e-6)
+    x = torch.tensor([2e-38, 1e-20, 0.3, 0.9, 1 - 2**-24])[:, None]
+    _, ladj = logit(x)
+    assert_close(ladj.double(), logit(x.double())[1], rtol=1e-6, atol=1e-6)
 
 
 @names
@@ -88,7 +92,7 @@ def test_with_parameters_at_zero_a_map_is_the_identity(name):
 
 @names
 def test_the_density_of_every_map_weighs_one(name):
-    f = noisy(Elementwise(1, elementwise_maps[name]))
+    f = shaken(Elementwise(1, elementwise_maps[name]))
     inner = f.domain.base_constraint
     start = {
         "unit_interval": Sigmoid(1),
@@ -163,7 +167,11 @@ def test_ranges_that_overlap_or_leave_the_event_are_refused(ranges):
 
 
 def test_images_work_and_ranges_follow_the_last_axis():
-    f = noisy(Elementwise((2, 3, 4), {(0, 2): RationalQuadraticSplineMap(4), (3, 4): PReLUMap()}, context_dim=2))
+    f = shaken(
+        Elementwise(
+            (2, 3, 4), {(0, 2): RationalQuadraticSplineMap(4), (3, 4): PReLUMap()}, context_dim=2
+        )
+    )
     f = f.double()
     z = torch.randn(5, 2, 3, 4, dtype=torch.float64)
     context = torch.randn(5, 2, dtype=torch.float64)
@@ -215,14 +223,16 @@ def test_slopes_are_learned_for_each_dimension():
     assert_close(f(-torch.ones(2))[0], -true, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("scalar_map", [PReLUMap(), SinhArcsinhMap(), PowerMap(), RationalQuadraticSplineMap(4)])
+@pytest.mark.parametrize(
+    "scalar_map", [PReLUMap(), SinhArcsinhMap(), PowerMap(), RationalQuadraticSplineMap(4)]
+)
 def test_the_same_maps_serve_a_coupling(scalar_map):
     f = Coupling(half(2), scalar_map)
     check_bijection(f, torch.randn(6, 2), levels=(0.0, 1.0), exempt={"mass": "weighed alone"})
 
 
 def test_the_spline_is_smooth_across_knots_and_the_identity_outside():
-    f = noisy(Elementwise(1, RationalQuadraticSplineMap(6, bound=2.0)), seed=3).double()
+    f = shaken(Elementwise(1, RationalQuadraticSplineMap(6, bound=2.0)), seed=3).double()
     t = torch.linspace(-2.5, 2.5, 200_001, dtype=torch.float64)[:, None]
     x, ladj = f(t)
     assert (x.diff(dim=0) > 0).all()
@@ -316,7 +326,7 @@ def test_eval_mode_treats_each_row_alone(kind):
     rows = [torch.cat(v) for v in zip(*(f.inverse(row[None]) for row in x))]
     assert_close(tuple(rows), whole)
     check_bijection(
-        noisy(f), torch.randn(6, 2), levels=(0.0,), exempt={"identity": "it has seen data"}
+        shaken(f), torch.randn(6, 2), levels=(0.0,), exempt={"identity": "it has seen data"}
     )
 
 

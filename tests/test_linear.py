@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import shaken as shaken_as_it_is
 from torch.testing import assert_close
 
 from flowcourse.core import Flow
@@ -31,22 +32,20 @@ rotations = {
 }
 full_rank = {
     "triangular": Triangular,
+    "triangular, upper": lambda n: Triangular(n, upper=True),
     "matrix exponential": MatrixExponential,
     "full": Full,
     "plu": PLU,
+    "plu, P reverses": lambda n: PLU(n, torch.arange(n if isinstance(n, int) else n[0]).flip(0)),
     "qr": QR,
     "svd": SVD,
+    "low rank, all": lambda n: LowRank(n, n if isinstance(n, int) else n[0]),
 }
 
 
-def shaken(f, sd=1.0, seed=0):
+def shaken(f, sd=1.0):
     """The map in float64, with noise on its parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    f = f.double()
-    with torch.no_grad():
-        for p in f.parameters():
-            p.add_(sd * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return f
+    return shaken_as_it_is(f.double(), sd)
 
 
 def matrix(f):
@@ -143,6 +142,31 @@ def test_full_rank_maps_reach_the_gaussian_optimum(make):
 
     optimizer.step(loss)
     assert abs(loss() - entropy) < 1e-3
+
+
+def test_a_fixed_permutation_limits_plu_and_qr_is_not_limited():
+    """Fit the map itself, at a quarter turn, where the leading minor vanishes, and beyond."""
+    for degrees in (90.0, 120.0):
+        angle = torch.tensor(degrees).deg2rad().double()
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+        misfit = {}
+        for name, make in {"qr": QR, "plu": PLU}.items():
+            torch.manual_seed(0)
+            f = make(2, bias=False).double()
+            optimizer = torch.optim.LBFGS(
+                f.parameters(), max_iter=200, line_search_fn="strong_wolfe"
+            )
+
+            def loss():
+                optimizer.zero_grad()
+                value = (f(torch.eye(2).double())[0].T - turn).square().sum()
+                value.backward()
+                return value
+
+            optimizer.step(loss)
+            misfit[name] = loss().item(), max(p.abs().max().item() for p in f.parameters())
+        assert misfit["qr"][0] < 1e-8 and misfit["qr"][1] < 10
+        assert misfit["plu"][0] > angle.cos().square() - 1e-9 and misfit["plu"][1] > 1e3
 
 
 @pytest.mark.parametrize("reverse", [False, True])
