@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from flowcourse.configs import SIZES, FlowConfig, configs
 from flowcourse.data import dequantise, load, split, to_logit
-from flowcourse.elementwise import affine_maps
 from flowcourse.monotone import monotone_maps
 from flowcourse.splines import spline_maps
 from flowcourse.training import Objective, TrainingDiverged, fit
@@ -192,7 +191,7 @@ STUDIES = {
         compare,
         [
             {"data": data, "kind": kind, "scalar_map": name}
-            for name in [*spline_maps, *monotone_maps, *affine_maps]
+            for name in ["additive", "affine", *spline_maps, *monotone_maps]
             if scalar_maps[name].domain is constraints.real
             for data in DATA
             for kind in ("coupling", "autoregressive")
