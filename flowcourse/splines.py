@@ -41,41 +41,32 @@ class SplineMap(ScalarMap):
     def __init__(
         self,
         bins: int = 8,  # Number of pieces
-        bound: float
-        | tuple[float, float] = 3.0,  # Ends of the box; a number b stands for (-b, b)
+        bound: float | tuple[float, float] = 3.0,  # Ends of the box; a number b stands for (-b, b)
         tails: str = "linear",  # Outside the box: "linear", nothing ("box"), or "circular" angles
     ):
         if bins < self.least_bins:
             raise ValueError(f"bins: expected at least {self.least_bins}, got {bins}")
         low, high = bound if isinstance(bound, tuple) else (-bound, bound)
         if not low < high:
-            raise ValueError(
-                f"bound: expected a number above 0 or a pair (low, high), got {bound}"
-            )
+            raise ValueError(f"bound: expected a number above 0 or a pair (low, high), got {bound}")
         if tails not in ("linear", "box", "circular"):
-            raise ValueError(
-                f"tails: expected 'linear', 'box' or 'circular', got {tails!r}"
-            )
+            raise ValueError(f"tails: expected 'linear', 'box' or 'circular', got {tails!r}")
         self.bins, self.bound, self.tails = bins, bound, tails
         self.n_params = sum(self.parts()) + (tails == "circular")
 
     @property
     def ends(self) -> tuple[float, float]:
         """The ends of the box."""
-        return (
-            self.bound if isinstance(self.bound, tuple) else (-self.bound, self.bound)
-        )
+        return self.bound if isinstance(self.bound, tuple) else (-self.bound, self.bound)
 
     @property
     def domain(self) -> constraints.Constraint:
         """The line; with tails "box" the box, and with "circular" the box without its upper end."""
         if self.tails == "linear":
             return constraints.real
-        return (
-            constraints.interval
-            if self.tails == "box"
-            else constraints.half_open_interval
-        )(*self.ends)
+        return (constraints.interval if self.tails == "box" else constraints.half_open_interval)(
+            *self.ends
+        )
 
     codomain = domain
 
@@ -103,23 +94,17 @@ class SplineMap(ScalarMap):
         slopes = bounded(raw, self.steepest).exp()
         if self.tails == "linear":
             return F.pad(slopes, (1, 1), value=self.end_slope)
-        return (
-            slopes if self.tails == "box" else torch.cat([slopes, slopes[..., :1]], -1)
-        )
+        return slopes if self.tails == "box" else torch.cat([slopes, slopes[..., :1]], -1)
 
     def _bin(self, t, theta, side):
         "The bin of each `t`: its corner, width and height, and what shapes the piece in it."
         theta = theta[..., : sum(self.parts())]
-        table = self.knots(
-            *theta.split(self.parts(), -1)
-        )  # rows of values at the knots
+        table = self.knots(*theta.split(self.parts(), -1))  # rows of values at the knots
         k = (t.unsqueeze(-1) >= table[..., side, 1:-1]).sum(-1)
         pair = torch.stack([k, k + 1], -1).unsqueeze(-2)  # a bin lies between two knots
         pair = pair.expand(*t.shape, table.shape[-2], 2)
         (z0, x0, *left), (z1, x1, *right) = (
-            table.expand(*t.shape, *table.shape[-2:])
-            .gather(-1, pair)
-            .movedim((-1, -2), (0, 1))
+            table.expand(*t.shape, *table.shape[-2:]).gather(-1, pair).movedim((-1, -2), (0, 1))
         )
         width, height = z1 - z0, x1 - x0
         shape = []
@@ -171,9 +156,7 @@ class LinearSplineMap(SplineMap):
     def knots(self, heights):
         """Knots in `z` and in `x`."""
         share = self.sizes(heights)
-        return self.places(
-            torch.stack([torch.full_like(share, 1 / self.bins), share], -2)
-        )
+        return self.places(torch.stack([torch.full_like(share, 1 / self.bins), share], -2))
 
     def point(self, u):
         """The piece in the unit square."""
@@ -203,18 +186,14 @@ class QuadraticSplineMap(SplineMap):
         width, slope = self.sizes(widths), self.slopes(slopes)
         area = width * (slope[..., :-1] + slope[..., 1:]) / 2
         total = area.sum(-1, keepdim=True)
-        if (
-            self.tails == "linear"
-        ):  # the slopes at the ends are given, the others stretch
+        if self.tails == "linear":  # the slopes at the ends are given, the others stretch
             fixed = self.end_slope * (width[..., :1] + width[..., -1:]) / 2
             stretch = (1 - fixed) / (total - fixed)
             slope = F.pad(slope[..., 1:-1] * stretch, (1, 1), value=self.end_slope)
         else:
             slope = slope / total
         height = width * (slope[..., :-1] + slope[..., 1:]) / 2
-        return torch.cat(
-            [self.places(torch.stack([width, height], -2)), slope.unsqueeze(-2)], -2
-        )
+        return torch.cat([self.places(torch.stack([width, height], -2)), slope.unsqueeze(-2)], -2)
 
     def point(self, u, a, b):
         """The piece in the unit square."""
@@ -245,16 +224,12 @@ class CubicSplineMap(SplineMap):
         width, height = share.unbind(-2)
         mean = height / width
         if self.tails == "circular":  # the last bin is the neighbour of the first
-            width, mean = (
-                torch.cat([t[..., -1:], t, t[..., :1]], -1) for t in (width, mean)
-            )
+            width, mean = (torch.cat([t[..., -1:], t, t[..., :1]], -1) for t in (width, mean))
         left, right = mean[..., :-1], mean[..., 1:]
         wide_left, wide_right = width[..., :-1], width[..., 1:]
         parabola = (left * wide_right + right * wide_left) / (wide_left + wide_right)
         slope = torch.minimum(parabola, 2 * torch.minimum(left, right))
-        if (
-            self.tails != "circular"
-        ):  # between 0 and three times the mean slope of the end bin
+        if self.tails != "circular":  # between 0 and three times the mean slope of the end bin
             free = 3 * (bounded(ends, self.steepest) - math.log(2)).sigmoid()
             first, last = (free * mean[..., [0, -1]]).split(1, -1)
             slope = torch.cat([first, slope, last], -1)
@@ -281,9 +256,7 @@ class CubicSplineMap(SplineMap):
     def _leave(self, given, t, image, log_slope, theta=None):
         if self.tails != "linear":
             return super()._leave(given, t, image, log_slope, theta)
-        return image + (
-            given - t
-        ) * log_slope.exp(), log_slope  # straight on, with the end's slope
+        return image + (given - t) * log_slope.exp(), log_slope  # straight on, with the end's slope
 
 # %% ../nbs/07-splines.ipynb #265e54ae
 class RationalLinearSplineMap(SplineMap):
@@ -355,9 +328,7 @@ class RationalQuadraticSplineMap(SplineMap):
         """The root of a quadratic."""
         second = a - v * (a + b - 2)
         first = 1 - second
-        tiny = torch.finfo(
-            v.dtype
-        ).tiny  # rounding may go below zero, where sqrt has no slope
+        tiny = torch.finfo(v.dtype).tiny  # rounding may go below zero, where sqrt has no slope
         root = second.abs() + (second * second + 4 * first * v).clamp(min=tiny).sqrt()
         rising = second > 0  # of the two forms of the root the one that does not cancel
         return torch.where(rising, 2 * v, root) / torch.where(rising, root, 2 * first)
@@ -376,9 +347,7 @@ spline_maps = Table(
         "cubic-spline": CubicSplineMap(),
         "rational-linear-spline": RationalLinearSplineMap(),
         "rational-quadratic-spline": RationalQuadraticSplineMap(),
-        "rational-quadratic-spline-box": RationalQuadraticSplineMap(
-            8, (0.0, 1.0), "box"
-        ),
+        "rational-quadratic-spline-box": RationalQuadraticSplineMap(8, (0.0, 1.0), "box"),
         "circular-spline": RationalQuadraticSplineMap(8, math.pi, "circular"),
     }
 )
