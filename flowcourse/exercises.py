@@ -1394,10 +1394,10 @@ def check_sinh_map(
     coupling = Coupling(half(4), h, functools.partial(mlp, hidden=(8,)))
     return broken_promise(coupling, _noise(8, 4))
 
-# %% ../nbs/96-exercises.ipynb #184aecc9
+# %% ../nbs/96-exercises.ipynb #36b3d184
 from .elementwise import Elementwise
 
-# %% ../nbs/96-exercises.ipynb #7f21226a
+# %% ../nbs/96-exercises.ipynb #a7e2da64
 @exercise("7.1")
 def check_knot_count(
     line: int,  # Raw numbers with linear tails
@@ -1424,7 +1424,7 @@ def check_knot_count(
     }
     return hint or compare("on_a_circle", circle, 31, slips)
 
-# %% ../nbs/96-exercises.ipynb #79930bc1
+# %% ../nbs/96-exercises.ipynb #7648902e
 @exercise("7.2")
 def check_unpiece(
     answer,  # From `v`, `a` and `c` to `(u, log du/dv)`
@@ -1452,7 +1452,7 @@ def check_unpiece(
         },
     )  # fmt: skip
 
-# %% ../nbs/96-exercises.ipynb #90150c61
+# %% ../nbs/96-exercises.ipynb #23af04c8
 @exercise("7.3")
 def check_cubic_limit(
     largest: float,  # The largest equal slope at both ends
@@ -1474,7 +1474,7 @@ def check_cubic_limit(
     slips = {"that is the slope at the ends": 3.0, "that is v and not v'": 0.5}
     return hint or compare("slope_there", slope, 0.0, slips)
 
-# %% ../nbs/96-exercises.ipynb #cd6aebf6
+# %% ../nbs/96-exercises.ipynb #7e35135e
 @exercise("7.4")
 def check_search(
     answer,  # From points and knots to the index of a bin
@@ -1519,7 +1519,7 @@ def check_search(
             return hint
     return None
 
-# %% ../nbs/96-exercises.ipynb #442a5b5d
+# %% ../nbs/96-exercises.ipynb #a107b2e9
 @exercise("7.5")
 def check_hermite(
     answer: type,  # A subclass of `SplineMap` with `limit`, `point` and `log_slope`
@@ -1563,7 +1563,7 @@ def check_hermite(
         {"identity": "the limit of 1 is less than 1", "mass": "the density jumps at the knots"},
     )
 
-# %% ../nbs/96-exercises.ipynb #1ff0f97a
+# %% ../nbs/96-exercises.ipynb #ab651275
 @exercise("7.6")
 def check_circle_map(
     answer: type,  # A class with `n_params`, `forward` and `inverse`
