@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .data import Table
 from .elementwise import ScalarMap, bounded, interior, monotone_root
 
-# %% ../nbs/07-splines.ipynb #7cd1c865
+# %% ../nbs/07-splines.ipynb #wrap0707
 def wrap(
     t: Tensor,  # Angles, or other points of a circle
     low: float = -math.pi,  # Where the circle is cut
@@ -27,55 +27,43 @@ def wrap(
     t = t - (high - low) * ((t - low) / (high - low)).floor()
     return torch.where((t < low) | (t >= high), low, t)  # either by rounding only
 
-# %% ../nbs/07-splines.ipynb #08f32b97
+# %% ../nbs/07-splines.ipynb #spl00707
 class SplineMap(ScalarMap):
     """Pieces of a curve joined in a box; a subclass says `knots` and the piece in the unit square."""
 
-    evenness, steepest = (
-        1.5,
-        2.0,
-    )  # bounds of raw sizes of the bins, and of log-slopes at the knots
+    evenness, steepest = 1.5, 2.0  # bounds of raw sizes of the bins, and of log-slopes at the knots
     end_slope = 1.0  # at the ends of the box, with linear tails: the identity follows
     least_bins = 2
 
     def __init__(
         self,
         bins: int = 8,  # Number of pieces
-        bound: float
-        | tuple[float, float] = 3.0,  # Ends of the box; a number b stands for (-b, b)
+        bound: float | tuple[float, float] = 3.0,  # Ends of the box; a number b stands for (-b, b)
         tails: str = "linear",  # Outside the box: "linear", nothing ("box"), or "circular" angles
     ):
         if bins < self.least_bins:
             raise ValueError(f"bins: expected at least {self.least_bins}, got {bins}")
         low, high = bound if isinstance(bound, tuple) else (-bound, bound)
         if not low < high:
-            raise ValueError(
-                f"bound: expected a number above 0 or a pair (low, high), got {bound}"
-            )
+            raise ValueError(f"bound: expected a number above 0 or a pair (low, high), got {bound}")
         if tails not in ("linear", "box", "circular"):
-            raise ValueError(
-                f"tails: expected 'linear', 'box' or 'circular', got {tails!r}"
-            )
+            raise ValueError(f"tails: expected 'linear', 'box' or 'circular', got {tails!r}")
         self.bins, self.bound, self.tails = bins, bound, tails
         self.n_params = sum(self.parts()) + (tails == "circular")
 
     @property
     def ends(self) -> tuple[float, float]:
         """The ends of the box."""
-        return (
-            self.bound if isinstance(self.bound, tuple) else (-self.bound, self.bound)
-        )
+        return self.bound if isinstance(self.bound, tuple) else (-self.bound, self.bound)
 
     @property
     def domain(self) -> constraints.Constraint:
         """The line; with tails "box" the box, and with "circular" the box without its upper end."""
         if self.tails == "linear":
             return constraints.real
-        return (
-            constraints.interval
-            if self.tails == "box"
-            else constraints.half_open_interval
-        )(*self.ends)
+        return (constraints.interval if self.tails == "box" else constraints.half_open_interval)(
+            *self.ends
+        )
 
     codomain = domain
 
@@ -103,23 +91,16 @@ class SplineMap(ScalarMap):
         slopes = bounded(raw, self.steepest).exp()
         if self.tails == "linear":
             return F.pad(slopes, (1, 1), value=self.end_slope)
-        return (
-            slopes if self.tails == "box" else torch.cat([slopes, slopes[..., :1]], -1)
-        )
+        return slopes if self.tails == "box" else torch.cat([slopes, slopes[..., :1]], -1)
 
     def _bin(self, t, theta, side):
         "The bin of each `t`: its corner, width and height, and what shapes the piece in it."
-        theta = theta[..., : sum(self.parts())]
-        table = self.knots(
-            *theta.split(self.parts(), -1)
-        )  # rows of values at the knots
+        table = self.knots(*theta.split(self.parts(), -1))  # rows of values at the knots
         k = (t.unsqueeze(-1) >= table[..., side, 1:-1]).sum(-1)
         pair = torch.stack([k, k + 1], -1).unsqueeze(-2)  # a bin lies between two knots
         pair = pair.expand(*t.shape, table.shape[-2], 2)
         (z0, x0, *left), (z1, x1, *right) = (
-            table.expand(*t.shape, *table.shape[-2:])
-            .gather(-1, pair)
-            .movedim((-1, -2), (0, 1))
+            table.expand(*t.shape, *table.shape[-2:]).gather(-1, pair).movedim((-1, -2), (0, 1))
         )
         width, height = z1 - z0, x1 - x0
         shape = []
@@ -127,23 +108,26 @@ class SplineMap(ScalarMap):
             shape = [left[0] * width / height, right[0] * width / height, *left[1:]]
         return z0, x0, width, height, shape
 
+    def _in_box(self, t, theta, side):
+        "Image and log dx/dz of points in the box: of `z` where `side` is 0, of `x` where it is 1."
+        z0, x0, width, height, shape = self._bin(t, theta, side)
+        u = self.back((t - x0) / height, *shape) if side else (t - z0) / width
+        image = z0 + width * u if side else x0 + height * self.point(u, *shape)
+        return image, (height / width).log() + self.log_slope(u, *shape)
+
     def forward(self, z, theta):
         """Base to data, coordinate by coordinate."""
         t = self._enter(z)
-        z0, x0, width, height, shape = self._bin(t, theta, 0)
-        u = (t - z0) / width
-        log_slope = (height / width).log() + self.log_slope(u, *shape)
-        return self._leave(z, t, x0 + height * self.point(u, *shape), log_slope, theta)
+        x, log_slope = self._in_box(t, theta[..., : sum(self.parts())], 0)
+        return self._leave(z, t, x, log_slope, theta)
 
     def inverse(self, x, theta):
         """Data to base, coordinate by coordinate."""
         if self.tails == "circular":
             x = wrap(x - wrap(theta[..., -1], *self.ends), *self.ends)
         t = self._enter(x)
-        z0, x0, width, height, shape = self._bin(t, theta, 1)
-        u = self.back((t - x0) / height, *shape)
-        log_slope = (width / height).log() - self.log_slope(u, *shape)
-        return self._leave(x, t, z0 + width * u, log_slope)
+        z, log_slope = self._in_box(t, theta[..., : sum(self.parts())], 1)
+        return self._leave(x, t, z, -log_slope)
 
     def _enter(self, t):
         return wrap(t, *self.ends) if self.tails == "circular" else t.clamp(*self.ends)
@@ -158,7 +142,7 @@ class SplineMap(ScalarMap):
         image = torch.where(far, given, image)
         return interior(image, self.codomain), torch.where(far, 0.0, log_slope)
 
-# %% ../nbs/07-splines.ipynb #853c310d
+# %% ../nbs/07-splines.ipynb #lin00707
 class LinearSplineMap(SplineMap):
     """Straight pieces over bins of equal width: the density is a histogram."""
 
@@ -171,9 +155,7 @@ class LinearSplineMap(SplineMap):
     def knots(self, heights):
         """Knots in `z` and in `x`."""
         share = self.sizes(heights)
-        return self.places(
-            torch.stack([torch.full_like(share, 1 / self.bins), share], -2)
-        )
+        return self.places(torch.stack([torch.full_like(share, 1 / self.bins), share], -2))
 
     def point(self, u):
         """The piece in the unit square."""
@@ -187,9 +169,9 @@ class LinearSplineMap(SplineMap):
         """log dv/du."""
         return torch.zeros_like(u)
 
-# %% ../nbs/07-splines.ipynb #5b4e78e2
+# %% ../nbs/07-splines.ipynb #qua00707
 class QuadraticSplineMap(SplineMap):
-    """Parabolas whose slopes meet: the density of `z` is a polygon."""
+    """Parabolas whose slopes meet: dx/dz is a polygon."""
 
     reference = "Müller et al. 2019, piecewise-quadratic coupling"
     least_bins = 3  # two, between slopes of 1 at both ends, have no freedom left
@@ -203,18 +185,14 @@ class QuadraticSplineMap(SplineMap):
         width, slope = self.sizes(widths), self.slopes(slopes)
         area = width * (slope[..., :-1] + slope[..., 1:]) / 2
         total = area.sum(-1, keepdim=True)
-        if (
-            self.tails == "linear"
-        ):  # the slopes at the ends are given, the others stretch
+        if self.tails == "linear":  # the slopes at the ends are given, the others stretch
             fixed = self.end_slope * (width[..., :1] + width[..., -1:]) / 2
             stretch = (1 - fixed) / (total - fixed)
             slope = F.pad(slope[..., 1:-1] * stretch, (1, 1), value=self.end_slope)
         else:
             slope = slope / total
         height = width * (slope[..., :-1] + slope[..., 1:]) / 2
-        return torch.cat(
-            [self.places(torch.stack([width, height], -2)), slope.unsqueeze(-2)], -2
-        )
+        return torch.cat([self.places(torch.stack([width, height], -2)), slope.unsqueeze(-2)], -2)
 
     def point(self, u, a, b):
         """The piece in the unit square."""
@@ -229,7 +207,7 @@ class QuadraticSplineMap(SplineMap):
         """log dv/du."""
         return ((a + (b - a) * u) * 2 / (a + b)).log()
 
-# %% ../nbs/07-splines.ipynb #4001167e
+# %% ../nbs/07-splines.ipynb #cub00707
 class CubicSplineMap(SplineMap):
     """Cubic pieces whose slopes follow from the heights of neighbouring bins."""
 
@@ -245,16 +223,12 @@ class CubicSplineMap(SplineMap):
         width, height = share.unbind(-2)
         mean = height / width
         if self.tails == "circular":  # the last bin is the neighbour of the first
-            width, mean = (
-                torch.cat([t[..., -1:], t, t[..., :1]], -1) for t in (width, mean)
-            )
+            width, mean = (torch.cat([t[..., -1:], t, t[..., :1]], -1) for t in (width, mean))
         left, right = mean[..., :-1], mean[..., 1:]
         wide_left, wide_right = width[..., :-1], width[..., 1:]
         parabola = (left * wide_right + right * wide_left) / (wide_left + wide_right)
         slope = torch.minimum(parabola, 2 * torch.minimum(left, right))
-        if (
-            self.tails != "circular"
-        ):  # between 0 and three times the mean slope of the end bin
+        if self.tails != "circular":  # between 0 and three times the mean slope of the end bin
             free = 3 * (bounded(ends, self.steepest) - math.log(2)).sigmoid()
             first, last = (free * mean[..., [0, -1]]).split(1, -1)
             slope = torch.cat([first, slope, last], -1)
@@ -281,19 +255,14 @@ class CubicSplineMap(SplineMap):
     def _leave(self, given, t, image, log_slope, theta=None):
         if self.tails != "linear":
             return super()._leave(given, t, image, log_slope, theta)
-        return image + (
-            given - t
-        ) * log_slope.exp(), log_slope  # straight on, with the end's slope
+        return image + (given - t) * log_slope.exp(), log_slope  # straight on, with the end's slope
 
-# %% ../nbs/07-splines.ipynb #265e54ae
+# %% ../nbs/07-splines.ipynb #ral00707
 class RationalLinearSplineMap(SplineMap):
     """Two hyperbolas in each bin, which meet at a place of their own."""
 
     reference = "Dolatabadi et al. 2020"
-    evenness, steepest = (
-        1.0,
-        1.5,
-    )  # between two knots the slope can be steeper than at either
+    evenness, steepest = 1.0, 1.5  # between two knots the slope can be steeper than at either
 
     def parts(self):
         """Raw widths and heights, slopes at the knots, and where the two pieces of a bin meet."""
@@ -335,6 +304,133 @@ class RationalLinearSplineMap(SplineMap):
         u = torch.where(left, u, 1 - u)
         return 2 * (reach * p / (reach + (p * mean - 1) * u)).log()
 
+# %% ../nbs/07-splines.ipynb #rqp00707
+def _unpiece(v, a, b):
+    "The root of a quadratic, in the one of its two forms that does not cancel."
+    second = a - v * (a + b - 2)
+    first = 1 - second
+    tiny = torch.finfo(v.dtype).tiny  # rounding may go below zero, where sqrt has no slope
+    root = second.abs() + (second * second + 4 * first * v).clamp(min=tiny).sqrt()
+    rising = second > 0
+    return torch.where(rising, 2 * v, root) / torch.where(rising, root, 2 * first)
+
+
+def _prepare(t, theta, side, bins, low, high, evenness, steepest, end_slope, tails):
+    "The bin of each `t`, its place in it, and all that the derivative needs."
+    # tanh(r) is 2 sigmoid(2 r) - 1, and sigmoid is faster; the softmax drops the constant
+    squash = (theta[..., : 2 * bins].unflatten(-1, (2, bins)) * (2 / evenness)).sigmoid()
+    size = (squash * (2 * evenness)).exp()
+    until = size.cumsum(-1)
+    raw = theta[..., 2 * bins :]
+    if tails == "linear":
+        raw = F.pad(raw, (1, 1), value=steepest * math.atanh(math.log(end_slope) / steepest))
+    scales = [(high - low) / until[..., row, -1] for row in (0, 1)]
+    goal = ((t - low) / scales[side]).unsqueeze(-1)
+    k = (goal >= until[..., side, :-1]).sum(-1, keepdim=True)
+    shape = *t.shape, bins
+    corners, extents = [], []
+    for row, scale in enumerate(scales):
+        own, end = (v[..., row, :].expand(shape).gather(-1, k).squeeze(-1) for v in (size, until))
+        corners.append((end - own) * scale + low)
+        extents.append(own * scale)
+    at = torch.cat([k, (k + 1) % raw.shape[-1]], -1)
+    tilt = (raw.expand(*t.shape, raw.shape[-1]).gather(-1, at) * (2 / steepest)).sigmoid()
+    turn = extents[0] / extents[1]
+    a, b = (((tilt * 2 - 1) * steepest).exp() * turn.unsqueeze(-1)).unbind(-1)
+    if side:
+        u = _unpiece((t - corners[1]) / extents[1], a, b)
+    else:
+        u = (t - corners[0]) / extents[0]
+    return squash, size, *scales, *corners, *extents, k, at, tilt, u, a, b
+
+# %% ../nbs/07-splines.ipynb #rqf00707
+class _RationalQuadratic(torch.autograd.Function):
+    "The spline in its box, with the chain rule written out."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t, theta, side, *settings):
+        parts = _prepare(t, theta, side, *settings)
+        z0, x0, width, height = parts[4:8]
+        u, a, b = parts[11:]
+        v = 1 - u
+        mixed = u * v
+        below = (a + b - 2) * mixed + 1
+        au, bu = a * v, b * u
+        rise = bu * u + 2 * mixed + au * v
+        image = z0 + width * u if side else x0 + height * (u * (u + au) / below)
+        return image, (rise * height / (width * below * below)).log(), *parts
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        t, theta, ctx.side, *ctx.settings = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(t, theta, *output[2:])
+
+    @staticmethod
+    def backward(ctx, g_image, g_log, *_):
+        t, theta, *parts = ctx.saved_tensors
+        side, (bins, low, high, *_, tails) = ctx.side, ctx.settings
+        if torch.is_grad_enabled():  # for second derivatives, with a graph to `t` and `theta`
+            parts = _prepare(t, theta, side, *ctx.settings)
+        squash, size, scale_z, scale_x, z0, x0, width, height, k, at, tilt, u, a, b = parts
+        v = 1 - u
+        mixed = u * v
+        bend = a + b - 2
+        below = bend * mixed + 1
+        av, bu = a * v, b * u
+        rise = bu * u + 2 * mixed + av * v
+        point = u * (u + av) / below
+        share = mixed / below
+        log_u = 2 * ((bu - av + v - u) / rise - bend * (v - u) / below)
+        twice = 2 * share
+        g_a = g_log * (v * v / rise - twice)
+        g_b = g_log * (u * u / rise - twice)
+        if side:  # through the root: dv = slope du + v_a da + v_b db
+            direct = g_image * width
+            g_v = (direct + g_log * log_u) * below * below / rise
+            g_t = g_v / height
+            pull = -g_v * share
+        else:
+            direct = g_image * height
+            g_u = direct * rise / (below * below) + g_log * log_u
+            g_t = g_u / width
+            pull = direct * share
+        g_a = a * (g_a + pull * (1 - point))
+        g_b = b * (g_b - pull * point)
+        by = g_a + g_b - g_log
+        if side:
+            rows = (g_image, (by + direct * u) / width), (-g_t, -(by + g_v * point) / height)
+        else:
+            rows = (-g_t, (by - g_u * u) / width), (g_image, (direct * point - by) / height)
+        # Corner and extent are sums of sizes over the sum of all: a step at the first, at the bin
+        # and after it, and the cumulative sum makes the gradient of every size.
+        steps = []
+        bin_sides = zip(rows, (z0, x0), (width, height), (scale_z, scale_x))
+        for (g_corner, g_extent), corner, extent, scale in bin_sides:
+            mean = ((corner - low) * g_corner + extent * g_extent) / (high - low)
+            steps += [(g_corner - mean) * scale, (g_extent - g_corner) * scale, -g_extent * scale]
+        steps = torch.stack(steps, -1)
+        n = bins + 1
+        where = torch.cat(
+            [torch.zeros_like(k), k, k + 1, torch.full_like(k, n), k + n, k + n + 1], -1
+        )
+        g_sizes = steps.new_zeros(*steps.shape[:-1], 2 * n).scatter_add(-1, where, steps)
+        g_sizes = g_sizes.unflatten(-1, (2, n)).cumsum(-1)[..., :-1]
+        g_sizes = g_sizes.sum_to_size(size.shape) * (size * (squash - squash * squash)) * 4
+        g_ends = torch.stack([g_a, g_b], -1) * (tilt - tilt * tilt) * 4
+        free = theta.shape[-1] - 2 * bins
+        skip = int(tails == "linear")
+        g_slopes = g_ends.new_zeros(*g_ends.shape[:-1], free + 2 * skip).scatter_add(-1, at, g_ends)
+        g_slopes = g_slopes[..., skip : skip + free].sum_to_size(*theta.shape[:-1], free)
+        return (
+            g_t,
+            torch.cat([g_sizes.flatten(-2), g_slopes], -1),
+            None,
+            *[None] * len(ctx.settings),
+        )
+
 # %% ../nbs/07-splines.ipynb #489a30b7
 class RationalQuadraticSplineMap(SplineMap):
     """Quotients of parabolas, with widths, heights and slopes all free."""
@@ -353,20 +449,17 @@ class RationalQuadraticSplineMap(SplineMap):
 
     def back(self, v, a, b):
         """The root of a quadratic."""
-        second = a - v * (a + b - 2)
-        first = 1 - second
-        tiny = torch.finfo(
-            v.dtype
-        ).tiny  # rounding may go below zero, where sqrt has no slope
-        root = second.abs() + (second * second + 4 * first * v).clamp(min=tiny).sqrt()
-        rising = second > 0  # of the two forms of the root the one that does not cancel
-        return torch.where(rising, 2 * v, root) / torch.where(rising, root, 2 * first)
+        return _unpiece(v, a, b)
 
     def log_slope(self, u, a, b):
         """log dv/du."""
         mixed = u * (1 - u)
         rise = b * u * u + 2 * mixed + a * (1 - u) ** 2
         return rise.log() - 2 * (1 + (a + b - 2) * mixed).log()
+
+    def _in_box(self, t, theta, side):
+        limits = self.evenness, self.steepest, self.end_slope, self.tails
+        return _RationalQuadratic.apply(t, theta, side, self.bins, *self.ends, *limits)[:2]
 
 # %% ../nbs/07-splines.ipynb #be6be5b5
 spline_maps = Table(
@@ -376,9 +469,7 @@ spline_maps = Table(
         "cubic-spline": CubicSplineMap(),
         "rational-linear-spline": RationalLinearSplineMap(),
         "rational-quadratic-spline": RationalQuadraticSplineMap(),
-        "rational-quadratic-spline-box": RationalQuadraticSplineMap(
-            8, (0.0, 1.0), "box"
-        ),
+        "rational-quadratic-spline-box": RationalQuadraticSplineMap(8, (0.0, 1.0), "box"),
         "circular-spline": RationalQuadraticSplineMap(8, math.pi, "circular"),
     }
 )
