@@ -11,7 +11,8 @@ __all__ = ['exercise', 'agrees', 'compare', 'compare_pair', 'broken_promise', 'm
            'check_substitution', 'check_determinant_lemma', 'check_pixels', 'check_circulant', 'check_row_order',
            'check_uniform_to_exponential', 'check_logistic_bound', 'check_sigmoid_pair', 'check_batch_norm_ladj',
            'check_radial_root', 'check_reach', 'check_couple_inverse', 'check_repair', 'check_densest',
-           'check_couple_image', 'check_partition']
+           'check_couple_image', 'check_partition', 'check_knot_count', 'check_unpiece', 'check_cubic_limit',
+           'check_search', 'check_hermite', 'check_circle_map']
 
 # %% ../nbs/96-exercises.ipynb #d907fad6
 import functools
@@ -1378,3 +1379,215 @@ def check_partition(
                 hint = f"{uncut} of {dim // 2} pairs are on one side"
                 return f"{hint}, {when}" if when else hint
     return None
+
+# %% ../nbs/96-exercises.ipynb #36b3d184
+from .elementwise import Elementwise
+
+# %% ../nbs/96-exercises.ipynb #a7e2da64
+@exercise("7.1")
+def check_knot_count(
+    line: int,  # Raw numbers with linear tails
+    box: int,  # Raw numbers in a box
+    circle: int,  # Raw numbers on a circle
+):
+    """Check how many raw numbers a rational-quadratic spline with 10 bins takes."""
+    slips = {
+        "10 bins have 9 inner knots, and the slopes at the two ends are fixed": 30,
+        "10 widths, 10 heights and the slopes at 9 inner knots": 31,
+        "the widths add up to the box, but each has a raw number all the same, and so have the heights": 27,
+        "the slopes at the inner knots are free too": 20,
+    }
+    hint = compare("on_the_line", line, 29, slips)
+    slips = {
+        "in a box the slopes at the two ends are free": 29,
+        "10 bins have 11 knots, and all their slopes are free": 30,
+    }
+    hint = hint or compare("in_a_box", box, 31, slips)
+    slips = {
+        "the shift is missing": 30,
+        "the two ends are one point, with one slope": 32,
+        "on a circle there are 10 knots, each with a slope, and there is a shift": 29,
+    }
+    return hint or compare("on_a_circle", circle, 31, slips)
+
+# %% ../nbs/96-exercises.ipynb #7648902e
+@exercise("7.2")
+def check_unpiece(
+    answer,  # From `v`, `a` and `c` to `(u, log du/dv)`
+):
+    """Check the inverse of a hyperbola."""
+    a = torch.tensor([0.2, 1.0, 4.0, 9.0], dtype=torch.float64)[:, None]
+    c = torch.tensor([-0.7, 0.0, 2.0, 11.0], dtype=torch.float64)[:, None]
+    u = torch.linspace(0.05, 0.9, 7, dtype=torch.float64)
+    v = a * u / (1 + c * u)
+    log_slope = a.log() - 2 * (1 + c * u).log()
+    return compare_pair(
+        "my_unpiece", answer(v, a, c), u.expand_as(v), -log_slope,
+        {
+            "this is the forward direction": a * v / (1 + c * v),
+            "check the sign of c: v (1 + c u) = a u, so collect u on one side": v / (a + c * v),
+            "there u is divided by a, here v is": v / (1 - c * v) * a,
+        },
+        {
+            "this is log dv/du; the call goes from v to u": log_slope,
+            "this is the slope; return its logarithm": (-log_slope).exp(),
+            "the square is missing: the derivative of a quotient has its bottom squared": (
+                (1 + c * u).log() - a.log()
+            ),
+            "no sum here: one number for each v": (-log_slope).sum(),
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #23af04c8
+@exercise("7.3")
+def check_cubic_limit(
+    largest: float,  # The largest equal slope at both ends
+    place: float,  # Where the curve is flattest then
+    slope: float,  # Its slope there
+):
+    """Check the numbers at which a cubic piece with equal end slopes begins to turn back."""
+    slips = {
+        "the inner slopes of Steffen stay at or below 2, which is safe, but not the largest": 2.0,
+        "that is a straight line; the curve can be much steeper at its ends": 1.0,
+        "with slopes of 4 the curve turns back in the middle": 4.0,
+    }
+    hint = compare("largest_equal_slope", largest, 3.0, slips)
+    slips = {
+        "there it is steepest": 0.0,
+        "there the curve is steepest": 1.0,
+    }
+    hint = hint or compare("flattest_at", place, 0.5, slips)
+    slips = {"that is the slope at the ends": 3.0, "that is v and not v'": 0.5}
+    return hint or compare("slope_there", slope, 0.0, slips)
+
+# %% ../nbs/96-exercises.ipynb #7e35135e
+@exercise("7.4")
+def check_search(
+    answer,  # From points and knots to the index of a bin
+):
+    """Check the repaired search for bins."""
+    knots = _noise(3, 5, 6).double().sort(-1).values
+    inside = knots[..., :1] + (knots[..., -1:] - knots[..., :1]) * torch.linspace(
+        0.01, 0.99, 7, dtype=torch.float64
+    )
+    tries = {
+        "between the knots": inside.movedim(-1, 0),
+        "at a knot, the bin to its right": knots.movedim(-1, 0)[:-1],
+        "outside, the nearest bin": torch.stack(
+            [knots[..., 0] - 1, knots[..., -1], knots[..., -1] + 1]
+        ),
+    }
+    stub = [(t.unsqueeze(-1) > knots[..., 1:]).sum() for t in tries.values()]
+    answers = [torch.as_tensor(answer(t, knots)) for t in tries.values()]
+    if all(map(torch.equal, answers, stub)):
+        raise NotImplementedError  # all faults are still there
+    for (where, t), got in zip(tries.items(), answers):
+        want = (t.unsqueeze(-1) >= knots[..., 1:-1]).sum(-1)
+        hint = compare(
+            f"the index ({where})", got, want,
+            {
+                "it sums over the whole batch; each point has its own bin": want.sum(),
+                "it sums over the whole batch, and the last knot counts": (
+                    t.unsqueeze(-1) >= knots[..., 1:]
+                ).sum(),
+                "the last knot ends the last bin, so it must not count": (
+                    t.unsqueeze(-1) >= knots[..., 1:]
+                ).sum(-1),
+                "a point at a knot belongs to the bin on its right": (
+                    t.unsqueeze(-1) > knots[..., 1:-1]
+                ).sum(-1),
+                "with the first knot counted, the index is one too large": (
+                    t.unsqueeze(-1) >= knots[..., :-1]
+                ).sum(-1),
+            },
+        )  # fmt: skip
+        if hint:
+            return hint
+    return None
+
+# %% ../nbs/96-exercises.ipynb #a107b2e9
+@exercise("7.5")
+def check_hermite(
+    answer: type,  # A subclass of `SplineMap` with `limit`, `point` and `log_slope`
+):
+    """Check cubic pieces with free slopes, alone and in a spline."""
+    scalar_map = answer(4)
+    a = torch.tensor([0.01, 0.5, 1.0, 3.0, 20.0, 400.0], dtype=torch.float64)[:, None]
+    b, u = a.flip(0), torch.linspace(0, 1, 9, dtype=torch.float64)
+    want = 3 * (1 - (-a / 3).exp())
+    slips = {
+        "this clamps; where it does, the slope has no gradient": a.clamp(max=3.0),
+        "divide by 3 inside the exponential": 3 * (1 - (-a).exp()),
+        "the factor 3 is missing": 1 - (-a / 3).exp(),
+    }
+    hint = compare("limit(a)", scalar_map.limit(a), want, slips)
+    if hint:
+        return hint
+
+    def hermite(a, b):
+        point = a * u + (3 - 2 * a - b) * u**2 + (a + b - 2) * u**3
+        return point, a + 2 * (3 - 2 * a - b) * u + 3 * (a + b - 2) * u**2
+
+    point, slope = hermite(want, want.flip(0))
+    hint = compare(
+        "point", scalar_map.point(u, a, b), point,
+        {
+            "a and b are not limited": hermite(a, b)[0],
+            "a belongs to the left end and b to the right": hermite(want.flip(0), want)[0],
+        },
+    )  # fmt: skip
+    hint = hint or compare(
+        "log_slope", scalar_map.log_slope(u, a, b), slope.log(),
+        {
+            "this is the slope; return its logarithm": slope,
+            "a and b are not limited": hermite(a, b)[1].log(),
+        },
+    )  # fmt: skip
+    return hint or broken_promise(
+        Elementwise(1, scalar_map),
+        _noise(8, 1),
+        {"identity": "the limit of 1 is less than 1", "mass": "the density jumps at the knots"},
+    )
+
+# %% ../nbs/96-exercises.ipynb #ab651275
+@exercise("7.6")
+def check_circle_map(
+    answer: type,  # A class with `n_params`, `forward` and `inverse`
+):
+    """Check a Möbius map of angles."""
+    h = answer()
+    if getattr(h, "n_params", None) != 2:
+        return f"n_params should be 2, got {getattr(h, 'n_params', None)}"
+    z = torch.linspace(-3.1, 3.1, 12, dtype=torch.float64)
+    zero = torch.zeros(12, 2, dtype=torch.float64)
+    hint = compare_pair("forward at theta = 0", h.forward(z, zero), z, torch.zeros_like(z))
+    if hint:
+        return hint + " (theta = 0 must be the identity)"
+    rho = _noise(12, 2).double()
+    omega = torch.view_as_complex(0.9 * rho / (1 + rho.square().sum(-1, keepdim=True)).sqrt())
+
+    def moebius(omega, t=z):
+        zeta = torch.polar(torch.ones_like(t), t)
+        stretch = (1 - omega.abs() ** 2) / (zeta - omega).abs() ** 2
+        return (stretch * (zeta - omega) - omega).angle(), stretch.log()
+
+    x, log_slope = moebius(omega)
+    hint = compare_pair(
+        "forward", h.forward(z, rho), x, log_slope,
+        {
+            "this is the inverse: the other sign of omega": moebius(-omega)[0],
+            "angles should be from -pi to pi": x % (2 * math.pi),
+            "omega is 0.9 rho / sqrt(1 + |rho|^2)": moebius(torch.view_as_complex(rho))[0],
+            "the first number of rho is the real part of omega": moebius(omega.imag + 1j * omega.real)[0],
+        },
+        {
+            "wrong sign": -log_slope,
+            "this is the slope; return its logarithm": log_slope.exp(),
+            "no sum here: one number for each angle": log_slope.sum(),
+        },
+    )  # fmt: skip
+    return hint or compare_pair(
+        "inverse", h.inverse(x, rho), z, -log_slope,
+        {"this is the forward map: the other sign of omega": moebius(omega, x)[0]},
+        {"wrong sign: it belongs to the inverse, log dz/dx": log_slope},
+    )  # fmt: skip
