@@ -311,7 +311,7 @@ def seeded_half(
 
 
 coupling_row = partial(Row, family="coupling", lesson="06-coupling")
-image_coupling_row = partial(coupling_row, event_shapes=((2, 4, 4), (3, 3, 5)))
+image_coupling_row = partial(coupling_row, event_shapes=((2, 2, 4), (3, 3, 3)))
 coupling_rows = {
     "affine-coupling-alternating": coupling_row(
         partial(couple, partition=alternating), reference="Dinh et al. 2017, sec. 3.4"
@@ -329,10 +329,6 @@ coupling_rows = {
     "affine-coupling-checkerboard": image_coupling_row(
         partial(couple, partition=checkerboard, conditioner=convnet),
         reference="Dinh et al. 2017, fig. 3",
-    ),
-    "affine-coupling-random-pixels": image_coupling_row(
-        partial(couple, partition=seeded_half, conditioner=convnet),
-        reference="Dinh et al. 2017, eq. 9",
     ),
     "nice": coupling_row(
         lambda dim, context_dim: NICE(dim, 2, (8,), context_dim),
