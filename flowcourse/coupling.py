@@ -293,11 +293,10 @@ class Couplings(Compose):
         as_shape(layers, "layers")
         network = conditioner or (mlp if len(shape) == 1 else convnet)
         network = partial(network, hidden=hidden, dropout=dropout)
-        couplings = []
+        masks = []
         for i in range(layers):
-            mask = partition(dim) if i % 2 == 0 else ~mask
-            couplings.append(Coupling(mask, scalar_map, network, context_dim))
-        super().__init__(*couplings)
+            masks.append(partition(dim) if i % 2 == 0 else ~masks[-1])
+        super().__init__(*(Coupling(mask, scalar_map, network, context_dim) for mask in masks))
 
 # %% ../nbs/06-coupling.ipynb #176815ed
 class RealNVP(Couplings):
