@@ -125,58 +125,36 @@ class MADE(nn.Module):
         context: Tensor | None = None,  # Features, broadcast: `(n, context_dim)`
     ):
         """One pass spread over the coordinates: each value is fed back before the next output."""
-        # Writing in place is twice as fast, and only for numbers that nobody differentiates.
-        functional = (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-        )
-        (self._push if functional else self._pull)(step, n, context)
-
-    def _pull(self, step, n, context):
-        "Each unit sums over all that is known when its turn comes; what is not known is zero."
+        # What is not known yet is zero, so that no mask is needed.
         known = [layer.weight.new_zeros(layer.in_features, n) for layer in self.layers]
         biases = [layer.bias.unsqueeze(-1) for layer in self.layers]
         if context is not None:
             biases[0] = biases[0] + self.from_context(context).T
-        counts = [*self._counts, self.n_params]
+        counts = [*self._counts, self.n_params]  # of rows that are computed together
         weights = [layer.weight.split(count) for layer, count in zip(self.layers, counts)]
         biases = [bias.split(count) for bias, count in zip(biases, counts)]
-        units = [h.split(count) for h, count in zip(known[1:], self._counts)]
-        values = known[0].unbind()
+        # Writing in place is quicker, and right for numbers that nobody differentiates.
+        in_place = not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+        )
+
+        def learn(k, start, rows):
+            if in_place:
+                known[k][start : start + len(rows)] = rows
+            else:
+                known[k] = known[k].slice_scatter(rows, 0, start, start + len(rows))
+
+        starts = [0] * len(self._counts)
         for place, i in enumerate(self._sequence):
             for k, counts in enumerate(self._counts):
                 if counts[place]:
                     a = torch.addmm(biases[k][place], weights[k][place], known[k])
-                    units[k][place].copy_(self.activation(a))
-            values[i].copy_(step(i, torch.addmm(biases[-1][i], weights[-1][i], known[-1]).T))
-
-    def _push(self, step, n, context):
-        "Each unit, once known, is added to the sums of those that see it; nothing is overwritten."
-        first, *_, last = weights = [layer.weight for layer in self.layers]
-        biases = [layer.bias for layer in self.layers]
-        if self._sequence != sorted(self._sequence):  # later outputs below earlier ones
-            last, biases[-1] = (
-                t.unflatten(0, (self.dim, -1))[self.order].flatten(0, 1) for t in (last, biases[-1])
-            )
-            weights[-1] = last
-        # What has been summed up so far for the units still to come, one row for each unit.
-        sums = [bias[:, None].expand(-1, n) for bias in biases]
-        if context is not None:
-            sums[0] = sums[0] + self.from_context(context).T
-        used = [0] * len(sums)
-        for place, i in enumerate(self._sequence):
-            for k, counts in enumerate(self._counts):
-                if count := counts[place]:
-                    unit = self.activation(sums[k][:count])
-                    columns = weights[k + 1][used[k + 1] :, used[k] : used[k] + count]
-                    sums[k + 1] = torch.addmm(sums[k + 1], columns, unit)
-                    sums[k], used[k] = sums[k][count:], used[k] + count
-            value = step(i, sums[-1][: self.n_params].T)
-            sums[-1], used[-1] = sums[-1][self.n_params :], used[-1] + self.n_params
-            if len(sums[0]):
-                column = first[used[0] :, i : i + 1]
-                sums[0] = torch.addmm(sums[0], column, value[None])
+                    learn(k + 1, starts[k], self.activation(a))
+                    starts[k] += counts[place]
+            value = step(i, torch.addmm(biases[-1][i], weights[-1][i], known[-1]).T)
+            learn(0, i, value[None])
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
