@@ -12,7 +12,8 @@ __all__ = ['exercise', 'agrees', 'compare', 'compare_pair', 'broken_promise', 'm
            'check_uniform_to_exponential', 'check_logistic_bound', 'check_sigmoid_pair', 'check_batch_norm_ladj',
            'check_radial_root', 'check_reach', 'check_couple_inverse', 'check_repair', 'check_densest',
            'check_couple_image', 'check_partition', 'check_knot_count', 'check_unpiece', 'check_cubic_limit',
-           'check_search', 'check_hermite', 'check_circle_map']
+           'check_search', 'check_hermite', 'check_circle_map', 'check_pass_counts', 'check_degrees',
+           'check_iaf_density', 'check_one_by_one', 'check_sweeps', 'check_block_slope']
 
 # %% ../nbs/96-exercises.ipynb #d907fad6
 import functools
@@ -1591,3 +1592,203 @@ def check_circle_map(
         {"this is the forward map: the other sign of omega": moebius(omega, x)[0]},
         {"wrong sign: it belongs to the inverse, log dz/dx": log_slope},
     )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #a2b34b6f
+def _masked_net(d):
+    """A function from `x` to `s, t` in which entry i sees entries before i only; always the same."""
+    generator = torch.Generator().manual_seed(3)
+    below = torch.ones(d, d).tril(-1)
+    a, b = (torch.randn(d, d, generator=generator) * below for _ in range(2))
+    c = torch.randn(d, generator=generator)
+
+    def net(x):
+        if x.shape[-1] != d:
+            raise ValueError(f"net expects all {d} coordinates, got {x.shape[-1]}")
+        return (x @ a.T.to(x) + c.to(x)).tanh(), (x @ b.T.to(x)).sin() + c.flip(0).to(x)
+
+    return net
+
+
+def _in_order(z, net):
+    """One coordinate after another, and log|det dx/dz|."""
+    x = torch.zeros_like(z)
+    for _ in range(z.shape[-1]):
+        s, t = net(x)
+        x = z * s.exp() + t
+    return x, net(x)[0].sum(-1)
+
+# %% ../nbs/96-exercises.ipynb #6518313f
+@exercise("9.1")
+def check_pass_counts(
+    maf_density: int,  # Network evaluations for the density of a MAF
+    maf_sample: int,  # For its samples, by the plain loop
+    iaf_density: int,  # For the density of given points under an IAF
+):
+    """Check the costs of 3 autoregressive layers in 10 dimensions."""
+    slips = {"a MAF knows all of its data at once: one pass a layer": 30}
+    hint = compare("maf_density", maf_density, 3, slips)
+    slips = {
+        "that is one layer; each of the three waits for all of the layer before": 10,
+        "a sample needs one pass for each coordinate": 3,
+    }
+    hint = hint or compare("maf_sample", maf_sample, 30, slips)
+    slips = {
+        "its samples are that cheap; a point from elsewhere must first be led back": 3,
+        "that is one layer": 10,
+    }
+    return hint or compare("iaf_density", iaf_density, 30, slips)
+
+# %% ../nbs/96-exercises.ipynb #f7dde09b
+@exercise("9.2")
+def check_degrees(
+    answer,  # From `dim` and degrees to two masks
+):
+    """Check the masks of a network with one hidden layer."""
+    for dim, degree in ((3, torch.tensor([1, 2, 2, 1])), (5, torch.tensor([4, 1, 0, 3, 2, 4]))):
+        place = torch.arange(1, dim + 1)
+        first, last = degree[:, None] >= place, place[:, None] > degree
+        masks = answer(dim, degree)
+        if not isinstance(masks, tuple) or len(masks) != 2:
+            return "expected a pair of masks, inputs first"
+        for mask in masks:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = getattr(mask, "dtype", type(mask).__name__)
+                return f"the masks should be boolean tensors, got {kind}"
+        hint = compare(
+            "the mask of the inputs", masks[0], first,
+            {
+                "rows are units, columns are inputs; here it is the other way round": first.T,
+                "a unit of degree m sees coordinate m as well: >=, not >": degree[:, None] > place,
+                "coordinates count from 1": degree[:, None] >= place - 1,
+            },
+        ) or compare(
+            "the mask of the outputs", masks[1], last,
+            {
+                "rows are outputs, columns are units; here it is the other way round": last.T,
+                "an output must not see its own coordinate: >, not >=": place[:, None] >= degree,
+                "coordinates count from 1": place[:, None] - 1 > degree,
+            },
+        )  # fmt: skip
+        if hint:
+            return hint
+    return None
+
+# %% ../nbs/96-exercises.ipynb #65ea58b3
+@exercise("9.3")
+def check_iaf_density(
+    answer,  # From `z` and `net` to `(x, log_density)`
+):
+    """Check the density of samples of an inverse autoregressive flow."""
+    net, z = _masked_net(4), _noise(6, 4)
+    s, t = net(z)
+    log_base = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
+    x = z * s.exp() + t
+    got = answer(z, net)
+    if compare_pair("the stub", got, x, log_base + s.sum(-1)) is None:
+        raise NotImplementedError  # the slip is still there
+    at_data = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1)
+    return compare_pair(
+        "iaf_sample", got, x, log_base - s.sum(-1),
+        {
+            "the sample was right: leave x alone": (z - t) * (-s).exp(),
+        },
+        {
+            "the base is evaluated at z, where the sample came from": at_data - s.sum(-1),
+            "the log-determinant is missing": log_base,
+            "one number for each point: sum s over the coordinates": log_base.unsqueeze(-1) - s,
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #8f383613
+@exercise("9.4")
+def check_one_by_one(
+    answer,  # From `z` and `net` to `(x, ladj)`
+):
+    """Check the plain sampling loop."""
+    net, z = _masked_net(5), _noise(4, 5)
+    x, ladj = _in_order(z, net)
+    s, t = net(torch.zeros_like(z))
+    at_z = net(z)
+    return compare_pair(
+        "one_by_one", answer(z, net), x, ladj,
+        {
+            "this is a single pass from zeros; each coordinate needs those before it": z * s.exp() + t,
+            "the network looks at x, not at z: this samples an IAF": z * at_z[0].exp() + at_z[1],
+            "this is the way back, from data to base": (z - at_z[1]) * (-at_z[0]).exp(),
+        },
+        {
+            "wrong sign: forward scales by exp(s)": -ladj,
+            "one number for each point: sum over the coordinates": net(x)[0],
+            "sum s of the finished point, each coordinate once": s.sum(-1),
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #0d03fa84
+@exercise("9.5")
+def check_sweeps(
+    answer,  # From `z`, `net` and a number to the guesses
+):
+    """Check parallel sweeps from zeros."""
+    net, z = _masked_net(5), _noise(4, 5)
+    x, want = torch.zeros_like(z), []
+    for _ in range(6):
+        s, t = net(x)
+        x = z * s.exp() + t
+        want.append(x)
+    s, t = net(z)
+    from_z = [z * s.exp() + t]
+    for _ in range(5):
+        s, t = net(from_z[-1])
+        from_z.append(z * s.exp() + t)
+    want, from_z = torch.stack(want), torch.stack(from_z)
+    again = [want[0]]
+    for _ in range(5):
+        s, t = net(again[-1])
+        again.append(again[-1] * s.exp() + t)
+    return compare(
+        "the guesses", answer(z, net, 6), want,
+        {
+            "begin at zeros": from_z,
+            "every sweep maps the same z, with parameters from the last guess": torch.stack(again),
+            "return the guesses after sweeps 1 to n, without the zeros": torch.cat(
+                [torch.zeros_like(want[:1]), want[:-1]]
+            ),
+            "return all guesses, stacked in front": want[-1],
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #2f8a8954
+@exercise("9.6")
+def check_block_slope(
+    answer,  # From `x`, `w`, `b`, `v` and `rho` to `(z, log_slope)`
+):
+    """Check a block of one coordinate and the logarithm of its slope."""
+    w, b, v = _noise(3, 6)
+    x, rho = 2 * _noise(9), 0.7
+    a = x[:, None] * w.exp() + b
+    z = (v.exp() * (a + rho * (a.tanh() - a))).sum(-1)
+    each = 1 - rho * a.tanh() ** 2
+    slope = (v.exp() * w.exp() * each).sum(-1)
+    hint = compare_pair(
+        "my_block", answer(x, w, b, v, rho), z, slope.log(),
+        {
+            "the weights are exp(w) and exp(v), so that they are positive": (
+                v * ((x[:, None] * w + b) * (1 - rho) + rho * (x[:, None] * w + b).tanh())
+            ).sum(-1),
+            "tanh alone is bounded; add what leaks": (v.exp() * a.tanh()).sum(-1),
+        },
+        {
+            "this is the slope; return its logarithm": slope,
+            "exp(w) is a factor of the slope as well: the chain rule": (v.exp() * each).sum(-1).log(),
+            "a logarithm of a sum, not a sum of logarithms": (v + w + each.log()).sum(-1),
+            "the slope of tanh is 1 - tanh^2, so that of the leak is 1 - rho tanh^2": (
+                (v.exp() * w.exp() * (1 - a.tanh() ** 2)).sum(-1).log()
+            ),
+        },
+    )  # fmt: skip
+    if hint:
+        return hint
+    far = answer(x, w - 60, b, v - 60, rho)[1]
+    if not (far.isfinite().all() and agrees(far, answer(x, w - 30, b, v - 30, rho)[1] - 60, 1e-3)):
+        return "for tiny weights the slope underflows: stay in logarithms, with logsumexp"
+    return None
