@@ -108,7 +108,7 @@ def umnn(z, theta, scalar_map):
 
 
 def bernstein(z, theta, scalar_map):
-    """Ramasinghe et al. 2021: coefficients against Bernstein's basis."""
+    """Ramasinghe et al. 2022: coefficients against Bernstein's basis."""
     coefficients, _ = read(scalar_map, theta)
     assert (coefficients.diff(dim=0) > 0).all()
     n, u = scalar_map.degree, (z + scalar_map.bound) / (2 * scalar_map.bound)
