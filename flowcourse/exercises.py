@@ -13,7 +13,8 @@ __all__ = ['exercise', 'agrees', 'compare', 'compare_pair', 'broken_promise', 'm
            'check_radial_root', 'check_reach', 'check_couple_inverse', 'check_repair', 'check_densest',
            'check_couple_image', 'check_partition', 'check_knot_count', 'check_unpiece', 'check_cubic_limit',
            'check_search', 'check_hermite', 'check_circle_map', 'check_pass_counts', 'check_degrees',
-           'check_iaf_density', 'check_one_by_one', 'check_sweeps', 'check_block_slope']
+           'check_iaf_density', 'check_one_by_one', 'check_sweeps', 'check_block_slope', 'check_mass_kept',
+           'check_tails', 'check_root_derivatives', 'check_largest_bump', 'check_lukacs']
 
 # %% ../nbs/96-exercises.ipynb #d907fad6
 import functools
@@ -1792,3 +1793,156 @@ def check_block_slope(
     if not (far.isfinite().all() and agrees(far, answer(x, w - 30, b, v - 30, rho)[1] - 60, 1e-3)):
         return "for tiny weights the slope underflows: stay in logarithms, with logsumexp"
     return None
+
+# %% ../nbs/96-exercises.ipynb #b39abc9a
+from .elementwise import Elementwise
+
+# %% ../nbs/96-exercises.ipynb #4e8fb0e4
+@exercise("8.1")
+def check_mass_kept(
+    sigmoid: float,  # Where the way to the base is `z = sigmoid(x)`
+    tanh: float,  # `z = x + tanh(x)`
+    fading: float,  # `z` is the integral of `exp(-|t|)` from 0 to `x`
+):
+    """Check three predictions of a density's mass."""
+    inside, half_line = math.erf(math.sqrt(0.5)), math.erf(math.sqrt(0.5)) / 2
+    hint = compare(
+        "mass_sigmoid", sigmoid, half_line,
+        {
+            "sigmoid reaches only the numbers between 0 and 1 of the base, so some mass is lost": 1,
+            "it ends at 0 and 1, not at -1 and 1": inside,
+            "that is the half line above 0; sigmoid stops at 1": 0.5,
+        }, 6e-3,
+    )  # fmt: skip
+    hint = hint or compare(
+        "mass_tanh", tanh, 1.0,
+        {"tanh alone ends at -1 and 1, but here it is added to x, which goes on": inside}, 6e-3,
+    )  # fmt: skip
+    return hint or compare(
+        "mass_fading", fading, inside,
+        {
+            "positive is not enough: where does the integral end?": 1,
+            "the integral goes both ways from 0": half_line,
+            "exp(-|t|) integrates to 1 on either side, not on both together": math.erf(
+                0.5 * math.sqrt(0.5)
+            ),
+        }, 6e-3,
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #37386dbc
+@exercise("8.2")
+def check_tails(
+    answer,  # From `w` and `u` to the log-odds of the mixture
+):
+    """Check log-odds of a mixture, near zero and far out."""
+    w = _noise(4, 3).softmax(-1)
+    for name, u in (("near zero", 2 * _noise(4, 3)), ("far out", 100 * _noise(4, 3).sign() + _noise(4, 3)),
+                    ("at u = 200", torch.full((4, 3), 200.0)), ("at u = -200", torch.full((4, 3), -200.0))):  # fmt: skip
+        log_w, logsigmoid = w.double().log(), torch.nn.functional.logsigmoid
+        below = (log_w + logsigmoid(u.double())).logsumexp(-1)
+        above = (log_w + logsigmoid(-u.double())).logsumexp(-1)
+        p = (w * u.sigmoid()).sum(-1)
+        hint = compare(
+            f"my_log_odds {name}", answer(w, u), below - above,
+            {
+                "1 - p is rounded to 0, or p to 0: keep both tails, each as a logarithm": p.log()
+                - (1 - p).log(),
+                "this is the logarithm of p alone": below,
+                "this is the mean of the log-odds; mix the probabilities": (w * u).sum(-1),
+                "this is p; its log-odds are wanted": p,
+            },
+        )  # fmt: skip
+        if hint:
+            return hint
+    return None
+
+# %% ../nbs/96-exercises.ipynb #595d9c8e
+@exercise("8.3")
+def check_root_derivatives(
+    answer,  # From five partial derivatives to the two derivatives of the root
+):
+    """Check the implicit first and second derivative."""
+    h_z, h_t, h_zz, h_zt, h_tt = (t.double() for t in (_noise(5).exp(), *(_noise(4, 5) + 0.1)))
+    first = -h_t / h_z
+
+    def second(cross=2.0, bend=1.0):
+        return -(h_tt + cross * h_zt * first + bend * h_zz * first**2) / h_z
+
+    return compare_pair(
+        "root_derivatives", answer(h_z, h_t, h_zz, h_zt, h_tt), first, second(),
+        {
+            "wrong sign: if h grows with theta, the root must move down": -first,
+            "this is the reciprocal: dz/dtheta is small where h is steep in z": -h_z / h_t,
+        },
+        {
+            "the mixed derivative comes twice: from z and from theta": second(cross=1.0),
+            "the mixed derivative is missing: the slope at the root depends on theta": second(cross=0.0),
+            "h_zz is missing: the slope at the root changes as the root moves": second(bend=0.0),
+            "wrong sign": -second(),
+            "z moves with theta everywhere in the first equation, not only in one place": -h_tt / h_z,
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #e02deca3
+@exercise("8.4")
+def check_largest_bump(
+    answer,  # From `a` and `d` to the largest height
+):
+    """Check the bound on a Gaussian bump."""
+    a, d = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 3.0, 0.2])
+    want = a / d * math.sqrt(math.e / 2)
+    return compare(
+        "largest_bump", answer(a, d), want,
+        {
+            "that is the bound for the bump of the lesson, c / (1 + u^2)": 8 * math.sqrt(3) / 9 * a / d,
+            "the bump is steepest at u = 1/sqrt(2), not at u = 1": a / d * math.e / 2,
+            "differentiate by z, not by u: d is a factor of the bump's slope": a * math.sqrt(math.e / 2),
+            "divide by d: a narrow bump is steep": a * d * math.sqrt(math.e / 2),
+            "this is the bump's steepest slope over c; |c| may be a divided by it": d * math.sqrt(2 / math.e),
+            "the bump's slope has a factor u besides the 2": a / (2 * d),
+        },
+    )  # fmt: skip
+
+# %% ../nbs/96-exercises.ipynb #30e35534
+@exercise("8.5")
+def check_lukacs(
+    answer: type,  # A class with `n_params`, `read`, `inside` and `slope_inside`
+):
+    """Check the map with squares weighted by 1 and 1 - t^2, alone and in its contract."""
+    h = answer()
+    if not hasattr(h, "bracket") or h.n_params != 7:  # the lesson defines a BoxedMap of its own
+        return "LukacsMap should be a BoxedMap with 7 raw parameters"
+    z, bound = torch.linspace(-1, 1, 9, dtype=torch.float64) * h.bound, h.bound
+
+    def slope(z, theta, floor=0.01, weighted=True, start=1.0):
+        raw, t = 2 * torch.tanh(theta / 2), z / bound
+        p = start * t + raw[0] + raw[1] * t + raw[2] * t**2
+        q = start + raw[3] + raw[4] * t + raw[5] * t**2
+        return (1 - floor) * (p**2 + (1 - t**2 if weighted else 1) * q**2) + floor
+
+    def integral(f):
+        fine = torch.linspace(0, 1, 2001, dtype=torch.float64)
+        return z * torch.trapezoid(f(z[:, None] * fine), fine)
+
+    for name, theta in (("at theta = 0", torch.zeros(7)), ("at a random theta", _noise(7))):
+        theta = theta.double()
+        shape = h.read(theta[:, None])
+        want = slope(z, theta)
+        slips = {
+            "the second square is weighted by 1 - t^2": slope(z, theta, weighted=False),
+            "scale by 0.99 and add 0.01, so that no slope is zero": slope(z, theta, floor=0.0),
+            "p starts as t and q as 1: add them to what theta says": slope(z, theta, start=0.0),
+            "this is the logarithm; the slope itself is wanted": want.log(),
+        }
+        hint = compare(f"slope_inside {name}", h.slope_inside(z, *shape), want, slips, 1e-6)
+        area = integral(lambda z, theta=theta: slope(z, theta))
+        slips = {
+            "integrate over z, not over t: a factor of the bound is missing": theta[6]
+            + area / bound,
+            "the shift is missing": area,
+            "the integral starts at 0, where x is the shift": theta[6] + area - area[0],
+        }
+        hint = hint or compare(f"inside {name}", h.inside(z, *shape), theta[6] + area, slips, 1e-4)
+        if hint:
+            return hint
+    return broken_promise(Elementwise(3, h), _noise(8, 3))
