@@ -1618,6 +1618,11 @@ def _in_order(z, net):
         x = z * s.exp() + t
     return x, net(x)[0].sum(-1)
 
+
+def _instead(hint, otherwise):
+    "The hint, or `otherwise` where it would only tell the right number."
+    return otherwise if hint and "is right" in hint else hint
+
 # %% ../nbs/96-exercises.ipynb #6518313f
 @exercise("9.1")
 def check_pass_counts(
@@ -1626,18 +1631,20 @@ def check_pass_counts(
     iaf_density: int,  # For the density of given points under an IAF
 ):
     """Check the costs of 3 autoregressive layers in 10 dimensions."""
-    slips = {"a MAF knows all of its data at once: one pass a layer": 30}
-    hint = compare("maf_density", maf_density, 3, slips)
+    count = "count the layers, and how often each evaluates its network for this"
+    slips = {"a MAF knows all of its data at once: one pass a layer": 30, "that is one layer": 1}
+    hint = _instead(compare("maf_density", maf_density, 3, slips), f"maf_density: {count}")
     slips = {
         "that is one layer; each of the three waits for all of the layer before": 10,
         "a sample needs one pass for each coordinate": 3,
+        "a layer begins when the one before it has finished: their costs add up": 1000,
     }
-    hint = hint or compare("maf_sample", maf_sample, 30, slips)
+    hint = hint or _instead(compare("maf_sample", maf_sample, 30, slips), f"maf_sample: {count}")
     slips = {
         "its samples are that cheap; a point from elsewhere must first be led back": 3,
         "that is one layer": 10,
     }
-    return hint or compare("iaf_density", iaf_density, 30, slips)
+    return hint or _instead(compare("iaf_density", iaf_density, 30, slips), f"iaf_density: {count}")
 
 # %% ../nbs/96-exercises.ipynb #f7dde09b
 @exercise("9.2")
@@ -1692,6 +1699,7 @@ def check_iaf_density(
         "iaf_sample", got, x, log_base - s.sum(-1),
         {
             "the sample was right: leave x alone": (z - t) * (-s).exp(),
+            "the sample was right, exp(s) and all: the slip is in the density": z * (-s).exp() + t,
         },
         {
             "the base is evaluated at z, where the sample came from": at_data - s.sum(-1),
@@ -1788,7 +1796,8 @@ def check_block_slope(
         },
     )  # fmt: skip
     if hint:
-        return hint
+        told_number = "ladj" in hint and "is right" in hint
+        return f"{hint}; the slope of phi is 1 - rho tanh^2" if told_number else hint
     far = answer(x, w - 60, b, v - 60, rho)[1]
     if not (far.isfinite().all() and agrees(far, answer(x, w - 30, b, v - 30, rho)[1] - 60, 1e-3)):
         return "for tiny weights the slope underflows: stay in logarithms, with logsumexp"
