@@ -96,7 +96,7 @@ def residual(
     hidden: tuple[int, ...] = (64, 64),  # Inner width of each block; the first is the stem's too
     activation: type[nn.Module] = nn.SiLU,  # Smooth, so that the flow has second derivatives
     dropout: float = 0.0,  # Chance that a hidden unit is left out of a training step
-    layer=nn.Linear,  # Or convolution, for images
+    layer=nn.Linear,  # Or `convolution`, the next cell, for images
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner of residual blocks, which can be deep."""
     width, *_ = as_shape(hidden, "hidden")
@@ -194,12 +194,12 @@ class Coupling(Bijection):
     @property
     def forward_cost(self) -> str:
         """The cost of the scalar map's `forward`."""
-        return getattr(self.scalar_map, "forward_cost", "one pass")
+        return self.scalar_map.forward_cost
 
     @property
     def inverse_cost(self) -> str:
         """The cost of the scalar map's `inverse`."""
-        return getattr(self.scalar_map, "inverse_cost", "one pass")
+        return self.scalar_map.inverse_cost
 
     def _read_mask(self):
         "Find the cheapest way to cut: whole lines of the first axis if the mask does not split any."

@@ -476,6 +476,7 @@ def test_costs_follow_the_scalar_map():
 def test_a_scalar_map_needs_no_base_class(scramble):
     class Plain:
         n_params = 2
+        forward_cost, inverse_cost = "one pass", "numerical"
 
         def forward(self, z, theta):
             return AffineMap().forward(z, theta)
@@ -484,6 +485,7 @@ def test_a_scalar_map_needs_no_base_class(scramble):
             return AffineMap().inverse(x, theta)
 
     f = scramble(Coupling(half(4), Plain(), tiny))
+    assert (f.forward_cost, f.inverse_cost) == ("one pass", "numerical")
     z = torch.randn(3, 4)
     assert_close(f.inverse(f(z)[0])[0], z)
 
