@@ -26,6 +26,11 @@ def _read_order(order, dim):
     return order
 
 
+def _is_traced():
+    "Whether torch.compile or a transform of torch.func is at work: then no branch follows data."
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 class MaskedLinear(nn.Linear):
     """A linear layer that sees only some of its inputs, unit by unit."""
 
@@ -135,11 +140,7 @@ class MADE(nn.Module):
         weights = [layer.weight.split(count) for layer, count in zip(self.layers, counts)]
         biases = [bias.split(count) for bias, count in zip(biases, counts)]
         # Writing in place is quicker, and right for numbers that nobody differentiates.
-        in_place = not (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-        )
+        in_place = not (torch.is_grad_enabled() or _is_traced())
 
         def learn(k, start, rows):
             if in_place:
@@ -244,7 +245,7 @@ class Autoregressive(Bijection):
                 new = self.scalar_map.forward(z, self._theta(x, context))
                 before, known = x, place < n - 1  # which stay as they are
                 x, log_slope = torch.where(known, torch.stack([x, log_slope]), torch.stack(new))
-                if tolerance and not torch.compiler.is_compiling():  # which follows no data
+                if tolerance and not _is_traced():
                     if ((x - before).abs() <= tolerance * (1 + x.abs())).all():
                         break
                 # 0 * inf is nan: what is not determined yet must not reach the others.

@@ -1209,14 +1209,14 @@ def check_reach(
 ):
     """Check the two predictions about couplings in 7 dimensions with the mask `half`."""
     slips = {
-        "after two layers the block that moved first still depends on nothing else of itself": 2,
+        "in the block that moved first, each coordinate still depends on no other of its own block": 2,
         "that many is enough, but the least number is asked for": 4,
         "one layer never moves the block that passes through": 1,
         "one layer moves a whole block at once, so the number of coordinates does not matter": 7,
     }
     hint = compare("layers_for_all", layers, 3, slips)
     slips = {
-        "half(7) passes the smaller half through, so 4 coordinates move": 3,
+        "3 is the rank of the block below; the diagonal of the 4 that move counts as well": 3,
         "the rows of coordinates that pass through are those of the identity": 7,
     }
     return hint or compare("rank_of_one", rank, 4, slips)
@@ -1238,6 +1238,7 @@ def check_couple_inverse(
             "subtract the shift first, then undo the scale": torch.cat([x_a * (-s).exp() - t, x_b], -1),
             "this is the forward direction": torch.cat([x_a * s.exp() + t, x_b], -1),
             "divide by exp(s); this multiplies": torch.cat([(x_a - t) * s.exp(), x_b], -1),
+            "the network holds s first and then t": torch.cat([(x_a - s) * (-t).exp(), x_b], -1),
             "the blocks are in the wrong order": torch.cat([x_b, (x_a - t) * (-s).exp()], -1),
             "here the second half passes through and decides": torch.cat(
                 [x_a, (x_b - t_a) * (-s_a).exp()], -1
@@ -1269,6 +1270,9 @@ def check_repair(
         "repaired", got, x, s.sum(-1),
         {
             "a block must not decide how it moves itself, or the way back is lost": own,
+            "this is a coupling too, but here the first half is to pass through": torch.cat(
+                [z_a * s_own.exp() + t_own, z_b], -1
+            ),
             "scale first, then shift, as in the lesson": torch.cat([z_a, (z_b + t) * s.exp()], -1),
         },
         {
@@ -1291,8 +1295,8 @@ def check_densest(
     slips = {
         "this is the peak on the line; in the plane it is its square": peak**0.5,
         "this is its logarithm": math.log(peak),
-        "a volume that is kept does not keep a density from being high, but that of the base was": 1.0,
-        "there is a limit: no volume changes, so no density does": math.inf,
+        "this is the factor of the change; the height is that of the base": 1.0,
+        "there is a limit: where every volume is kept, a density keeps its heights": math.inf,
     }
     hint = compare("densest_additive", additive, peak, slips, tol=2e-3)
     slips = {
@@ -1336,6 +1340,9 @@ def check_couple_image(
                     mask, z * s_other.exp() + t_other, z
                 ),
                 "entries under the mask keep their value": z * s.exp() + t,
+                "t must be zero under the mask too, or entries there move": torch.where(
+                    mask, z + t, z * s.exp() + t
+                ),
                 "what passes through is lost: it became zero": torch.where(mask, 0.0, z * s.exp() + t),
                 "first the channels of s, then those of t": torch.where(mask, z, z * t.exp() + s),
             },
@@ -1378,7 +1385,8 @@ def check_partition(
             sides = mask[order.argsort()].view(-1, 2)
             uncut = int((sides[:, 0] == sides[:, 1]).sum())
             if uncut:
-                hint = f"{uncut} of {dim // 2} pairs are on one side"
+                are = "is" if uncut == 1 else "are"
+                hint = f"{uncut} of {dim // 2} pairs {are} on one side"
                 return f"{hint}, {when}" if when else hint
     return None
 
