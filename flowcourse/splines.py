@@ -276,9 +276,9 @@ class RationalLinearSplineMap(SplineMap):
 
     def _half(self, left, m, a, b):
         "The half with `left`, seen from its own corner: its reach, root slope, and their mean."
-        p, q = a.sqrt(), b.sqrt()
-        mean = m * p + (1 - m) * q
-        return torch.where(left, m, 1 - m), torch.where(left, p, q), mean
+        p, other = a.sqrt(), b.sqrt()
+        mean = m * p + (1 - m) * other
+        return torch.where(left, m, 1 - m), torch.where(left, p, other), mean
 
     def point(self, u, a, b, m):
         """The piece in the unit square."""
@@ -354,12 +354,12 @@ class _RationalQuadratic(torch.autograd.Function):
         parts = _prepare(t, theta, side, *settings)
         z0, x0, width, height = parts[4:8]
         u, a, b = parts[11:]
-        v = 1 - u
-        mixed = u * v
+        rest = 1 - u
+        mixed = u * rest
         below = (a + b - 2) * mixed + 1
-        au, bu = a * v, b * u
-        rise = bu * u + 2 * mixed + au * v
-        image = z0 + width * u if side else x0 + height * (u * (u + au) / below)
+        a_rest, b_u = a * rest, b * u
+        rise = b_u * u + 2 * mixed + a_rest * rest
+        image = z0 + width * u if side else x0 + height * (u * (u + a_rest) / below)
         return image, (rise * height / (width * below * below)).log(), *parts
 
     @staticmethod
@@ -375,17 +375,17 @@ class _RationalQuadratic(torch.autograd.Function):
         if torch.is_grad_enabled():  # for second derivatives, with a graph to `t` and `theta`
             parts = _prepare(t, theta, side, *ctx.settings)
         squash, size, scale_z, scale_x, z0, x0, width, height, k, at, tilt, u, a, b = parts
-        v = 1 - u
-        mixed = u * v
+        rest = 1 - u
+        mixed = u * rest
         bend = a + b - 2
         below = bend * mixed + 1
-        av, bu = a * v, b * u
-        rise = bu * u + 2 * mixed + av * v
-        point = u * (u + av) / below
+        a_rest, b_u = a * rest, b * u
+        rise = b_u * u + 2 * mixed + a_rest * rest
+        point = u * (u + a_rest) / below
         share = mixed / below
-        log_u = 2 * ((bu - av + v - u) / rise - bend * (v - u) / below)
+        log_u = 2 * ((b_u - a_rest + rest - u) / rise - bend * (rest - u) / below)
         twice = 2 * share
-        g_a = g_log * (v * v / rise - twice)
+        g_a = g_log * (rest * rest / rise - twice)
         g_b = g_log * (u * u / rise - twice)
         if side:  # through the root: dv = slope du + v_a da + v_b db
             direct = g_image * width
