@@ -1467,8 +1467,17 @@ def check_cubic_limit(
         "there the curve is steepest": 1.0,
     }
     hint = hint or compare("flattest_at", place, 0.5, slips)
-    slips = {"that is the slope at the ends": 3.0, "that is v and not v'": 0.5}
-    return hint or compare("slope_there", slope, 0.0, slips)
+    if hint:
+        return hint
+    slips = {
+        "that is the slope at the ends": 3.0,
+        "that is v and not v'": 0.5,
+        "that is the slope with a = b = 0": 1.5,
+    }
+    hint = compare("slope_there", slope, 0.0, slips)
+    if hint and hint.endswith("is right"):  # a number alone teaches nothing
+        return "slope_there: differentiate the cubic, then put in a = b = 3 and u = 1/2"
+    return hint
 
 # %% ../nbs/96-exercises.ipynb #7e35135e
 @exercise("7.4")
@@ -1487,8 +1496,10 @@ def check_search(
             [knots[..., 0] - 1, knots[..., -1], knots[..., -1] + 1]
         ),
     }
+    tries = {where: t.contiguous() for where, t in tries.items()}
+    every = {where: knots.expand(*t.shape, 6).contiguous() for where, t in tries.items()}
     stub = [(t.unsqueeze(-1) > knots[..., 1:]).sum() for t in tries.values()]
-    answers = [torch.as_tensor(answer(t, knots)) for t in tries.values()]
+    answers = [torch.as_tensor(answer(t, every[where])) for where, t in tries.items()]
     if all(map(torch.equal, answers, stub)):
         raise NotImplementedError  # all faults are still there
     for (where, t), got in zip(tries.items(), answers):
@@ -1529,6 +1540,7 @@ def check_hermite(
         "this clamps; where it does, the slope has no gradient": a.clamp(max=3.0),
         "divide by 3 inside the exponential": 3 * (1 - (-a).exp()),
         "the factor 3 is missing": 1 - (-a / 3).exp(),
+        "a comes back as it is; beyond 3 the curve turns back": a,
     }
     hint = compare("limit(a)", scalar_map.limit(a), want, slips)
     if hint:
@@ -1546,13 +1558,14 @@ def check_hermite(
             "a belongs to the left end and b to the right": hermite(want.flip(0), want)[0],
         },
     )  # fmt: skip
-    hint = hint or compare(
-        "log_slope", scalar_map.log_slope(u, a, b), slope.log(),
-        {
-            "this is the slope; return its logarithm": slope,
-            "a and b are not limited": hermite(a, b)[1].log(),
-        },
-    )  # fmt: skip
+    if hint:
+        return hint
+    got, unlimited = scalar_map.log_slope(u, a, b), hermite(a, b)[1].log()
+    if got.shape == unlimited.shape and torch.allclose(got.double(), unlimited, equal_nan=True):
+        return "log_slope: a and b are not limited, and where the curve turns back this is nan"
+    hint = compare(
+        "log_slope", got, slope.log(), {"this is the slope; return its logarithm": slope}
+    )
     return hint or broken_promise(
         Elementwise(1, scalar_map),
         _noise(8, 1),
