@@ -1836,28 +1836,31 @@ def check_mass_kept(
 ):
     """Check three predictions of a density's mass."""
     inside, half_line = math.erf(math.sqrt(0.5)), math.erf(math.sqrt(0.5)) / 2
+    narrow = math.erf(0.5 * math.sqrt(0.5))
     hint = compare(
         "mass_sigmoid", sigmoid, half_line,
         {
             "sigmoid reaches only the numbers between 0 and 1 of the base, so some mass is lost": 1,
             "it ends at 0 and 1, not at -1 and 1": inside,
             "that is the half line above 0; sigmoid stops at 1": 0.5,
+            "the interval has length 1, but it goes from 0 to 1, not from -1/2 to 1/2": narrow,
         }, 6e-3,
     )  # fmt: skip
     hint = hint or compare(
         "mass_tanh", tanh, 1.0,
         {"tanh alone ends at -1 and 1, but here it is added to x, which goes on": inside}, 6e-3,
     )  # fmt: skip
-    return hint or compare(
+    hint = hint or compare(
         "mass_fading", fading, inside,
         {
             "positive is not enough: where does the integral end?": 1,
             "the integral goes both ways from 0": half_line,
-            "exp(-|t|) integrates to 1 on either side, not on both together": math.erf(
-                0.5 * math.sqrt(0.5)
-            ),
+            "exp(-|t|) integrates to 1 on either side, not on both together": narrow,
         }, 6e-3,
     )  # fmt: skip
+    if hint and hint.endswith("is right"):  # it would give the prediction away
+        return f"{hint.split()[0]}: find both ends of z, and what a standard normal has in between"
+    return hint
 
 # %% ../nbs/96-exercises.ipynb #37386dbc
 @exercise("8.2")
@@ -1880,8 +1883,15 @@ def check_tails(
                 "this is the logarithm of p alone": below,
                 "this is the mean of the log-odds; mix the probabilities": (w * u).sum(-1),
                 "this is p; its log-odds are wanted": p,
+                "wrong sign: the logarithm of p comes first": above - below,
+                "the weights are missing": u.double().sigmoid().sum(-1).log()
+                - (-u.double()).sigmoid().sum(-1).log(),
             },
         )  # fmt: skip
+        if hint and name != "near zero" and hint.endswith("is right"):
+            hint += (
+                "; clamping p only hides its rounding: sum the sigmoid(-u) for 1 - p, in logarithms"
+            )
         if hint:
             return hint
     return None
@@ -1898,12 +1908,18 @@ def check_root_derivatives(
     def second(cross=2.0, bend=1.0):
         return -(h_tt + cross * h_zt * first + bend * h_zz * first**2) / h_z
 
-    return compare_pair(
-        "root_derivatives", answer(h_z, h_t, h_zz, h_zt, h_tt), first, second(),
+    got = answer(h_z, h_t, h_zz, h_zt, h_tt)
+    if not (isinstance(got, tuple) and len(got) == 2):
+        return f"root_derivatives should return a pair of derivatives, got {type(got).__name__}"
+    hint = compare(
+        "dz/dtheta", got[0], first,
         {
             "wrong sign: if h grows with theta, the root must move down": -first,
             "this is the reciprocal: dz/dtheta is small where h is steep in z": -h_z / h_t,
         },
+    )  # fmt: skip
+    return hint or compare(
+        "d2z/dtheta2", got[1], second(),
         {
             "the mixed derivative comes twice: from z and from theta": second(cross=1.0),
             "the mixed derivative is missing: the slope at the root depends on theta": second(cross=0.0),
@@ -1930,6 +1946,7 @@ def check_largest_bump(
             "divide by d: a narrow bump is steep": a * d * math.sqrt(math.e / 2),
             "this is the bump's steepest slope over c; |c| may be a divided by it": d * math.sqrt(2 / math.e),
             "the bump's slope has a factor u besides the 2": a / (2 * d),
+            "the steepest slope of exp(-u^2) is not 1: find where its second derivative is 0": a / d,
         },
     )  # fmt: skip
 
@@ -1944,10 +1961,10 @@ def check_lukacs(
         return "LukacsMap should be a BoxedMap with 7 raw parameters"
     z, bound = torch.linspace(-1, 1, 9, dtype=torch.float64) * h.bound, h.bound
 
-    def slope(z, theta, floor=0.01, weighted=True, start=1.0):
-        raw, t = 2 * torch.tanh(theta / 2), z / bound
-        p = start * t + raw[0] + raw[1] * t + raw[2] * t**2
-        q = start + raw[3] + raw[4] * t + raw[5] * t**2
+    def slope(z, theta, floor=0.01, weighted=True, p0=1.0, q0=1.0, over=bound, squeeze=True):
+        raw, t = 2 * torch.tanh(theta / 2) if squeeze else theta, z / over
+        p = p0 * t + raw[0] + raw[1] * t + raw[2] * t**2
+        q = q0 + raw[3] + raw[4] * t + raw[5] * t**2
         return (1 - floor) * (p**2 + (1 - t**2 if weighted else 1) * q**2) + floor
 
     def integral(f):
@@ -1961,7 +1978,15 @@ def check_lukacs(
         slips = {
             "the second square is weighted by 1 - t^2": slope(z, theta, weighted=False),
             "scale by 0.99 and add 0.01, so that no slope is zero": slope(z, theta, floor=0.0),
-            "p starts as t and q as 1: add them to what theta says": slope(z, theta, start=0.0),
+            "scale by 0.99, and then add the floor of 0.01": want - 0.01,
+            "add 0.01 to 0.99 of the squares, not to all of them": (want - 0.01) / 0.99 + 0.01,
+            "p starts as t and q as 1: add them to what theta says": slope(
+                z, theta, p0=0.0, q0=0.0
+            ),
+            "p starts as t: add it to what theta says": slope(z, theta, p0=0.0),
+            "q starts as 1: add it to what theta says": slope(z, theta, q0=0.0),
+            "p and q take t = z / bound, and the method is given z": slope(z, theta, over=1.0),
+            "squeeze the six coefficients by bounded(raw, 2.0)": slope(z, theta, squeeze=False),
             "this is the logarithm; the slope itself is wanted": want.log(),
         }
         hint = compare(f"slope_inside {name}", h.slope_inside(z, *shape), want, slips, 1e-6)
@@ -1970,6 +1995,8 @@ def check_lukacs(
             "integrate over z, not over t: a factor of the bound is missing": theta[6]
             + area / bound,
             "the shift is missing": area,
+            "p and q take t = z / bound, and the method is given z": theta[6]
+            + integral(lambda z, theta=theta: slope(z, theta, over=1.0)),
             "the integral starts at 0, where x is the shift": theta[6] + area - area[0],
         }
         hint = hint or compare(f"inside {name}", h.inside(z, *shape), theta[6] + area, slips, 1e-4)
