@@ -18,7 +18,7 @@ from flowcourse.planar import (
     Radial,
     Sylvester,
     TanhUnit,
-    bounded,
+    above_minus_one,
     gram_schmidt,
     log_add_square,
     log_softplus,
@@ -139,7 +139,7 @@ def test_the_log_slope_is_right_in_float32(unit):
         for product in (-1e4, -300.0, -80.0, -20.0, -1.0, 0.0, 1.0, 30.0, 1e4):
             at = torch.tensor(a, requires_grad=True)
             p = torch.tensor(product, requires_grad=True)
-            got = unit.log_slope(at, bounded(p * unit.max_slope)[1])
+            got = unit.log_slope(at, above_minus_one(p * unit.max_slope)[1])
             want = torch.tensor(exact_log_slope(at.item(), product, half))
             assert_close(got, want, rtol=1e-5, atol=1e-5)
             for g in torch.autograd.grad(got, [at, p]):
@@ -313,7 +313,7 @@ def test_softplus_and_m_keep_their_digits():
             want = float(mpmath.log(mpmath.log1p(mpmath.exp(mpmath.mpf(float(s))))))
         assert_close(log_softplus(s), torch.tensor(want, dtype=torch.float64), rtol=1e-14, atol=0)
     small = torch.tensor([1e-12, -1e-30], dtype=torch.float64)
-    assert_close(bounded(small)[0], small * (1 - math.exp(-1)), rtol=1e-11, atol=0)
+    assert_close(above_minus_one(small)[0], small * (1 - math.exp(-1)), rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize(
