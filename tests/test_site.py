@@ -232,6 +232,13 @@ def browser():
         chromium.close()
 
 
+RAW_FORMULAS = """() => {
+    const main = (document.querySelector('main') || document.body).cloneNode(true);
+    main.querySelectorAll('pre, code, .katex, script').forEach((e) => e.remove());
+    return main.textContent.match(/\\$\\$|\\\\\\(|\\\\\\[|\\\\begin\\{/g) || [];
+}"""
+
+
 def test_every_page_loads_alone_and_shows_its_formulas(browser, site, address):
     troubles, formulas = [], 0
     page = browser.new_page(viewport={"width": 400, "height": 800})
@@ -249,11 +256,11 @@ def test_every_page_loads_alone_and_shows_its_formulas(browser, site, address):
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         page.goto(f"{address}/{name}", wait_until="networkidle")
-        left = page.evaluate("""() => {
-            const main = (document.querySelector('main') || document.body).cloneNode(true);
-            main.querySelectorAll('pre, code, .katex, script').forEach((e) => e.remove());
-            return main.textContent.match(/\\$\\$|\\\\\\(|\\\\\\[|\\\\begin\\{/g) || [];
-        }""")
+        for _wait in range(100):  # a busy machine may set formulas after the network is idle
+            left = page.evaluate(RAW_FORMULAS)
+            if not left:
+                break
+            page.wait_for_timeout(100)
         troubles += [f"raw {text} in the text" for text in left]
         troubles += ["a formula is broken"] * page.locator(".katex-error").count()
         if page.evaluate("document.documentElement.scrollWidth") > 400:
