@@ -218,7 +218,7 @@ def address(site):
         server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop must end with this file: others start their own
 def browser():
     """Chromium, or a skip with the reason."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
