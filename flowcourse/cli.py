@@ -113,7 +113,7 @@ def test(
     out: Path,  # Folder of the run
     device: str | None = None,  # For example `cpu` or `cuda`; None: the GPU where there is one
 ) -> dict[str, float]:  # Results by name
-    """Judge the model in a folder on the test rows, and write the result beside it."""
+    """Judge the model in a folder on the test rows, and write results and pictures beside it."""
     path, device = out / "model.pt", device or best_device()
     objective = config.objective()
     try:
@@ -122,6 +122,8 @@ def test(
         raise CheckpointError(f"checkpoint: {path} holds another model. {error}") from error
     result = config.evaluate(objective.to(device).eval())
     save_json(writable(out) / "result.json", result)
+    for name, figure in config.pictures(objective).items():
+        figure.savefig(out / f"{name}.png", dpi=110)
     return result
 
 # %% ../nbs/95-cli.ipynb #13da96e7

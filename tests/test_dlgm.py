@@ -170,11 +170,11 @@ def test_active_units_counts_what_depends_on_the_image():
     model = DLGM(pixels=12, latent_dim=4, features=8)
     x = torch.randint(2, (200, 12), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
-    assert active_units(model, x, 400, generator) == 0  # the heads start at zero
+    assert active_units(model, x, 64, generator) == 0  # the heads start at zero
     head = model.posterior.bijection.thetas[0].net[-1]
     with torch.no_grad():
         head.weight.unflatten(0, (4, 2))[:2, 1] = 1.0
-    assert active_units(model, x, 400, generator) == 2
+    assert active_units(model, x, 64, generator) == 2
 
 
 def test_mistakes_are_named():
