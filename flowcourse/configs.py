@@ -234,6 +234,8 @@ class DLGMConfig(Config):
 
     steps: int = 60_000
     batch_size: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    clip: float | None = 50.0  # Steep planar layers give gradients a hundred times the usual
     validate_every: int = 1000
     checkpoint_every: int = 2000
     data: Literal["mnist", "mnist-threshold"] = "mnist"  # Pixels drawn once, or grey above 1/2
@@ -383,5 +385,5 @@ for _data in ("mnist", "mnist-threshold"):
         ("spline", "spline", 4),
     ):
         configs[f"dlgm.{_name}.{_data}"] = DLGMConfig(
-            data=_data, posterior=_posterior, length=_length, schedule="cosine"
+            data=_data, posterior=_posterior, length=_length
         )
