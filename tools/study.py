@@ -5,6 +5,8 @@
 and two real sets: held-out nats, and steps within a fixed time of the processor. Three seeds are
 trained side by side, in one process on one thread; a few steps are timed first, and the rest of the
 time decides how many follow. `tools/study.py digits` varies one thing at a time in `spline.digits`.
+`tools/study.py dlgm` trains short latent models of MNIST: planar layers with and without parameters
+from the image, decoders with and without hidden units, and both binarisations.
 
 Every training is written as a line of `results/NAME.jsonl` as soon as it is done, and a second call
 goes on with what is missing. `--shard 0/2` and `--shard 1/2` share the work between two processes.
@@ -26,7 +28,7 @@ from torch.distributions import constraints
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
-from flowcourse.configs import SIZES, FlowConfig, configs
+from flowcourse.configs import SIZES, DLGMConfig, FlowConfig, configs
 from flowcourse.data import dequantise, load, split, to_logit
 from flowcourse.monotone import monotone_maps
 from flowcourse.splines import spline_maps
@@ -186,6 +188,26 @@ def digits(change, seed):
     return (baseline if change in BASELINES else vary)(change, seed)
 
 
+LATENT = DLGMConfig(steps=4000, annealing=1000, judged=2000, trend=0, annealed=0)
+
+
+def latent(seed, **change):
+    """A short training of a latent model, judged on the first test images."""
+    config, start = replace(LATENT, seed=seed, **change), time.process_time()
+    rows, objective = config.load(), config.objective()
+    history = fit(
+        objective, rows.train, validation=rows.validation, **config.training, progress=False
+    )
+    took = round(time.process_time() - start, 2)
+    return {
+        "results": config.evaluate(objective.eval()),
+        "steps": config.steps,
+        "best step": history.best_step,
+        "seconds": took,
+        "parameters": sum(p.numel() for p in objective.parameters()),
+    }
+
+
 STUDIES = {
     "maps": (
         compare,
@@ -200,6 +222,23 @@ STUDIES = {
     "digits": (
         digits,
         [{"change": name, "seed": seed} for seed in SEEDS for name in [*BASELINES, *DIGITS]],
+    ),
+    "dlgm": (
+        latent,
+        [
+            {"seed": seed, "data": data, "decoder": decoder} | posterior
+            for seed in SEEDS
+            for data, decoder in (
+                ("mnist", "maxout"),
+                ("mnist", "linear"),
+                ("mnist-threshold", "maxout"),
+            )
+            for posterior in (
+                {"posterior": "gaussian", "length": 0},
+                {"posterior": "planar", "length": 10, "amortised": True},
+                {"posterior": "planar", "length": 10, "amortised": False},
+            )
+        ],
     ),
 }
 
