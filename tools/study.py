@@ -5,19 +5,25 @@
 and two real sets: held-out nats, and steps within a fixed time of the processor. Three seeds are
 trained side by side, in one process on one thread; a few steps are timed first, and the rest of the
 time decides how many follow. `tools/study.py digits` varies one thing at a time in `spline.digits`.
+`tools/study.py variational` trains flows on energies by reverse KL, three seeds side by side: planar
+and additive flows of several lengths, six families for the same time, and what goes wrong; with the
+density of the first seed as a picture.
 
 Every training is written as a line of `results/NAME.jsonl` as soon as it is done, and a second call
 goes on with what is missing. `--shard 0/2` and `--shard 1/2` share the work between two processes.
 """
 
 import argparse
+import base64
 import copy
 import json
 import platform
 import shlex
 import sys
 import time
-from dataclasses import replace
+import zlib
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +32,17 @@ from torch.distributions import constraints
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
+from flowcourse.autoregressive import IAF
 from flowcourse.configs import SIZES, FlowConfig, configs
+from flowcourse.core import DiagonalGaussian, Flow
+from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.data import dequantise, load, split, to_logit
 from flowcourse.monotone import monotone_maps
-from flowcourse.splines import spline_maps
-from flowcourse.training import Objective, TrainingDiverged, fit
+from flowcourse.planar import Planar, Radial, Sylvester
+from flowcourse.plots import grid_points
+from flowcourse.splines import RationalQuadraticSplineMap, spline_maps
+from flowcourse.training import Annealing, Objective, TrainingDiverged, fit
+from flowcourse.variational import assess, energies
 from flowcourse.zoo import scalar_maps
 
 SEEDS = (0, 1, 2)
@@ -186,6 +198,156 @@ def digits(change, seed):
     return (baseline if change in BASELINES else vary)(change, seed)
 
 
+RECIPE = {"steps": 3000, "batch_size": 500, "lr": 1e-2, "schedule": "cosine"}
+ANNEALED = 0.3  # share of the steps in which beta rises from 0.01 to 1
+FAMILIES = {  # of the comparison at equal time, each about as a user would size it
+    "planar": partial(Planar, 2, 16),
+    "radial": partial(Radial, 2, 16),
+    "Sylvester": partial(Sylvester, 2, length=8),
+    "RealNVP": partial(RealNVP, 2, 8, (32, 32)),
+    "spline": partial(Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)),
+    "IAF": partial(IAF, 2, 6, (32, 32)),
+}
+TIME = 30.0  # of processor time, for three seeds together
+LENGTHS = {"planar": Planar, "NICE": partial(NICE, hidden=(32, 32))}
+GALLERY = {  # what is changed in the recipe, for 16 planar layers
+    "flat wall": {},
+    "no annealing": {},
+    "large step": {"lr": 0.2},
+    "w / |w|": {},
+}
+
+
+class BuggyPlanar(Planar):
+    """Planar layers whose correction of u is divided by |w|, not by its square."""
+
+    def margins(self):
+        """1 + w'u of each layer, which must be above 0."""
+        w, u, _ = self.raw(None).split([2, 2, 1], -1)
+        product, size = (w * u).sum(-1), w.norm(dim=-1)
+        return 1 + product + (nn.functional.softplus(product) - 1 - product) * size
+
+    def _forward(self, z, context):
+        w, u, b = self.raw(context).split([2, 2, 1], -1)
+        product, size = (w * u).sum(-1, keepdim=True), w.norm(dim=-1, keepdim=True)
+        u = u + (nn.functional.softplus(product) - 1 - product) * w / size
+        ladj = 0.0
+        for k in range(self.length):
+            h = (z @ w[k] + b[k]).tanh()
+            z = z + u[k] * h.unsqueeze(-1)
+            ladj = ladj + (1 + (1 - h.square()) * (w[k] @ u[k])).abs().log()  # as published
+        return z, ladj
+
+
+def flat_wall(energy, z):
+    """A hard box and a floor below the density, whose gradient is zero."""
+    inside = (z[..., 0].abs() <= 4).to(z)
+    return (1e-7 + inside * energy.log_density(z).exp()).log()
+
+
+class Draws(nn.Module):
+    """A flow, asked for draws and their log-density."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, noise):
+        """Points and log q."""
+        return self.flow.rsample_and_log_prob(noise=noise)
+
+
+class ReverseSideBySide(SideBySide):
+    """Reverse KL of several flows at once, the energy annealed."""
+
+    def __init__(
+        self,
+        flows: list[Flow],  # Equal but for the values of their parameters
+        log_target,  # From `x` to log p up to a constant
+        annealing: Annealing | None,  # The factor before log p
+    ):
+        super().__init__([Draws(flow) for flow in flows])
+        self.log_target, self.annealing, self.n = log_target, annealing, len(flows)
+
+    def draw(self, n, generator):
+        """Noise of all flows, shape `(n, flows, 2)`."""
+        return torch.randn(n, self.n, 2, generator=generator)
+
+    def forward(self, batch, noise):
+        """The sum of the losses."""
+
+        def draws(parameters, fixed, noise):
+            return functional_call(self.template[0], (parameters, fixed), (noise,))
+
+        parameters = dict(zip(self.names, self.stacked, strict=True))
+        x, log_q = vmap(draws, in_dims=(0, 0, 1))(parameters, self.fixed, noise)
+        beta = 1.0 if self.annealing is None else self.annealing()
+        return (log_q - beta * self.log_target(x)).mean(-1).sum()
+
+
+def picture(flow, window, bins=100):
+    """The density on a square around the origin, as bytes in text and the number that 255 stands for."""
+    with torch.no_grad():
+        density = flow.log_prob(grid_points(-window, window, bins).reshape(-1, 2)).exp()
+    top = density.max()
+    pixels = (255 * density / top).round().to(torch.uint8).numpy().tobytes()
+    return {
+        "bins": bins,
+        "top": top.item(),
+        "pixels": base64.b64encode(zlib.compress(pixels, 9)).decode(),
+    }
+
+
+def reverse(target, make, steps=None, change=None):
+    """Train three seeds of a flow on an energy by reverse KL, and judge them by the true one."""
+    energy, flows = energies[target], []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        flows.append(Flow(make(), DiagonalGaussian(2)))
+    log_target = partial(flat_wall, energy) if change == "flat wall" else energy.log_density
+    recipe = RECIPE | GALLERY.get(change, {})
+
+    def run(steps):
+        rising = None if change == "no annealing" else Annealing(0.01, round(ANNEALED * steps))
+        together, start = ReverseSideBySide(flows, log_target, rising), time.process_time()
+        history = fit(together, **recipe | {"steps": steps}, progress=False)
+        return together, history, time.process_time() - start
+
+    if steps is None:
+        run(2)  # what is done once is not counted
+        steps = max(int(20 * TIME / run(20)[-1]), 20)
+    together, history, took = run(steps)
+    together.unstack([Draws(flow) for flow in flows])
+    judged = []
+    for seed, flow in zip(SEEDS, flows, strict=True):
+        noise = torch.Generator().manual_seed(seed)
+        found = asdict(assess(flow, energy.log_prob, 200_000, generator=noise))
+        x = flow.sample(20_000, generator=noise)
+        found["beyond the walls"] = (x[:, 0].abs() > 4).double().mean().item()
+        if isinstance(flow.bijection, BuggyPlanar):
+            found["folded layers"] = int((flow.bijection.margins() <= 0).sum())
+        judged.append(found)
+    pictured = not isinstance(flows[0].bijection, BuggyPlanar)
+    return {
+        "results": judged,
+        "steps": steps,
+        "seconds": round(took, 2),
+        "parameters": sum(p.numel() for p in flows[0].parameters()),
+        "loss": [round(v / len(SEEDS), 4) for v in history.loss[:: max(steps // 100, 1)]],
+    } | ({"picture": picture(flows[0], energy.window)} if pictured else {})
+
+
+def variational(kind, target, **job):
+    """One training of the study of reverse KL."""
+    if kind == "lengths":
+        make = partial(LENGTHS[job["family"]], 2, job["length"])
+        return reverse(target, make, RECIPE["steps"])
+    if kind == "families":
+        return reverse(target, FAMILIES[job["family"]])
+    maker = BuggyPlanar if job["change"] == "w / |w|" else Planar
+    return reverse(target, partial(maker, 2, 16), RECIPE["steps"], job["change"])
+
+
 STUDIES = {
     "maps": (
         compare,
@@ -200,6 +362,25 @@ STUDIES = {
     "digits": (
         digits,
         [{"change": name, "seed": seed} for seed in SEEDS for name in [*BASELINES, *DIGITS]],
+    ),
+    "variational": (
+        variational,
+        [
+            {"kind": "lengths", "target": target, "family": family, "length": length}
+            for family, lengths in {"planar": (2, 4, 8, 16, 32), "NICE": (2, 8, 32)}.items()
+            for target in list(energies)[: 4 if family == "NICE" else None]
+            for length in lengths
+        ]
+        + [
+            {"kind": "gallery", "target": target, "change": change}
+            for target in ("U2", "U1-radius-4")
+            for change in GALLERY
+        ]
+        + [
+            {"kind": "families", "target": target, "family": family}
+            for target in ("U1", "U2", "U3", "U4")
+            for family in FAMILIES
+        ],
     ),
 }
 
