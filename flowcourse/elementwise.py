@@ -466,12 +466,12 @@ def monotone_root(
 def mlp(
     n_in: int,  # Number of input features
     n_out: int,  # Number of outputs
-    hidden: tuple[int, ...] = (64, 64),  # Widths of the hidden layers
+    hidden: tuple[int, ...] = (64, 64),  # Widths of the hidden layers; `()` for a linear map
     activation: type[nn.Module] = nn.SiLU,  # Smooth, so that the flow has second derivatives
     dropout: float = 0.0,  # Chance that a hidden unit is left out of a training step
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner that starts by returning zeros, so that a coupling starts at the identity."""
-    widths = [n_in, *as_shape(hidden, "hidden")]
+    widths = [n_in, *(as_shape(hidden, "hidden") if hidden != () else ())]
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Linear(a, b), activation()] + ([nn.Dropout(dropout)] if dropout else [])

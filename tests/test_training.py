@@ -27,6 +27,7 @@ from train_child import (
 
 from flowcourse.core import DiagonalGaussian, Flow, GaussianMixture
 from flowcourse.training import (
+    Annealing,
     CheckpointError,
     History,
     MaximumLikelihood,
@@ -119,6 +120,26 @@ def test_longer_run_goes_on_and_shorter_is_refused(tmp_path):
     assert_same(run_reverse(steps=12, checkpoint=path, resume=True), run_reverse(steps=12))
     with pytest.raises(CheckpointError, match="steps = 12, but this run has 6"):
         run_reverse(steps=6, checkpoint=path, resume=True)
+
+
+def test_annealing_counts_updates_and_resumes(tmp_path):
+    def run(**options):
+        flow = make_flow()
+        objective = ReverseKL(flow, log_target, Annealing(0.0, 20))
+        history = fit(objective, steps=12, batch_size=33, lr=1e-2, progress=False, **options)
+        assert objective.annealing.done == len(history)
+        return flow, history
+
+    path, want = tmp_path / "run.pt", run()
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(checkpoint=path, checkpoint_every=4, callbacks=(StopAt(7, fail),))
+    assert_same(run(checkpoint=path, resume=True), want)
+    assert want[1].loss != run_reverse()[1].loss  # the weight matters
+
+    with pytest.raises(ValueError, match="start: expected a weight from 0 to 1, got 2"):
+        Annealing(2)
+    with pytest.raises(ValueError, match="updates: expected at least 1, got 0"):
+        Annealing(updates=0)
 
 
 def test_draws_inside_the_objective_resume_too(tmp_path):
@@ -381,7 +402,7 @@ def by_hand(flow, x, steps, batch, lr, clip, warmup, ema, validation, every):
     """The same training as plain torch; only the order of rows is taken from the trainer."""
     from flowcourse.training import _ORDER, _generator
 
-    optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     losses, norms, checked, kept, average = [], [], [], [], None
     for step in range(steps):
         epoch, i = divmod(step, math.ceil(len(x) / batch))
