@@ -5,9 +5,9 @@
 and two real sets: held-out nats, and steps within a fixed time of the processor. Three seeds are
 trained side by side, in one process on one thread; a few steps are timed first, and the rest of the
 time decides how many follow. `tools/study.py digits` varies one thing at a time in `spline.digits`.
-`tools/study.py variational` trains flows on energies by reverse KL, three seeds side by side: planar
-and additive flows of several lengths, six families for the same time, and what goes wrong; with the
-density of the first seed as a picture.
+`tools/study.py variational` trains flows on energies by reverse KL, all energies and three seeds of
+each side by side: planar and additive flows of several lengths, six families for the same time, and
+what goes wrong. The density of the first seed is kept as a picture.
 
 Every training is written as a line of `results/NAME.jsonl` as soon as it is done, and a second call
 goes on with what is missing. `--shard 0/2` and `--shard 1/2` share the work between two processes.
@@ -17,6 +17,7 @@ import argparse
 import base64
 import copy
 import json
+import math
 import platform
 import shlex
 import sys
@@ -42,11 +43,11 @@ from flowcourse.planar import Planar, Radial, Sylvester
 from flowcourse.plots import grid_points
 from flowcourse.splines import RationalQuadraticSplineMap, spline_maps
 from flowcourse.training import Annealing, Objective, TrainingDiverged, fit
-from flowcourse.variational import assess, energies
+from flowcourse.variational import Ridges, assess, energies
 from flowcourse.zoo import scalar_maps
 
 SEEDS = (0, 1, 2)
-SECONDS = 20.0  # of processor time, for each training of `maps`
+SECONDS = 20.0  # of processor time, for three seeds together
 TOY = {"batch_size": 256, "hidden": (64, 64)}
 REAL = {"batch_size": 100, "hidden": (128, 128), "dropout": 0.2, "partition": "random"}
 DATA = {
@@ -208,8 +209,13 @@ FAMILIES = {  # of the comparison at equal time, each about as a user would size
     "spline": partial(Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)),
     "IAF": partial(IAF, 2, 6, (32, 32)),
 }
-TIME = 30.0  # of processor time, for three seeds together
 LENGTHS = {"planar": Planar, "NICE": partial(NICE, hidden=(32, 32))}
+PAPER = ("U1", "U2", "U3", "U4")
+KINDS = {  # the energies that each flow is trained on
+    "lengths": {"planar": tuple(energies), "NICE": PAPER},
+    "families": dict.fromkeys(FAMILIES, PAPER),
+    "gallery": {"planar": ("U2", "U1-radius-4")},
+}
 GALLERY = {  # what is changed in the recipe, for 16 planar layers
     "flat wall": {},
     "no annealing": {},
@@ -240,8 +246,8 @@ class BuggyPlanar(Planar):
 
 
 def flat_wall(energy, z):
-    """A hard box and a floor below the density, whose gradient is zero."""
-    inside = (z[..., 0].abs() <= 4).to(z)
+    """A floor below the density, and a hard box in place of a wall: the gradient there is zero."""
+    inside = (z[..., 0].abs() <= (4 if isinstance(energy, Ridges) else math.inf)).to(z)
     return (1e-7 + inside * energy.log_density(z).exp()).log()
 
 
@@ -258,16 +264,16 @@ class Draws(nn.Module):
 
 
 class ReverseSideBySide(SideBySide):
-    """Reverse KL of several flows at once, the energy annealed."""
+    """Reverse KL of several flows at once, as many for each target, the targets annealed."""
 
     def __init__(
         self,
         flows: list[Flow],  # Equal but for the values of their parameters
-        log_target,  # From `x` to log p up to a constant
-        annealing: Annealing | None,  # The factor before log p
+        log_targets: list,  # Each from `x` to log p up to a constant, for as many flows in turn
+        annealing: Annealing | None,  # The weight of log p
     ):
         super().__init__([Draws(flow) for flow in flows])
-        self.log_target, self.annealing, self.n = log_target, annealing, len(flows)
+        self.log_targets, self.annealing, self.n = log_targets, annealing, len(flows)
 
     def draw(self, n, generator):
         """Noise of all flows, shape `(n, flows, 2)`."""
@@ -281,71 +287,75 @@ class ReverseSideBySide(SideBySide):
 
         parameters = dict(zip(self.names, self.stacked, strict=True))
         x, log_q = vmap(draws, in_dims=(0, 0, 1))(parameters, self.fixed, noise)
-        beta = 1.0 if self.annealing is None else self.annealing()
-        return (log_q - beta * self.log_target(x)).mean(-1).sum()
+        shares = x.chunk(len(self.log_targets))
+        log_p = torch.cat([f(part) for f, part in zip(self.log_targets, shares, strict=True)])
+        weight = 1.0 if self.annealing is None else self.annealing()
+        return (log_q - weight * log_p).mean(-1).sum()
 
 
 def picture(flow, window, bins=100):
-    """The density on a square around the origin, as bytes in text and the number that 255 stands for."""
+    """The density on a square around the origin: bytes as text, and the value of byte 255."""
     with torch.no_grad():
         density = flow.log_prob(grid_points(-window, window, bins).reshape(-1, 2)).exp()
     top = density.max()
-    pixels = (255 * density / top).round().to(torch.uint8).numpy().tobytes()
-    return {
-        "bins": bins,
-        "top": top.item(),
-        "pixels": base64.b64encode(zlib.compress(pixels, 9)).decode(),
-    }
+    pixels = zlib.compress((255 * density / top).round().to(torch.uint8).numpy().tobytes(), 9)
+    return {"bins": bins, "top": top.item(), "pixels": base64.b64encode(pixels).decode()}
 
 
-def reverse(target, make, steps=None, change=None):
-    """Train three seeds of a flow on an energy by reverse KL, and judge them by the true one."""
-    energy, flows = energies[target], []
-    for seed in SEEDS:
+def judge(flow, energy, seed):
+    """The true KL of a trained flow, and what else may have gone wrong."""
+    noise = torch.Generator().manual_seed(seed)
+    found = asdict(assess(flow, energy.log_prob, 200_000, generator=noise))
+    x = flow.sample(20_000, generator=noise)
+    found["beyond the walls"] = (x[:, 0].abs() > 4).double().mean().item()
+    if isinstance(flow.bijection, BuggyPlanar):
+        found["folded layers"] = int((flow.bijection.margins() <= 0).sum())
+    return found
+
+
+def variational(kind, family="planar", length=16, change=None):
+    """Train three seeds of a flow on each of several energies by reverse KL."""
+    targets = KINDS[kind][family]
+    if kind == "families":
+        make = FAMILIES[family]
+    else:
+        maker = BuggyPlanar if change == "w / |w|" else LENGTHS[family]
+        make = partial(maker, 2, length)
+    flows = []
+    for seed in SEEDS * len(targets):
         torch.manual_seed(seed)
         flows.append(Flow(make(), DiagonalGaussian(2)))
-    log_target = partial(flat_wall, energy) if change == "flat wall" else energy.log_density
-    recipe = RECIPE | GALLERY.get(change, {})
+    log_targets = [energies[target].log_density for target in targets]
+    if change == "flat wall":
+        log_targets = [partial(flat_wall, energies[target]) for target in targets]
 
     def run(steps):
         rising = None if change == "no annealing" else Annealing(0.01, round(ANNEALED * steps))
-        together, start = ReverseSideBySide(flows, log_target, rising), time.process_time()
-        history = fit(together, **recipe | {"steps": steps}, progress=False)
-        return together, history, time.process_time() - start
+        together = ReverseSideBySide(flows, log_targets, rising)
+        recipe = RECIPE | GALLERY.get(change, {}) | {"steps": steps}
+        start = time.process_time()
+        fit(together, **recipe, progress=False)
+        return together, time.process_time() - start
 
-    if steps is None:
+    steps = RECIPE["steps"]
+    if kind == "families":
         run(2)  # what is done once is not counted
-        steps = max(int(20 * TIME / run(20)[-1]), 20)
-    together, history, took = run(steps)
+        steps = max(int(20 * SECONDS * len(targets) / run(20)[1]), 20)
+    together, took = run(steps)
     together.unstack([Draws(flow) for flow in flows])
-    judged = []
-    for seed, flow in zip(SEEDS, flows, strict=True):
-        noise = torch.Generator().manual_seed(seed)
-        found = asdict(assess(flow, energy.log_prob, 200_000, generator=noise))
-        x = flow.sample(20_000, generator=noise)
-        found["beyond the walls"] = (x[:, 0].abs() > 4).double().mean().item()
-        if isinstance(flow.bijection, BuggyPlanar):
-            found["folded layers"] = int((flow.bijection.margins() <= 0).sum())
-        judged.append(found)
-    pictured = not isinstance(flows[0].bijection, BuggyPlanar)
+    found, pictures = {}, {}
+    for i, target in enumerate(targets):
+        own = flows[len(SEEDS) * i : len(SEEDS) * (i + 1)]
+        found[target] = [judge(f, energies[target], s) for s, f in zip(SEEDS, own, strict=True)]
+        if not isinstance(own[0].bijection, BuggyPlanar):
+            pictures[target] = picture(own[0], energies[target].window)
     return {
-        "results": judged,
+        "results": found,
         "steps": steps,
         "seconds": round(took, 2),
         "parameters": sum(p.numel() for p in flows[0].parameters()),
-        "loss": [round(v / len(SEEDS), 4) for v in history.loss[:: max(steps // 100, 1)]],
-    } | ({"picture": picture(flows[0], energy.window)} if pictured else {})
-
-
-def variational(kind, target, **job):
-    """One training of the study of reverse KL."""
-    if kind == "lengths":
-        make = partial(LENGTHS[job["family"]], 2, job["length"])
-        return reverse(target, make, RECIPE["steps"])
-    if kind == "families":
-        return reverse(target, FAMILIES[job["family"]])
-    maker = BuggyPlanar if job["change"] == "w / |w|" else Planar
-    return reverse(target, partial(maker, 2, 16), RECIPE["steps"], job["change"])
+        "pictures": pictures,
+    }
 
 
 STUDIES = {
@@ -366,21 +376,12 @@ STUDIES = {
     "variational": (
         variational,
         [
-            {"kind": "lengths", "target": target, "family": family, "length": length}
+            {"kind": "lengths", "family": family, "length": length}
             for family, lengths in {"planar": (2, 4, 8, 16, 32), "NICE": (2, 8, 32)}.items()
-            for target in list(energies)[: 4 if family == "NICE" else None]
             for length in lengths
         ]
-        + [
-            {"kind": "gallery", "target": target, "change": change}
-            for target in ("U2", "U1-radius-4")
-            for change in GALLERY
-        ]
-        + [
-            {"kind": "families", "target": target, "family": family}
-            for target in ("U1", "U2", "U3", "U4")
-            for family in FAMILIES
-        ],
+        + [{"kind": "gallery", "change": change} for change in GALLERY]
+        + [{"kind": "families", "family": family} for family in FAMILIES],
     ),
 }
 
