@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .core import Flow
 
@@ -105,6 +106,17 @@ class Annealing(nn.Module):
         return f"start={self.start:g}, updates={self.updates}"
 
 # %% ../nbs/02-training.ipynb #9fe2d9bd
+class _LogProb(nn.Module):
+    """The `log_prob` of a flow as a module's `forward`."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x):
+        return self.flow.log_prob(x)
+
+
 class ReverseKL(Objective):
     """Mean of `log q - log p` over draws from the flow: KL(q || p) but for the constant log Z."""
 
@@ -113,6 +125,7 @@ class ReverseKL(Objective):
         flow: nn.Module,  # The `Flow` that is q
         log_target,  # From `x` to log p, perhaps not normalised; a module is trained along
         annealing: Annealing | None = None,  # Weight of log p over the run; None for 1
+        path: bool = False,  # Gradient along the draws only; costs one inverse pass more
     ):
         super().__init__()
         if not isinstance(flow, Flow) or not flow.base.has_rsample:
@@ -121,6 +134,7 @@ class ReverseKL(Objective):
                 f"flow: expected a Flow with a base whose draws carry gradients, got {got}"
             )
         self.flow, self.log_target, self.annealing = flow, log_target, annealing
+        self.path = path
 
     def draw(
         self,
@@ -137,6 +151,9 @@ class ReverseKL(Objective):
     ) -> Tensor:  # KL(q || p) - log Z in nats, estimated
         """Reverse KL from one set of draws."""
         x, log_q = self.flow.rsample_and_log_prob(noise=noise)
+        if self.path:
+            fixed = {f"flow.{name}": p.detach() for name, p in self.flow.named_parameters()}
+            log_q = functional_call(_LogProb(self.flow), fixed, (x,))
         weight = 1.0 if self.annealing is None else self.annealing()
         return (log_q - weight * self.log_target(x)).mean()
 

@@ -7,19 +7,26 @@ trained side by side, in one process on one thread; a few steps are timed first,
 time decides how many follow. `tools/study.py digits` varies one thing at a time in `spline.digits`.
 `tools/study.py dlgm` trains short latent models of MNIST: planar layers with and without parameters
 from the image, decoders with and without hidden units, and both binarisations.
+`tools/study.py variational` trains flows on energies by reverse KL, all energies and three seeds of
+each side by side: planar and additive flows of several lengths, six families for the same time, and
+what goes wrong. The density of the first seed is kept as a picture.
 
 Every training is written as a line of `results/NAME.jsonl` as soon as it is done, and a second call
 goes on with what is missing. `--shard 0/2` and `--shard 1/2` share the work between two processes.
 """
 
 import argparse
+import base64
 import copy
 import json
+import math
 import platform
 import shlex
 import sys
 import time
-from dataclasses import replace
+import zlib
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,15 +35,21 @@ from torch.distributions import constraints
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
+from flowcourse.autoregressive import IAF
 from flowcourse.configs import SIZES, DLGMConfig, FlowConfig, configs
+from flowcourse.core import DiagonalGaussian, Flow
+from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.data import dequantise, load, split, to_logit
 from flowcourse.monotone import monotone_maps
-from flowcourse.splines import spline_maps
-from flowcourse.training import Objective, TrainingDiverged, fit
+from flowcourse.planar import Planar, Radial, Sylvester
+from flowcourse.plots import grid_points
+from flowcourse.splines import RationalQuadraticSplineMap, spline_maps
+from flowcourse.training import Annealing, Objective, TrainingDiverged, fit
+from flowcourse.variational import Ridges, assess, energies
 from flowcourse.zoo import scalar_maps
 
 SEEDS = (0, 1, 2)
-SECONDS = 20.0  # of processor time, for each training of `maps`
+SECONDS = 20.0  # of processor time, for three seeds together
 TOY = {"batch_size": 256, "hidden": (64, 64)}
 REAL = {"batch_size": 100, "hidden": (128, 128), "dropout": 0.2, "partition": "random"}
 DATA = {
@@ -208,6 +221,165 @@ def latent(seed, **change):
     }
 
 
+RECIPE = {"steps": 3000, "batch_size": 500, "lr": 1e-2, "schedule": "cosine"}
+ANNEALED = 0.3  # share of the steps in which beta rises from 0.01 to 1
+FAMILIES = {  # of the comparison at equal time, each about as a user would size it
+    "planar": partial(Planar, 2, 16),
+    "radial": partial(Radial, 2, 16),
+    "Sylvester": partial(Sylvester, 2, length=8),
+    "RealNVP": partial(RealNVP, 2, 8, (32, 32)),
+    "spline": partial(Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)),
+    "IAF": partial(IAF, 2, 6, (32, 32)),
+}
+LENGTHS = {"planar": Planar, "NICE": partial(NICE, hidden=(32, 32))}
+PAPER = ("U1", "U2", "U3", "U4")
+KINDS = {  # the energies that each flow is trained on
+    "lengths": {"planar": tuple(energies), "NICE": PAPER},
+    "families": dict.fromkeys(FAMILIES, PAPER),
+    "gallery": {"planar": ("U2", "U1-radius-4")},
+}
+GALLERY = {  # what is changed in the recipe, for 16 planar layers
+    "flat wall": {},
+    "no annealing": {},
+    "large step": {"lr": 0.2},
+    "w / |w|": {},
+}
+
+
+class BuggyPlanar(Planar):
+    """Planar layers whose correction of u is divided by |w|, not by its square."""
+
+    def margins(self):
+        """1 + w'u of each layer, which must be above 0."""
+        w, u, _ = self.raw(None).split([2, 2, 1], -1)
+        product, size = (w * u).sum(-1), w.norm(dim=-1)
+        return 1 + product + (nn.functional.softplus(product) - 1 - product) * size
+
+    def _forward(self, z, context):
+        w, u, b = self.raw(context).split([2, 2, 1], -1)
+        product, size = (w * u).sum(-1, keepdim=True), w.norm(dim=-1, keepdim=True)
+        u = u + (nn.functional.softplus(product) - 1 - product) * w / size
+        ladj = 0.0
+        for k in range(self.length):
+            h = (z @ w[k] + b[k]).tanh()
+            z = z + u[k] * h.unsqueeze(-1)
+            ladj = ladj + (1 + (1 - h.square()) * (w[k] @ u[k])).abs().log()  # as published
+        return z, ladj
+
+
+def flat_wall(energy, z):
+    """A floor below the density, and a hard box in place of a wall: the gradient there is zero."""
+    inside = (z[..., 0].abs() <= (4 if isinstance(energy, Ridges) else math.inf)).to(z)
+    return (1e-7 + inside * energy.log_density(z).exp()).log()
+
+
+class Draws(nn.Module):
+    """A flow, asked for draws and their log-density."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, noise):
+        """Points and log q."""
+        return self.flow.rsample_and_log_prob(noise=noise)
+
+
+class ReverseSideBySide(SideBySide):
+    """Reverse KL of several flows at once, as many for each target, the targets annealed."""
+
+    def __init__(
+        self,
+        flows: list[Flow],  # Equal but for the values of their parameters
+        log_targets: list,  # Each from `x` to log p up to a constant, for as many flows in turn
+        annealing: Annealing | None,  # The weight of log p
+    ):
+        super().__init__([Draws(flow) for flow in flows])
+        self.log_targets, self.annealing, self.n = log_targets, annealing, len(flows)
+
+    def draw(self, n, generator):
+        """Noise of all flows, shape `(n, flows, 2)`."""
+        return torch.randn(n, self.n, 2, generator=generator)
+
+    def forward(self, batch, noise):
+        """The sum of the losses."""
+
+        def draws(parameters, fixed, noise):
+            return functional_call(self.template[0], (parameters, fixed), (noise,))
+
+        parameters = dict(zip(self.names, self.stacked, strict=True))
+        x, log_q = vmap(draws, in_dims=(0, 0, 1))(parameters, self.fixed, noise)
+        shares = x.chunk(len(self.log_targets))
+        log_p = torch.cat([f(part) for f, part in zip(self.log_targets, shares, strict=True)])
+        weight = 1.0 if self.annealing is None else self.annealing()
+        return (log_q - weight * log_p).mean(-1).sum()
+
+
+def picture(flow, window, bins=100):
+    """The density on a square around the origin: bytes as text, and the value of byte 255."""
+    with torch.no_grad():
+        density = flow.log_prob(grid_points(-window, window, bins).reshape(-1, 2)).exp()
+    top = density.max()
+    pixels = zlib.compress((255 * density / top).round().to(torch.uint8).numpy().tobytes(), 9)
+    return {"bins": bins, "top": top.item(), "pixels": base64.b64encode(pixels).decode()}
+
+
+def judge(flow, energy, seed):
+    """The true KL of a trained flow, and what else may have gone wrong."""
+    noise = torch.Generator().manual_seed(seed)
+    found = asdict(assess(flow, energy.log_prob, 200_000, generator=noise))
+    x = flow.sample(20_000, generator=noise)
+    found["beyond the walls"] = (x[:, 0].abs() > 4).double().mean().item()
+    if isinstance(flow.bijection, BuggyPlanar):
+        found["folded layers"] = int((flow.bijection.margins() <= 0).sum())
+    return found
+
+
+def variational(kind, family="planar", length=16, change=None):
+    """Train three seeds of a flow on each of several energies by reverse KL."""
+    targets = KINDS[kind][family]
+    if kind == "families":
+        make = FAMILIES[family]
+    else:
+        maker = BuggyPlanar if change == "w / |w|" else LENGTHS[family]
+        make = partial(maker, 2, length)
+    flows = []
+    for seed in SEEDS * len(targets):
+        torch.manual_seed(seed)
+        flows.append(Flow(make(), DiagonalGaussian(2)))
+    log_targets = [energies[target].log_density for target in targets]
+    if change == "flat wall":
+        log_targets = [partial(flat_wall, energies[target]) for target in targets]
+
+    def run(steps):
+        rising = None if change == "no annealing" else Annealing(0.01, round(ANNEALED * steps))
+        together = ReverseSideBySide(flows, log_targets, rising)
+        recipe = RECIPE | GALLERY.get(change, {}) | {"steps": steps}
+        start = time.process_time()
+        fit(together, **recipe, progress=False)
+        return together, time.process_time() - start
+
+    steps = RECIPE["steps"]
+    if kind == "families":
+        run(2)  # what is done once is not counted
+        steps = max(int(20 * SECONDS * len(targets) / run(20)[1]), 20)
+    together, took = run(steps)
+    together.unstack([Draws(flow) for flow in flows])
+    found, pictures = {}, {}
+    for i, target in enumerate(targets):
+        own = flows[len(SEEDS) * i : len(SEEDS) * (i + 1)]
+        found[target] = [judge(f, energies[target], s) for s, f in zip(SEEDS, own, strict=True)]
+        if not isinstance(own[0].bijection, BuggyPlanar):
+            pictures[target] = picture(own[0], energies[target].window)
+    return {
+        "results": found,
+        "steps": steps,
+        "seconds": round(took, 2),
+        "parameters": sum(p.numel() for p in flows[0].parameters()),
+        "pictures": pictures,
+    }
+
+
 STUDIES = {
     "maps": (
         compare,
@@ -239,6 +411,16 @@ STUDIES = {
                 {"posterior": "planar", "length": 10, "amortised": False},
             )
         ],
+    ),
+    "variational": (
+        variational,
+        [
+            {"kind": "lengths", "family": family, "length": length}
+            for family, lengths in {"planar": (2, 4, 8, 16, 32), "NICE": (2, 8, 32)}.items()
+            for length in lengths
+        ]
+        + [{"kind": "gallery", "change": change} for change in GALLERY]
+        + [{"kind": "families", "family": family} for family in FAMILIES],
     ),
 }
 
