@@ -224,7 +224,7 @@ def main(
             )
         if is_main():
             for key, value in test(command.fields, out, command.device).items():
-                print(f"{key}: {value:.4f}")
+                print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
             print(f"the run is in {out}")
     except TrainingInterrupted as stop:
         print(f"flowcourse: {stop}", file=sys.stderr)

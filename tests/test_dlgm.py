@@ -1,6 +1,8 @@
 """Deep latent Gaussian models: the published parameter counts, estimators against a model solved by hand."""
 
-import math
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from flowcourse.cli import main
 from flowcourse.configs import configs
 from flowcourse.core import StandardNormal
 from flowcourse.dlgm import (
@@ -183,3 +186,29 @@ def test_mistakes_are_named():
     config = configs["dlgm.dc.mnist"]
     with pytest.raises(ValueError, match="posterior: expected one of gaussian, planar"):
         type(config)(posterior="gausian").objective()
+
+
+def test_command_line_trains_judges_and_records(tmp_path, capsys):
+    out = tmp_path / "run"
+    small = ["--steps", "3", "--held-out", "59800", "--features", "8", "--trend", "4"]
+    words = ["train", "--config", "dlgm.nf10.mnist-threshold", "--out", str(out), *small]
+    assert main([*words, "--judged", "20", "--annealed", "2"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    trend = [result[f"-log p(x), {n} samples, 4 images [nat]"] for n in (1, 50, 200, 1000, 5000)]
+    assert trend == sorted(trend, reverse=True)
+    bound, evidence = result["free energy [nat]"], result["-log p(x), 200 samples [nat]"]
+    gap = result["KL(q || p(z|x)), 200 samples [nat]"]
+    assert gap == pytest.approx(bound - evidence, abs=1e-3) and gap > 0
+    assert "active units: " in capsys.readouterr().out
+    for name in ("samples", "reconstructions", "interpolations"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+    from record import record
+
+    found = record(out)
+    assert found["result"] == result and len(found["loss"]) == 1
+    assert found["command"].startswith(
+        "flowcourse train --config dlgm.nf10.mnist-threshold --steps 3 "
+    )
+    assert str(tmp_path) not in json.dumps(found)
