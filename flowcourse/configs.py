@@ -206,7 +206,7 @@ def posteriors(
     context_dim: int,  # Number of features of the image; 0 for the same map for all images
     generator: torch.Generator,  # Draws the partitions of couplings
 ) -> dict:  # For each name, a function that makes the bijection after the Gaussian
-    """The flows that a posterior may be, each with parameters that are linear in the features."""
+    """The flows that a posterior may be; planar and Sylvester layers are linear in the features."""
     partition = partial(random_half, generator=generator)
     linear = dict(context_dim=context_dim, hidden=())
     return {
@@ -227,7 +227,7 @@ def posteriors(
         ),
     }
 
-
+# %% ../nbs/94-configs.ipynb #42228396
 @dataclass
 class DLGMConfig(Config):
     """A deep latent Gaussian model of binary digits, with a flow as posterior."""
@@ -373,17 +373,17 @@ configs = Table(
             layers=6,
             hidden=(32, 32),
         ),
+        **{
+            f"dlgm.{name}.{data}": DLGMConfig(data=data, posterior=posterior, length=length)
+            for data in ("mnist", "mnist-threshold")
+            for name, posterior, length in (
+                ("dc", "gaussian", 0),
+                *((f"nf{k}", "planar", k) for k in (10, 20, 40, 80)),
+                *((f"nice{k}", "nice", k) for k in (10, 20, 40, 80)),
+                ("sylvester", "sylvester", 4),
+                ("iaf", "iaf", 4),
+                ("spline", "spline", 4),
+            )
+        },
     }
 )
-for _data in ("mnist", "mnist-threshold"):
-    for _name, _posterior, _length in (
-        ("dc", "gaussian", 0),
-        *((f"nf{k}", "planar", k) for k in (10, 20, 40, 80)),
-        *((f"nice{k}", "nice", k) for k in (10, 20, 40, 80)),
-        ("sylvester", "sylvester", 4),
-        ("iaf", "iaf", 4),
-        ("spline", "spline", 4),
-    ):
-        configs[f"dlgm.{_name}.{_data}"] = DLGMConfig(
-            data=_data, posterior=_posterior, length=_length
-        )
