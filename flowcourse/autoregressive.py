@@ -24,6 +24,7 @@ from flowcourse.elementwise import (
     bounded,
     interior,
     monotone_root,
+    widened,
 )
 
 # %% ../nbs/09-autoregressive.ipynb #0be82bb1
@@ -244,8 +245,8 @@ class Autoregressive(Bijection):
     def _incremental(self, z, context):
         "The same numbers, each unit of the network evaluated once, when its inputs are there."
         # In float64: many small sums round otherwise than one large one, and steep maps amplify it.
-        dtype = z.dtype if z.device.type == "mps" else torch.float64
-        rows = z.reshape(-1, z.shape[-1]).T.to(dtype).contiguous().unbind()
+        rows = widened(z.reshape(-1, z.shape[-1]).T).contiguous().unbind()
+        dtype = rows[0].dtype
         n, values, log_slopes = len(rows[0]), [None] * len(rows), []
 
         def step(i, theta):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import Bijection, as_shape
-from .elementwise import Conditional, monotone_root
+from .elementwise import Conditional, monotone_root, widened
 
 # %% ../nbs/05-planar.ipynb #ad297c6e
 IDENTITY = math.log(math.e - 1)  # softplus is 1 there, so that u = 0 gives the identity
@@ -271,10 +271,11 @@ class Planar(Bijection):
     def layers(
         self,
         context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
+        dtype: torch.dtype | None = None,  # To compute in; None: that of the raw parameters
     ) -> tuple[Tensor, ...]:  # w, û, b, w'û and log(1 + max h' w'û), all with one row per layer
         """The parameters of each layer, those that make it invertible included."""
         dim = self.event_shape[0]
-        w, u, b = self.raw(context).split([dim, dim, 1], -1)
+        w, u, b = self.raw(context).to(dtype).split([dim, dim, 1], -1)
         product, square = (w * u).sum(-1, keepdim=True), w.square().sum(-1, keepdim=True)
         flat = square < torch.finfo(w.dtype).tiny  # w = 0 leaves u as it is
         m, log_steepest = above_minus_one(self.unit.max_slope * product, self.offset)
@@ -297,8 +298,9 @@ class Planar(Bijection):
         a = substitute(times(z, w.mT) + b, products, self.unit)
         return z + times(self.unit(a), u), a
 
-    def _inverse(self, x, context):
-        w, u, b, gain, log_steepest = self.layers(context)
+    def _inverse(self, given, context):
+        x = widened(given)  # in float32, the ladj of single points would lose all digits
+        w, u, b, gain, log_steepest = self.layers(context, x.dtype)
         ladj = 0.0
         for part in self._blocks()[::-1]:
             layers = w[..., part, :], u[..., part, :]
@@ -311,7 +313,7 @@ class Planar(Bijection):
             missing, found = last_digits(z, x, ahead, *layers, products, self.unit, root[1])
             x, a = z + missing, a + (found - a).detach()
             ladj = ladj - self.unit.log_slope(a, root[1]).sum(-1)
-        return x, ladj
+        return x.to(given.dtype), ladj.to(given.dtype)
 
     def _blocks(self):
         return [slice(i, i + self.block) for i in range(0, self.length, self.block)]

@@ -744,7 +744,8 @@ def _ladj(case):
         log_det, condition, finite = exact.slogdet
         ladj = p.ladj.detach().double()
         size = 1 + log_det.abs().nan_to_num(posinf=0.0)
-        rounding = case.rounding * exact.ladj_slope * (1 + _per_row(exact.points.detach()))
+        rounding = exact.ladj_slope * (1 + _per_row(exact.points.detach()))
+        rounding = case.rounding * (rounding + exact.context_slope(exact.ladj))
         # Autograd knows its own Jacobian only so well.
         rounding = rounding + case.exact.rounding * condition
         judged = case.judged(p.way) & p.finite & finite  # NaN in a Jacobian: see "gradients"
@@ -765,10 +766,12 @@ def _cancel(case):
     size = 1 + ladj.abs()
     z, x = _per_row(exact.inverse.out.detach()), _per_row(exact.inverse.points.detach())
     moved = 1 + z + exact.inverse.norm * (1 + x)  # how far rounding moves z
-    rounding = case.rounding * (exact.again.ladj_slope * moved + exact.inverse.ladj_slope * (1 + x))
+    rounding = exact.again.ladj_slope * moved + exact.inverse.ladj_slope * (1 + x)
+    for part in (exact.again, exact.inverse):
+        rounding = rounding + part.context_slope(part.ladj)
     judged = case.judged("inverse") & p.finite
     what = "ladj of inverse plus ladj of forward"
-    tolerance = case.allowed("cancel", rounding / size)
+    tolerance = case.allowed("cancel", case.rounding * rounding / size)
     yield what, (ladj + again).abs() / size, tolerance, judged, p
 
 # %% ../nbs/92-testing.ipynb #61f5f39b

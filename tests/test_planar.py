@@ -1,5 +1,6 @@
 """Planar, radial and Sylvester layers: what the contract does not ask of every bijection."""
 
+import copy
 import math
 
 import mpmath
@@ -232,6 +233,32 @@ def test_the_inverse_keeps_its_last_digits_in_float32(seed):
     again = f(f.inverse(x)[0])[0]
     error = (again - x).abs().amax(-1) / (1 + x.abs().amax(-1))
     assert error.median() < 2e-5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_ladj_of_the_inverse_is_right_in_float32_at_wild_parameters(seed):
+    torch.manual_seed(seed)
+    f = Planar(5, 20, 2)
+    with torch.no_grad():
+        for p in f.parameters():
+            p.add_(3 * torch.randn_like(p))
+    x, context = 2 * torch.randn(64, 5), torch.randn(64, 2)
+    _, ladj = f.inverse(x, context)
+    exact = copy.deepcopy(f).double()
+    exact.raw = Given(f.raw(context).detach().double())  # the network rounds as well
+    _, true = exact.inverse(x.double(), context.double())
+    assert ((ladj - true).abs() / (1 + true.abs())).max() < 1e-6
+
+
+class Given(torch.nn.Module):
+    """Raw parameters, whatever the context is."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, context):
+        return self.value
 
 
 def test_log_add_square_is_smooth_at_zero():
