@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['affine_maps', 'elementwise_maps', 'bounded', 'log_cosh', 'interior', 'ScalarMap', 'InverseMap', 'IdentityMap',
            'AdditiveMap', 'AffineMap', 'PReLUMap', 'SmoothPReLUMap', 'ArcsinhMap', 'SinhArcsinhMap', 'PowerMap',
-           'ELUMap', 'SoftplusMap', 'ExpMap', 'SigmoidMap', 'TanhMap', 'monotone_root', 'mlp', 'Conditional',
+           'ELUMap', 'SoftplusMap', 'ExpMap', 'SigmoidMap', 'TanhMap', 'widened', 'monotone_root', 'mlp', 'Conditional',
            'Elementwise', 'PReLU', 'LeakyReLU', 'Sigmoid', 'Logit', 'BatchNorm', 'ActNorm']
 
 # %% ../nbs/03-elementwise.ipynb #bbc06141
@@ -440,6 +440,13 @@ class TanhMap(ScalarMap):
         return -2 * log_cosh(z)
 
 # %% ../nbs/03-elementwise.ipynb #c28b762a
+def widened(
+    t: Tensor,  # Numbers of any format
+) -> Tensor:  # The same in float64; on Apple's GPU, which has none, as they were
+    """Numbers for sums that cancel, where float32 would lose too much."""
+    return t if t.device.type == "mps" else t.double()
+
+
 def monotone_root(
     excess,  # From `t` to a number that increases with it and is zero at the root
     log_slope,  # From `t` to the logarithm of the slope of `excess`
