@@ -41,10 +41,10 @@ def _is_traced():
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _call_in(module, dtype, t):
-    "A module called in another floating-point format than that of its parameters, if any."
+def _in_dtype(module, dtype):
+    "A module that computes in another floating-point format than that of its parameters, if any."
     state = {name: p.to(dtype) for name, p in module.named_parameters()}
-    return functional_call(module, state, t) if state else module(t)
+    return partial(functional_call, module, state) if state else module
 
 
 class MaskedLinear(nn.Linear):
@@ -162,16 +162,16 @@ class MADE(nn.Module):
         # Writing in place is quicker, and right for numbers that nobody differentiates.
         in_place = not (torch.is_grad_enabled() or _is_traced())
         room = [w[0].new_empty(w[0].shape[1], n) for w in weights] if in_place else None
-        activation = partial(_call_in, self.activation, dtype)
+        activation = _in_dtype(self.activation, dtype)
 
         def units(k, at):
             return torch.addmm(biases[k][at], weights[k][at][:, : len(known[k])], known[k])
 
         def learn(k, rows):
             if in_place:
-                start, end = len(known[k]), len(known[k]) + len(rows)
-                room[k][start:end] = rows
-                known[k] = room[k][:end]
+                n_before = len(known[k])
+                known[k] = room[k][: n_before + len(rows)]
+                known[k][n_before:] = rows
             else:
                 known[k] = torch.cat([known[k], rows])
 

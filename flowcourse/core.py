@@ -228,17 +228,18 @@ class Compose(Bijection):
             event_shape = f.event_shape_in(event_shape)
         return event_shape
 
+    # Shape and dtype were checked outside, and every part is made to fit the one before.
     def _forward(self, z, context):
         total = 0.0
         for f in self.bijections:
-            z, ladj = f.forward(z, context if f.context_dim else None)
+            z, ladj = f._forward(z, context if f.context_dim else None)
             total = total + ladj
         return z, total
 
     def _inverse(self, x, context):
         total = 0.0
         for f in reversed(self.bijections):
-            x, ladj = f.inverse(x, context if f.context_dim else None)
+            x, ladj = f._inverse(x, context if f.context_dim else None)
             total = total + ladj
         return x, total
 
@@ -289,10 +290,10 @@ class Inverse(Bijection):
         return self.bijection.event_shape_out(event_shape)
 
     def _forward(self, z, context):
-        return self.bijection.inverse(z, context)
+        return self.bijection._inverse(z, context)
 
     def _inverse(self, x, context):
-        return self.bijection.forward(x, context)
+        return self.bijection._forward(x, context)
 
 # %% ../nbs/01-change-of-variables.ipynb #debca06d
 def draw(

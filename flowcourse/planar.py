@@ -209,6 +209,45 @@ def times(
     """Row vectors times matrices, one for all or one for each."""
     return (t.unsqueeze(-2) @ matrix).squeeze(-2)
 
+# %% ../nbs/05-planar.ipynb #planar-chain
+class _Block(torch.autograd.Function):
+    "A block of planar layers, with the chain rule written out."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, w, u, b, unit):
+        a = times(z, w.mT) + b
+        products = (u @ w.mT).triu(1)  # row j: what layer j adds to those after it
+        for a_j, row in zip(a.split(1, -1), products.unbind(-2)):
+            a.add_(unit(a_j) * row)
+        return z + times(unit(a), u), a, products
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, w, u, _, ctx.unit = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(z, w, u, *output[1:])
+
+    @staticmethod
+    def backward(ctx, g_x, g_a, _):
+        z, w, u, a, products = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives, with a graph to `w` and `u`
+            products = u @ w.mT
+        h, slope = ctx.unit(a), ctx.unit.derivative(a)
+        y = torch.addcmul(g_a, slope, times(g_x, u.mT)).unsqueeze(-1)
+        system = products * -slope.unsqueeze(-1)  # and ones on the diagonal
+        g = torch.linalg.solve_triangular(system, y, upper=True, unitriangular=True).squeeze(-1)
+        g_z = g_x + times(g, w)
+        if w.dim() == 2:  # one set of layers for all points
+            z, h, g_x, g = (t.reshape(-1, t.shape[-1]) for t in (z, h, g_x, g))
+            mixed = (g.mT @ h).tril(-1)
+            return g_z, g.mT @ z + mixed @ u, h.mT @ g_x + mixed.mT @ w, g.sum(0), None
+        mixed = (g.unsqueeze(-1) * h.unsqueeze(-2)).tril(-1)
+        g_w = torch.addcmul(mixed @ u, g.unsqueeze(-1), z.unsqueeze(-2))
+        g_u = torch.addcmul(mixed.mT @ w, h.unsqueeze(-1), g_x.unsqueeze(-2))
+        return g_z, g_w.sum_to_size(w.shape), g_u.sum_to_size(u.shape), g, None
+
 # %% ../nbs/05-planar.ipynb #aa5af011
 def length_of(
     t: Tensor,  # Vectors, shape `(*batch, n)`
@@ -253,7 +292,7 @@ class Planar(Bijection):
         context_dim: int = 0,  # Number of context features
         unit: TanhUnit | LeakyUnit = TanhUnit(),  # The hidden unit h
         offset: float = IDENTITY,  # Of m(p) = softplus(p + offset) - 1; 0 for the paper's
-        block: int = 16,  # Layers that are computed together
+        block: int = 40,  # Layers that are computed together
         hidden: tuple[int, ...] = (32,),  # Widths of the context network's hidden layers
     ):
         super().__init__(dim, context_dim)
@@ -281,20 +320,20 @@ class Planar(Bijection):
         m, log_steepest = above_minus_one(self.unit.max_slope * product, self.offset)
         gain = torch.where(flat, 0.0, m / self.unit.max_slope)
         log_steepest = torch.where(flat, 0.0, log_steepest)
-        u = u + (gain - product) * (w / torch.where(flat, 1.0, square))
+        u = torch.addcmul(u, (gain - product) / torch.where(flat, 1.0, square), w)
         return w, u, b.squeeze(-1), gain.squeeze(-1), log_steepest.squeeze(-1)
 
     def _forward(self, z, context):
         w, u, b, _, log_steepest = self.layers(context)
         activations = []
-        for part in self._blocks():
-            layers = w[..., part, :], u[..., part, :]
-            z, a = self._ahead(z, *layers, b[..., part], layers[0] @ layers[1].mT)
+        blocks = w.split(self.block, -2), u.split(self.block, -2), b.split(self.block, -1)
+        for layers in zip(*blocks):
+            z, a, _ = _Block.apply(z, *layers, self.unit)
             activations.append(a)
         return z, self.unit.log_slope(torch.cat(activations, -1), log_steepest).sum(-1)
 
     def _ahead(self, z, w, u, b, products):
-        "Where a block of layers takes a point, and its activations."
+        "The plain way through a block of layers: where it takes a point, and its activations."
         a = substitute(times(z, w.mT) + b, products, self.unit)
         return z + times(self.unit(a), u), a
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import mpmath
 import pytest
@@ -69,6 +70,52 @@ def test_blocks_give_the_numbers_and_gradients_of_the_loop(unit, context_dim, le
         assert_close(fast, plain, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("unit", UNITS[:2], ids=str)
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_second_derivatives_are_those_of_the_loop(unit, context_dim):
+    f = perturbed(Planar(4, 5, context_dim, unit=unit, block=3), 0.5)
+    z = noise(6, 4).requires_grad_()
+    context = noise(6, 3, seed=1).requires_grad_() if context_dim else None
+    leaves = [z, *f.parameters()] + ([context] if context_dim else [])
+    found = []
+    for way in (f, partial(loop, f)):
+        x, ladj = way(z, context)
+        value = (x * noise(6, 4, seed=2)).sum() + ladj.sum()
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        total = sum((g * noise(*g.shape, seed=3)).sum() for g in grads)
+        found.append(torch.autograd.grad(total, leaves, materialize_grads=True))
+        at_first = partial(way, context=None if context is None else context.detach()[0])
+        hessians = torch.func.jacrev(torch.func.jacrev(at_first))(z.detach()[0])
+        found[-1] += hessians
+    for fast, plain in zip(*found):
+        assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_one_context_for_all_points_and_gradients_of_each_point(context_dim):
+    f = perturbed(Planar(4, 5, context_dim, block=3), 0.5)
+    z, context = noise(2, 6, 4), noise(1, 3, seed=1) if context_dim else None
+
+    class Value(torch.nn.Module):
+        def __init__(self, way):
+            super().__init__()
+            self.f, self.way = f, way
+
+        def forward(self, z):
+            x, ladj = self.way(self.f, z, context)
+            return x.square().sum() + ladj.sum()
+
+    both = []
+    for way in (Planar.forward, loop):
+        value = Value(way)
+        parameters = dict(value.named_parameters())
+        gradient = torch.func.grad(partial(torch.func.functional_call, value))
+        each = torch.func.vmap(gradient, (None, 0))(parameters, z)
+        both.append([*gradient(parameters, z).values(), *each.values()])
+    for fast, plain in zip(*both):
+        assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+
+
 def test_the_cost_is_linear_in_the_length():
     def flops(length):
         counter = FlopCounterMode(display=False)
@@ -77,7 +124,7 @@ def test_the_cost_is_linear_in_the_length():
             f(torch.randn(100, 40))
         return counter.get_total_flops()
 
-    assert flops(256) == 2 * flops(128) == 4 * flops(64)
+    assert flops(320) == 2 * flops(160) == 4 * flops(80)
 
 
 def test_a_tanh_layer_is_that_of_pyro():
