@@ -7,15 +7,24 @@ __all__ = ['MaskedLinear', 'MADE', 'Autoregressive', 'MAF', 'IAF', 'BlockLayer',
 
 # %% ../nbs/09-autoregressive.ipynb #949be173
 import math
+from functools import partial
 from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .core import Bijection, Compose, Inverse, as_shape
-from .elementwise import AffineMap, Conditional, InverseMap, bounded, monotone_root
+from flowcourse.elementwise import (
+    AffineMap,
+    Conditional,
+    InverseMap,
+    bounded,
+    interior,
+    monotone_root,
+)
 
 # %% ../nbs/09-autoregressive.ipynb #0be82bb1
 def _read_order(order, dim):
@@ -29,6 +38,12 @@ def _read_order(order, dim):
 def _is_traced():
     "Whether torch.compile or a transform of torch.func is at work: then no branch follows data."
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _call_in(module, dtype, t):
+    "A module called in another floating-point format than that of its parameters, if any."
+    state = {name: p.to(dtype) for name, p in module.named_parameters()}
+    return functional_call(module, state, t) if state else module(t)
 
 
 class MaskedLinear(nn.Linear):
@@ -129,34 +144,41 @@ class MADE(nn.Module):
         step,  # From a coordinate's index and outputs, `(n, n_params)`, to its value, `(n,)`
         n: int,  # Number of points
         context: Tensor | None = None,  # Features, broadcast: `(n, context_dim)`
+        dtype: torch.dtype | None = None,  # To compute in; None: that of the weights
     ):
         """One pass spread over the coordinates: each value is fed back before the next output."""
-        # What is not known yet is zero, so that no mask is needed.
-        known = [layer.weight.new_zeros(layer.in_features, n) for layer in self.layers]
-        biases = [layer.bias.unsqueeze(-1) for layer in self.layers]
+        # Columns and rows in the order in which they are known: what is, is a prefix.
+        weights = [layer.weight.to(dtype) for layer in self.layers]
+        weights[0] = weights[0].index_select(1, self.order)
+        biases = [layer.bias.to(dtype).unsqueeze(-1) for layer in self.layers]
         if context is not None:
-            biases[0] = biases[0] + self.from_context(context).T
+            features = F.linear(context.to(dtype), self.from_context.weight.to(dtype))
+            biases[0] = biases[0] + features.T
+        known = [w.new_zeros(0, n) for w in weights]
         counts = [*self._counts, self.n_params]  # of rows that are computed together
-        weights = [layer.weight.split(count) for layer, count in zip(self.layers, counts)]
+        weights = [w.split(count) for w, count in zip(weights, counts)]
         biases = [bias.split(count) for bias, count in zip(biases, counts)]
         # Writing in place is quicker, and right for numbers that nobody differentiates.
         in_place = not (torch.is_grad_enabled() or _is_traced())
+        room = [w[0].new_empty(w[0].shape[1], n) for w in weights] if in_place else None
+        activation = partial(_call_in, self.activation, dtype)
 
-        def learn(k, start, rows):
+        def units(k, at):
+            return torch.addmm(biases[k][at], weights[k][at][:, : len(known[k])], known[k])
+
+        def learn(k, rows):
             if in_place:
-                known[k][start : start + len(rows)] = rows
+                start, end = len(known[k]), len(known[k]) + len(rows)
+                room[k][start:end] = rows
+                known[k] = room[k][:end]
             else:
-                known[k] = known[k].slice_scatter(rows, 0, start, start + len(rows))
+                known[k] = torch.cat([known[k], rows])
 
-        starts = [0] * len(self._counts)
         for place, i in enumerate(self._sequence):
             for k, counts in enumerate(self._counts):
                 if counts[place]:
-                    a = torch.addmm(biases[k][place], weights[k][place], known[k])
-                    learn(k + 1, starts[k], self.activation(a))
-                    starts[k] += counts[place]
-            value = step(i, torch.addmm(biases[-1][i], weights[-1][i], known[-1]).T)
-            learn(0, i, value[None])
+                    learn(k + 1, activation(units(k, place)))
+            learn(0, step(i, units(-1, i).T).unsqueeze(0))
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
@@ -221,18 +243,21 @@ class Autoregressive(Bijection):
 
     def _incremental(self, z, context):
         "The same numbers, each unit of the network evaluated once, when its inputs are there."
-        rows = z.reshape(-1, z.shape[-1]).T.contiguous().unbind()
+        # In float64: many small sums round otherwise than one large one, and steep maps amplify it.
+        dtype = z.dtype if z.device.type == "mps" else torch.float64
+        rows = z.reshape(-1, z.shape[-1]).T.to(dtype).contiguous().unbind()
         n, values, log_slopes = len(rows[0]), [None] * len(rows), []
 
         def step(i, theta):
-            values[i], log_slope = self.scalar_map.forward(rows[i], theta.to(z.dtype))
+            values[i], log_slope = self.scalar_map.forward(rows[i], theta.to(dtype))
             log_slopes.append(log_slope)
             return values[i]
 
         if context is not None:
             context = context.expand(*z.shape[:-1], -1).reshape(n, self.context_dim)
-        self.made.unroll(step, n, context)
-        x, ladj = torch.stack(values, -1), torch.stack(log_slopes).sum(0)
+        self.made.unroll(step, n, context, dtype)
+        x, ladj = torch.stack(values, -1).to(z.dtype), torch.stack(log_slopes).sum(0).to(z.dtype)
+        x = interior(x, self.scalar_map.codomain)  # rounding may have put it onto an end
         return x.reshape(z.shape), ladj.reshape(z.shape[:-1])
 
     def _sweeps(self, z, context):

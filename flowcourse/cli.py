@@ -113,7 +113,7 @@ def test(
     out: Path,  # Folder of the run
     device: str | None = None,  # For example `cpu` or `cuda`; None: the GPU where there is one
 ) -> dict[str, float]:  # Results by name
-    """Judge the model in a folder on the test rows, and write the result beside it."""
+    """Judge the model in a folder on the test rows, and write results and pictures beside it."""
     path, device = out / "model.pt", device or best_device()
     objective = config.objective()
     try:
@@ -122,6 +122,8 @@ def test(
         raise CheckpointError(f"checkpoint: {path} holds another model. {error}") from error
     result = config.evaluate(objective.to(device).eval())
     save_json(writable(out) / "result.json", result)
+    for name, figure in config.pictures(objective).items():
+        figure.savefig(out / f"{name}.png", dpi=110)
     return result
 
 # %% ../nbs/95-cli.ipynb #13da96e7
@@ -222,7 +224,7 @@ def main(
             )
         if is_main():
             for key, value in test(command.fields, out, command.device).items():
-                print(f"{key}: {value:.4f}")
+                print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
             print(f"the run is in {out}")
     except TrainingInterrupted as stop:
         print(f"flowcourse: {stop}", file=sys.stderr)

@@ -6,6 +6,7 @@
 __all__ = ['PARTITIONS', 'SIZES', 'configs', 'Splits', 'Config', 'FlowConfig', 'posteriors', 'DLGMConfig']
 
 # %% ../nbs/94-configs.ipynb #293e742b
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, NamedTuple
@@ -26,9 +27,19 @@ from flowcourse.data import (
     to_logit,
     toys,
 )
-from .dlgm import DLGM, FreeEnergy
+from flowcourse.dlgm import (
+    DLGM,
+    FreeEnergy,
+    active_units,
+    annealed_importance,
+    importance_weights,
+    interpolate,
+    log_mean_weight,
+    reconstruct,
+)
 from .elementwise import InverseMap
 from .planar import Planar, Sylvester
+from .plots import show_images
 from .splines import RationalQuadraticSplineMap
 from .training import Annealing, MaximumLikelihood, Objective
 from .zoo import scalar_maps
@@ -79,6 +90,10 @@ class Config:
     def evaluate(self, objective: Objective) -> dict[str, float]:
         """What a trained model is judged by on the test rows, name by name, units in the names."""
         raise NotImplementedError(f"{type(self).__name__} defines no evaluate")
+
+    def pictures(self, objective: Objective) -> dict:
+        """Figures of a trained model by name; by default none."""
+        return {}
 
 # %% ../nbs/94-configs.ipynb #e3128c37
 PARTITIONS = {"half": half, "alternating": alternating, "random": random_half}
@@ -191,7 +206,7 @@ def posteriors(
     context_dim: int,  # Number of features of the image; 0 for the same map for all images
     generator: torch.Generator,  # Draws the partitions of couplings
 ) -> dict:  # For each name, a function that makes the bijection after the Gaussian
-    """The flows that a posterior may be, each with parameters that are linear in the features."""
+    """The flows that a posterior may be; planar and Sylvester layers are linear in the features."""
     partition = partial(random_half, generator=generator)
     linear = dict(context_dim=context_dim, hidden=())
     return {
@@ -212,13 +227,15 @@ def posteriors(
         ),
     }
 
-
+# %% ../nbs/94-configs.ipynb #42228396
 @dataclass
 class DLGMConfig(Config):
     """A deep latent Gaussian model of binary digits, with a flow as posterior."""
 
     steps: int = 60_000
     batch_size: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    clip: float | None = 50.0  # Steep planar layers give gradients a hundred times the usual
     validate_every: int = 1000
     checkpoint_every: int = 2000
     data: Literal["mnist", "mnist-threshold"] = "mnist"  # Pixels drawn once, or grey above 1/2
@@ -231,6 +248,9 @@ class DLGMConfig(Config):
     window: int = 4  # Affine functions to a maxout unit
     annealing: int = 10_000  # Updates over which the target gains its weight
     held_out: int = 10_000  # Rows of the training set to choose by
+    judged: int = 10_000  # Test images that are judged
+    trend: int = 1000  # Test images that get 5000 latents each
+    annealed: int = 100  # Test images for annealed importance sampling
 
     @property
     def about(self) -> str:
@@ -263,6 +283,58 @@ class DLGMConfig(Config):
                 decoder=self.decoder,
             )
         return FreeEnergy(model, Annealing(updates=self.annealing))
+
+    @torch.no_grad()
+    def evaluate(self, objective: FreeEnergy) -> dict[str, float]:
+        """Free energy and -log p(x) of test images, with ever more latents, and a second opinion."""
+        model, x = objective.model, self.load().test[: self.judged]
+        x = x.to(next(model.parameters()).device)
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = importance_weights(model, x, 200, generator, progress=True)
+        bound, log_p = -weights.mean(), log_mean_weight(weights, 200)
+        result = {
+            "free energy [nat]": bound.item(),
+            "-log p(x), 200 samples [nat]": -log_p.mean().item(),
+            "standard error over images [nat]": (log_p.std() / len(x) ** 0.5).item(),
+            "KL(q || p(z|x)), 200 samples [nat]": (bound + log_p.mean()).item(),
+            "active units": active_units(model, x[:1000], generator=generator),
+        }
+        some = x[: self.trend]
+        weights = importance_weights(model, some, 5000, generator, progress=True)
+        for n in (1, 50, 200, 1000, 5000) if len(some) else ():
+            found = -log_mean_weight(weights, n).mean().item()
+            result[f"-log p(x), {n} samples, {len(some)} images [nat]"] = found
+        few = x[: self.annealed]
+        if len(few):
+            found = -annealed_importance(model, few, generator=generator, progress=True)
+            result[f"-log p(x), annealed, {len(few)} images [nat]"] = found.mean().item()
+            weights = importance_weights(model, few, 5000, generator)
+            found = -log_mean_weight(weights, 5000).mean().item()
+            result[f"-log p(x), 5000 samples, {len(few)} images [nat]"] = found
+        return result
+
+    @torch.no_grad()
+    def pictures(self, objective: FreeEnergy) -> dict:
+        """Samples, reconstructions of test images, and ways between them."""
+        from matplotlib.figure import Figure
+
+        model, x = objective.model, self.load().test
+        x = x.to(next(model.parameters()).device)
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = model.decoder(model.prior.sample((100,), generator)).sigmoid()
+        again = reconstruct(model, x[:50], generator)
+        between = interpolate(model, x[:10], x[10:20], generator=generator)
+        figures = {}
+        for name, rows in (
+            ("samples", drawn),
+            ("reconstructions", torch.stack([x[:50].to(again), again], 1)),
+            ("interpolations", between),
+        ):
+            figures[name] = Figure(figsize=(5, 5), layout="constrained")
+            side = math.isqrt(rows.shape[-1])
+            images = rows.reshape(-1, side, side).cpu()
+            show_images(images, figures[name].subplots(), vmin=0, vmax=1)
+        return figures
 
 # %% ../nbs/94-configs.ipynb #4a343a39
 configs = Table(
@@ -301,17 +373,17 @@ configs = Table(
             layers=6,
             hidden=(32, 32),
         ),
+        **{
+            f"dlgm.{name}.{data}": DLGMConfig(data=data, posterior=posterior, length=length)
+            for data in ("mnist", "mnist-threshold")
+            for name, posterior, length in (
+                ("dc", "gaussian", 0),
+                *((f"nf{k}", "planar", k) for k in (10, 20, 40, 80)),
+                *((f"nice{k}", "nice", k) for k in (10, 20, 40, 80)),
+                ("sylvester", "sylvester", 4),
+                ("iaf", "iaf", 4),
+                ("spline", "spline", 4),
+            )
+        },
     }
 )
-for _data in ("mnist", "mnist-threshold"):
-    for _name, _posterior, _length in (
-        ("dc", "gaussian", 0),
-        *((f"nf{k}", "planar", k) for k in (10, 20, 40, 80)),
-        *((f"nice{k}", "nice", k) for k in (10, 20, 40, 80)),
-        ("sylvester", "sylvester", 4),
-        ("iaf", "iaf", 4),
-        ("spline", "spline", 4),
-    ):
-        configs[f"dlgm.{_name}.{_data}"] = DLGMConfig(
-            data=_data, posterior=_posterior, length=_length, schedule="cosine"
-        )

@@ -15,7 +15,8 @@ __all__ = ['exercise', 'agrees', 'compare', 'compare_pair', 'broken_promise', 'm
            'check_search', 'check_hermite', 'check_circle_map', 'check_pass_counts', 'check_degrees',
            'check_iaf_density', 'check_one_by_one', 'check_sweeps', 'check_block_slope', 'check_mass_kept',
            'check_tails', 'check_root_derivatives', 'check_largest_bump', 'check_lukacs', 'check_walls',
-           'check_hastings', 'check_weights', 'check_annealing_repair', 'check_path_gradient']
+           'check_hastings', 'check_weights', 'check_annealing_repair', 'check_path_gradient', 'check_planar_head',
+           'check_log_evidence', 'check_gap', 'check_free_energy', 'check_latent_step']
 
 # %% ../nbs/96-exercises.ipynb #d907fad6
 import functools
@@ -2221,3 +2222,171 @@ def check_path_gradient(
     return compare("by m where q is p", at_target[0], 0.0) or compare(
         "by s where q is p", at_target[1], 0.0
     )
+
+# %% ../nbs/96-exercises.ipynb #9c1482f9
+@exercise("11.1")
+def check_planar_head(
+    answer,  # From features, latent size and layers to a number of parameters
+):
+    """Check the size of the linear heads of amortised planar layers."""
+    for features, dim, length in ((400, 40, 10), (7, 3, 5)):
+        hint = compare(
+            f"the count for {length} layers",
+            answer(features, dim, length),
+            (features + 1) * length * (2 * dim + 1),
+            {
+                "each output has a bias as well": features * length * (2 * dim + 1),
+                "that is a static flow's: here each number is a linear function of the features": (
+                    length * (2 * dim + 1)
+                ),
+                "a layer has w, u and one number b": (features + 1) * length * 3 * dim,
+                "a layer has a b besides w and u": (features + 1) * length * 2 * dim,
+            },
+        )
+        if hint:
+            return hint
+    return None
+
+# %% ../nbs/96-exercises.ipynb #9de3ad87
+@exercise("11.2")
+def check_log_evidence(
+    answer,  # From log-weights of shape `(samples, n)` to estimates of shape `(n,)`
+):
+    """Check the logarithm of a mean of weights, for weights far below what a float holds."""
+    for name, log_w in (
+        ("small weights", _noise(50, 4)),
+        ("weights of exp(-1000)", 3 * _noise(50, 4) - 1000),
+    ):
+        hint = compare(
+            f"the estimate from {name}",
+            answer(log_w),
+            log_w.logsumexp(0) - math.log(50),
+            {
+                "this is the mean of the logarithms, the bound; the estimate is the logarithm of "
+                "the mean": log_w.mean(0),
+                "divide by the number of samples": log_w.logsumexp(0),
+                "the samples are the first axis": (log_w.logsumexp(1) - math.log(log_w.shape[1])),
+                "weights this small are 0 in floating point: stay in logarithms, with logsumexp": (
+                    log_w.exp().mean(0).log()
+                ),
+                "an estimate for each image, not for all": (
+                    log_w.logsumexp(0) - math.log(50)
+                ).mean(),
+            },
+        )
+        if hint:
+            return hint
+    return None
+
+# %% ../nbs/96-exercises.ipynb #9646efc0
+@exercise("11.3")
+def check_gap(
+    answer,  # From the posterior's mean and width to the gap, for q = N(0, 1)
+):
+    """Check the free energy's gap between two Gaussians."""
+    mean, width = _noise(6), (0.7 * _noise(2, 6)[1]).exp()
+    want = width.log() + (1 + mean**2) / (2 * width**2) - 0.5
+    return compare(
+        "the gap",
+        answer(mean, width),
+        want,
+        {
+            "this is KL(p || q): the expectation is over q": (
+                (width**2 + mean**2 - 1) / 2 - width.log()
+            ),
+            "the expectation of (z - mean)^2 over q is 1 + mean^2": (
+                width.log() + 1 / (2 * width**2) - 0.5
+            ),
+            "the entropy of q takes 1/2 away": want + 0.5,
+            "the normalisers of the two densities differ by log(width)": want - width.log(),
+            "a gap is never negative: the sign is turned round": -want,
+        },
+    )
+
+# %% ../nbs/96-exercises.ipynb #fc3a0452
+def _latent_problem():
+    """Images, noise, and an encoder and decoder without hidden units, with weights to train."""
+    inward, outward = ((0.3 * _noise(*shape)).requires_grad_() for shape in ((6, 4), (2, 6)))
+    x, noise = (_noise(5, 6) > 0).float(), _noise(5, 2)
+
+    def encode(x):
+        return (x @ inward).chunk(2, -1)
+
+    def decode(z):
+        return z @ outward
+
+    return x, noise, encode, decode, (inward, outward)
+
+
+def _free_energy(x, noise, encode, decode, beta=1.0, on_q=1.0, width=-1.0, prior=1.0, mean=False):
+    """The free energy by the book, or with a mistake."""
+    loc, log_width = encode(x)
+    z = loc + log_width.exp() * noise
+    log_normal = -0.5 * math.log(2 * math.pi)
+    log_q = (log_normal - noise**2 / 2 + width * log_width).sum(-1)
+    logits = decode(z)
+    pixels = x * logits - torch.nn.functional.softplus(logits)
+    likelihood = pixels.mean(-1) if mean else pixels.sum(-1)
+    return on_q * log_q - beta * (likelihood + prior * (log_normal - z**2 / 2).sum(-1))
+
+
+@exercise("11.4")
+def check_free_energy(
+    answer,  # From images, noise, encoder, decoder and beta to free energies
+):
+    """Check an annealed free energy of each image."""
+    x, noise, encode, decode, _ = _latent_problem()
+    case = x, noise, encode, decode
+    return compare(
+        "the free energy",
+        answer(*case, 0.3),
+        _free_energy(*case, 0.3),
+        {
+            "beta is ignored": _free_energy(*case),
+            "beta weighs log p(x, z), not log q": _free_energy(*case, 1.0, 0.3),
+            "beta weighs log p(x, z) alone, without log q": _free_energy(*case, 0.3, 0.3),
+            "beta weighs the prior too": _free_energy(*case, 0.3, prior=1 / 0.3),
+            "the prior is missing": _free_energy(*case, 0.3, prior=0.0),
+            "log q is that of the noise: subtract the log-widths": _free_energy(
+                *case, 0.3, width=0.0
+            ),
+            "log q falls when the width grows": _free_energy(*case, 0.3, width=1.0),
+            "sum over the pixels; a mean makes the image count for nothing": _free_energy(
+                *case, 0.3, mean=True
+            ),
+            "one number for each image": _free_energy(*case, 0.3).mean(),
+        },
+    )
+
+
+@exercise("11.5")
+def check_latent_step(
+    answer,  # From images, noise, encoder and decoder to a loss
+):
+    """Check value and gradients of a mean free energy."""
+    x, noise, encode, decode, weights = _latent_problem()
+    want = _free_energy(x, noise, encode, decode).mean()
+    right = torch.autograd.grad(want, weights)
+    got = answer(x, noise, encode, decode)
+    slips = {
+        "the sign of the log-widths in log q is turned round": _free_energy(
+            x, noise, encode, decode, width=1.0
+        ).mean(),
+        "the prior of z is missing": _free_energy(x, noise, encode, decode, prior=0.0).mean(),
+        "both the log-widths and the prior are wrong": _free_energy(
+            x, noise, encode, decode, width=1.0, prior=0.0
+        ).mean(),
+    }
+    hint = compare("the loss", got, want, slips)
+    if hint:
+        return hint
+    gradients = torch.autograd.grad(got, weights, allow_unused=True)
+    for name, gradient, true in zip(("encoder", "decoder"), gradients, right):
+        if gradient is None:
+            return f"no gradient reaches the {name}"
+        if not agrees(gradient, true):
+            return (
+                f"the loss is right, but the gradient of the {name}'s weights is not: "
+                "does it go through z?"
+            )
+    return None

@@ -24,6 +24,7 @@ from flowcourse.core import Flow, Inverse
 from flowcourse.elementwise import AffineMap, InverseMap, ScalarMap
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
+from flowcourse.zoo import scalar_maps
 
 WAYS = ("incremental", "fixed-point", "loop")
 
@@ -172,25 +173,37 @@ def test_fixed_point_is_as_good_as_its_tolerance_and_exact_without(tolerance):
     assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("scale", [0.1, 0.3, 0.6])
-@pytest.mark.parametrize("seed", range(3))
-def test_in_float32_no_way_is_further_off_than_twice_the_loop(scale, seed):
-    torch.manual_seed(seed)
-    f = perturbed(MAF(16, 3, (64, 64)), scale, seed)
-    z = noise(512, 16, seed=seed).float()
-    with torch.no_grad():
-        exact = sample_by(f, "loop")(z.double())
-        error = {}
+@pytest.mark.parametrize("name", ["affine", "rational-quadratic-spline", "deep-sigmoidal"])
+@pytest.mark.parametrize(("scale", "layers"), [(0.0, 1), (0.3, 3), (1.0, 1), (3.0, 1)])
+def test_in_float32_no_way_is_further_off_than_twice_the_loop(name, scale, layers):
+    """By the worst of a thousand points, however much the map amplifies what rounding does."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        f = perturbed(MAF(16, layers, (64, 64), scalar_map=scalar_maps[name]), scale, seed)
+        f = f.float().double()  # weights that float32 has as well
+        z = noise(1000, 16, seed=seed).float()
+        with torch.no_grad():
+            exact = sample_by(f, "loop")(z.double())
+            error = {}
+            for way in WAYS:
+                got = sample_by(f, way).float()(z)
+                error[way] = [
+                    ((a.double() - b) / (1 + b.abs())).abs().max() for a, b in zip(got, exact)
+                ]
         for way in WAYS:
-            got = sample_by(f, way).float()(z)
-            error[way] = [
-                # By the median: a few points lie where the map amplifies any rounding a thousandfold.
-                ((a.double() - b) / (1 + b.abs())).abs().median()
-                for a, b in zip(got, exact)
-            ]
+            for mine, plain in zip(error[way], error["loop"]):
+                assert mine <= 2 * max(plain, torch.finfo(torch.float32).eps / 2)
+
+
+def test_an_activation_with_parameters_samples_in_float32_and_gets_its_gradient():
+    f = make(4, 2, activation=nn.PReLU).float()
+    z, context = noise(8, 4).float(), noise(8, 2, seed=1).float()
     for way in WAYS:
-        for mine, plain in zip(error[way], error["loop"]):
-            assert mine <= 2 * plain
+        x, ladj = sample_by(f, way)(z, context)
+        assert x.dtype == ladj.dtype == torch.float32
+        assert_close(f.inverse(x, context)[0], z, rtol=1e-4, atol=1e-4)
+    f(z, context)[0].square().sum().backward()
+    assert f.made.activation.weight.grad.any()
 
 
 class Explosive(ScalarMap):
@@ -291,9 +304,9 @@ def test_incremental_sampling_does_the_arithmetic_of_one_pass(context_dim):
         return counter.get_total_flops()
 
     one = flops(f.inverse)
-    assert flops(f.forward) == one
+    assert flops(f.forward) <= one
     with torch.no_grad():
-        assert flops(f.forward) == one
+        assert flops(f.forward) <= one
         assert flops(sample_by(f, "loop").forward) == 32 * one
 
 

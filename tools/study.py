@@ -5,6 +5,8 @@
 and two real sets: held-out nats, and steps within a fixed time of the processor. Three seeds are
 trained side by side, in one process on one thread; a few steps are timed first, and the rest of the
 time decides how many follow. `tools/study.py digits` varies one thing at a time in `spline.digits`.
+`tools/study.py dlgm` trains short latent models of MNIST: planar layers with and without parameters
+from the image, decoders with and without hidden units, and both binarisations.
 `tools/study.py variational` trains flows on energies by reverse KL, all energies and three seeds of
 each side by side: planar and additive flows of several lengths, six families for the same time, and
 what goes wrong. The density of the first seed is kept as a picture.
@@ -34,7 +36,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
 from flowcourse.autoregressive import IAF
-from flowcourse.configs import SIZES, FlowConfig, configs
+from flowcourse.configs import SIZES, DLGMConfig, FlowConfig, configs
 from flowcourse.core import DiagonalGaussian, Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.data import dequantise, load, split, to_logit
@@ -198,6 +200,26 @@ def baseline(change, seed):
 def digits(change, seed):
     """One model of the digits: a baseline, or `spline.digits` with something changed."""
     return (baseline if change in BASELINES else vary)(change, seed)
+
+
+LATENT = DLGMConfig(steps=4000, annealing=1000, judged=2000, trend=0, annealed=0)
+
+
+def latent(seed, **change):
+    """A short training of a latent model, judged on the first test images."""
+    config, start = replace(LATENT, seed=seed, **change), time.process_time()
+    rows, objective = config.load(), config.objective()
+    history = fit(
+        objective, rows.train, validation=rows.validation, **config.training, progress=False
+    )
+    took = round(time.process_time() - start, 2)
+    return {
+        "results": config.evaluate(objective.eval()),
+        "steps": config.steps,
+        "best step": history.best_step,
+        "seconds": took,
+        "parameters": sum(p.numel() for p in objective.parameters()),
+    }
 
 
 RECIPE = {"steps": 2000, "batch_size": 400, "lr": 2e-2, "schedule": "cosine"}
@@ -373,6 +395,23 @@ STUDIES = {
     "digits": (
         digits,
         [{"change": name, "seed": seed} for seed in SEEDS for name in [*BASELINES, *DIGITS]],
+    ),
+    "dlgm": (
+        latent,
+        [
+            {"seed": seed, "data": data, "decoder": decoder} | posterior
+            for seed in SEEDS
+            for data, decoder in (
+                ("mnist", "maxout"),
+                ("mnist", "linear"),
+                ("mnist-threshold", "maxout"),
+            )
+            for posterior in (
+                {"posterior": "gaussian", "length": 0},
+                {"posterior": "planar", "length": 10, "amortised": True},
+                {"posterior": "planar", "length": 10, "amortised": False},
+            )
+        ],
     ),
     "variational": (
         variational,
