@@ -251,6 +251,7 @@ def test_bad_arguments_of_chains_are_named():
 
     for options, text in (
         ({"start": torch.zeros(2)}, "(chains, d)"),
+        ({"start": torch.zeros(3, 2, dtype=torch.long)}, "floating-point"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"thin": 0}, "thin"),
         ({"thin": 11}, "thin"),
