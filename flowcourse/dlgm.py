@@ -135,10 +135,10 @@ def importance_weights(
 
     found = []
     for part in tqdm(x.split(100), disable=not progress, unit="batch", leave=False):
-        sizes, left = rows // len(part) or 1, samples
+        most, left = rows // len(part) or 1, samples
         weights = []
         while left:
-            noise = model.prior.noise((min(sizes, left), len(part)), generator)
+            noise = model.prior.noise((min(most, left), len(part)), generator)
             z, log_q = model.infer(part, noise)
             weights.append(model.log_joint(part, z) - log_q)
             left -= len(noise)
@@ -197,7 +197,9 @@ def annealed_importance(
             torch.where(accept.unsqueeze(-1), place, z),
             torch.where(accept.unsqueeze(-1), pull, slope),
         )
-        rate = accept.to(size.dtype).mean(0)  # over chains, so that no chain steers its own step
+        rate = accept.to(size.dtype).mean(
+            0
+        )  # over chains, so that none steers its own step by much
         size = size * (0.1 * (rate - 0.65)).exp().unsqueeze(-1)
     return log_w.logsumexp(0) - math.log(chains)
 
