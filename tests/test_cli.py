@@ -34,7 +34,9 @@ def test_list_names_every_config(capsys):
 def test_train_writes_a_run_and_test_judges_it(tmp_path, capsys):
     assert run("train", "--config", NAME, "--out", tmp_path, "--seed", 3, *SHORT) == 0
     record = json.loads((tmp_path / "run.json").read_text())
-    assert record["name"] == NAME and record["config"]["steps"] == 30 and record["config"]["seed"] == 3
+    assert (
+        record["name"] == NAME and record["config"]["steps"] == 30 and record["config"]["seed"] == 3
+    )
     assert record["versions"]["torch"] == str(torch.__version__)
     assert record["command"].startswith(f"flowcourse train --config {NAME}")
     assert len(json.loads((tmp_path / "history.json").read_text())["loss"]) == 30
@@ -111,7 +113,9 @@ def test_ctrl_c_and_resume_give_the_uninterrupted_run(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run("train", "--config", NAME, "--out", whole, *slow) == 0
     words = command("train", "--config", NAME, "--out", broken, *slow)
-    child = subprocess.Popen(words, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        words, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 120
     while not (broken / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -128,13 +132,17 @@ def test_ctrl_c_and_resume_give_the_uninterrupted_run(tmp_path):
 def test_torchrun_trains_on_two_processes(tmp_path):
     words = ["train", "--config", NAME, "--device", "cpu", *SHORT]
     assert run(*words, "--out", tmp_path / "one") == 0
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + ["-m", "flowcourse", *words, "--out", str(tmp_path / "two")],
-        check=True,
+    done = subprocess.run(
+        # by its address: the name of a machine need not resolve
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        + ["--nproc-per-node", "2", "-m", "flowcourse", *words, "--out", str(tmp_path / "two")],
         capture_output=True,
+        text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    one, two = (json.loads((tmp_path / x / "history.json").read_text())["loss"] for x in ("one", "two"))
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((tmp_path / x / "history.json").read_text())["loss"] for x in ("one", "two")
+    )
     assert one == pytest.approx(two, rel=1e-5)
