@@ -208,7 +208,8 @@ def posteriors(
 ) -> dict:  # For each name, a function that makes the bijection after the Gaussian
     """The flows that a posterior may be; planar and Sylvester layers are linear in the features."""
     partition = partial(random_half, generator=generator)
-    linear = dict(context_dim=context_dim, hidden=())
+    # Adam moves every weight alike, so that the sum over many features would leap
+    linear = dict(context_dim=context_dim, hidden=(), context_scale=max(context_dim, 1) ** -0.5)
     return {
         "gaussian": lambda: None,
         "planar": lambda: Planar(dim, length, **linear),
@@ -246,7 +247,7 @@ class DLGMConfig(Config):
     latent_dim: int = 40  # Size of the latent
     features: int = 400  # Maxout units of the encoder, and of the decoder
     window: int = 4  # Affine functions to a maxout unit
-    annealing: int = 10_000  # Updates over which the target gains its weight
+    annealing: int = 1000  # Updates over which the target gains its weight; the paper has 10,000
     held_out: int = 10_000  # Rows of the training set to choose by
     judged: int = 10_000  # Test images that are judged
     trend: int = 1000  # Test images that get 5000 latents each
@@ -300,10 +301,11 @@ class DLGMConfig(Config):
             "active units": active_units(model, x[:1000], generator=generator),
         }
         some = x[: self.trend]
-        weights = importance_weights(model, some, 5000, generator, progress=True)
-        for n in (1, 50, 200, 1000, 5000) if len(some) else ():
-            found = -log_mean_weight(weights, n).mean().item()
-            result[f"-log p(x), {n} samples, {len(some)} images [nat]"] = found
+        if len(some):
+            weights = importance_weights(model, some, 5000, generator, progress=True)
+            for n in (1, 50, 200, 1000, 5000):
+                found = -log_mean_weight(weights, n).mean().item()
+                result[f"-log p(x), {n} samples, {len(some)} images [nat]"] = found
         few = x[: self.annealed]
         if len(few):
             found = -annealed_importance(model, few, generator=generator, progress=True)

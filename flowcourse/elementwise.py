@@ -497,9 +497,12 @@ class Conditional(nn.Module):
         context_dim: int = 0,  # Number of context features; 0 for free parameters
         start: Tensor | None = None,  # Their values at the start; None for zeros
         hidden: tuple[int, ...] = (32,),  # Widths of the network's hidden layers
+        context_scale: float = 1.0,  # Multiplies the context; a small one makes it learn slowly
     ):
         super().__init__()
-        self.shape = tuple(shape)
+        if not context_scale > 0:
+            raise ValueError(f"context_scale: expected a number above 0, got {context_scale}")
+        self.shape, self.context_scale = tuple(shape), context_scale
         start = torch.zeros(self.shape) if start is None else start.detach().expand(self.shape)
         if context_dim:
             self.net = mlp(context_dim, start.numel(), hidden)
@@ -515,7 +518,7 @@ class Conditional(nn.Module):
         """The parameters, one set per row of the context."""
         if self.net is None:
             return self.value
-        raw = self.net(context).to(context.dtype)  # under autocast it comes in half precision
+        raw = self.net(self.context_scale * context).to(context.dtype)  # under autocast it comes in half precision
         return raw.reshape(*context.shape[:-1], *self.shape)
 
     def extra_repr(self) -> str:

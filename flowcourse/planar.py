@@ -294,13 +294,14 @@ class Planar(Bijection):
         offset: float = IDENTITY,  # Of m(p) = softplus(p + offset) - 1; 0 for the paper's
         block: int = 40,  # Layers that are computed together
         hidden: tuple[int, ...] = (32,),  # Widths of the context network's hidden layers
+        context_scale: float = 1.0,  # Multiplies the context; a small one makes it learn slowly
     ):
         super().__init__(dim, context_dim)
         self.length, self.block = as_shape(length, "length")[0], as_shape(block, "block")[0]
         self.unit, self.offset = unit, offset
         w = torch.randn(length, dim) / dim**0.5  # so that w'z is about as large as one entry of z
         start = torch.cat([w, torch.zeros(length, dim + 1)], -1)
-        self.raw = Conditional(start.shape, context_dim, start, hidden)  # rows of w, u, b
+        self.raw = Conditional(start.shape, context_dim, start, hidden, context_scale)  # rows of w, u, b
 
     @property
     def inverse_cost(self) -> str:
@@ -458,6 +459,7 @@ class Sylvester(Bijection):
         unit: TanhUnit | LeakyUnit = TanhUnit(),  # The hidden unit h
         offset: float = IDENTITY,  # Of m(p) = softplus(p + offset) - 1
         hidden: tuple[int, ...] = (32,),  # Widths of the context network's hidden layers
+        context_scale: float = 1.0,  # Multiplies the context; a small one makes it learn slowly
     ):
         super().__init__(dim, context_dim)
         self.length, self.units = as_shape(length, "length")[0], units or dim
@@ -476,7 +478,7 @@ class Sylvester(Bijection):
         self.sizes = [n * n, n, n, frames[variant]]  # R and R̃ off its diagonal, diagonal of R̃, b, Q
         start = [torch.zeros(length, n * n), torch.ones(length, n), torch.zeros(length, n)]
         start = torch.cat([*start, torch.randn(length, frames[variant])], -1)
-        self.raw = Conditional(start.shape, context_dim, start, hidden)
+        self.raw = Conditional(start.shape, context_dim, start, hidden, context_scale)
 
     @property
     def inverse_cost(self) -> str:
