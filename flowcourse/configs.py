@@ -205,11 +205,11 @@ def posteriors(
     length: int,  # Number of layers
     context_dim: int,  # Number of features of the image; 0 for the same map for all images
     generator: torch.Generator,  # Draws the partitions of couplings
+    context_scale: float = 1.0,  # Multiplies the features before the linear layers
 ) -> dict:  # For each name, a function that makes the bijection after the Gaussian
     """The flows that a posterior may be; planar and Sylvester layers are linear in the features."""
     partition = partial(random_half, generator=generator)
-    # Adam moves every weight alike, so that the sum over many features would leap
-    linear = dict(context_dim=context_dim, hidden=(), context_scale=max(context_dim, 1) ** -0.5)
+    linear = dict(context_dim=context_dim, hidden=(), context_scale=context_scale)
     return {
         "gaussian": lambda: None,
         "planar": lambda: Planar(dim, length, **linear),
@@ -243,6 +243,7 @@ class DLGMConfig(Config):
     posterior: str = "planar"  # gaussian, planar, nice, sylvester, iaf or spline
     length: int = 10  # Layers of the posterior's flow
     amortised: bool = True  # The flow's parameters depend on the image
+    context_scale: float = 0.05  # Of the features in planar and Sylvester layers, 1 / sqrt(400)
     decoder: Literal["maxout", "linear"] = "maxout"  # With or without hidden units
     latent_dim: int = 40  # Size of the latent
     features: int = 400  # Maxout units of the encoder, and of the decoder
@@ -269,7 +270,7 @@ class DLGMConfig(Config):
         """The free energy of a new model whose weights follow from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         context_dim = self.features if self.amortised else 0
-        make = posteriors(self.latent_dim, self.length, context_dim, generator)
+        make = posteriors(self.latent_dim, self.length, context_dim, generator, self.context_scale)
         if self.posterior not in make:
             raise ValueError(
                 f"posterior: expected one of {', '.join(make)}, got {self.posterior!r}"

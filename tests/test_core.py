@@ -149,7 +149,9 @@ def test_a_torch_base_wants_one_event(bad):
 
 
 def test_a_torch_base_refuses_what_it_cannot_move():
-    hidden = D.TransformedDistribution(StandardNormalTorch(), [D.AffineTransform(torch.ones(2), 2.0)])
+    hidden = D.TransformedDistribution(
+        StandardNormalTorch(), [D.AffineTransform(torch.ones(2), 2.0)]
+    )
     with pytest.raises(ValueError, match="cannot move with the flow"):
         Flow(RealNVP(2), D.Independent(hidden, 0))
     with pytest.raises(ValueError, match="^base: expected a Base or a torch distribution, got int"):
@@ -257,20 +259,38 @@ def test_compose_carries_shapes_through_maps_that_change_them():
     [
         (lambda: Compose(), "bijections: Compose expects at least one"),
         (lambda: Compose(Counted(2), Counted(3)), r"bijections\[1\]: .* shape \(3,\), got \(2,\)"),
-        (lambda: Compose(Flatten((1, 2, 2)), Flatten((1, 2, 2))), r"bijections\[1\]: .* 3 dimensions"),
+        (
+            lambda: Compose(Flatten((1, 2, 2)), Flatten((1, 2, 2))),
+            r"bijections\[1\]: .* 3 dimensions",
+        ),
         (lambda: Compose(RealNVP(2, context_dim=1), RealNVP(2, context_dim=2)), "one context_dim"),
         (lambda: Flow(Counted(2), StandardNormal(3)), r"base: expected event shape \(2,\)"),
         (lambda: Flow(Bijection()), "base: expected one"),
         (lambda: Bijection(0), "event_shape: expected positive integers, got 0"),
         (lambda: Bijection(2, -1), "context_dim: expected 0 or more, got -1"),
-        (lambda: DiagonalGaussian(2, scale=-1.0), r"scale: expected finite numbers above 0, got -1.0"),
+        (
+            lambda: DiagonalGaussian(2, scale=-1.0),
+            r"scale: expected finite numbers above 0, got -1.0",
+        ),
         (lambda: Uniform(1, 1.0, 0.0), "high: expected above low"),
         (lambda: GaussianMixture(torch.zeros(3)), r"loc: expected shape \(components"),
-        (lambda: RealNVP(2)(torch.zeros(4, 3)), r"z: RealNVP expects last dimension 2, got .*\(4, 3\)"),
-        (lambda: RealNVP(2).inverse(torch.zeros(2).double()), "x: RealNVP holds torch.float32, got"),
-        (lambda: RealNVP(2)(torch.zeros(2, dtype=torch.long)), "floating-point tensor, got a torch.int64"),
+        (
+            lambda: RealNVP(2)(torch.zeros(4, 3)),
+            r"z: RealNVP expects last dimension 2, got .*\(4, 3\)",
+        ),
+        (
+            lambda: RealNVP(2).inverse(torch.zeros(2).double()),
+            "x: RealNVP holds torch.float32, got",
+        ),
+        (
+            lambda: RealNVP(2)(torch.zeros(2, dtype=torch.long)),
+            "floating-point tensor, got a torch.int64",
+        ),
         (lambda: RealNVP(2)([0.0, 0.0]), "floating-point tensor, got list"),
-        (lambda: RealNVP(2)(torch.zeros(2), torch.zeros(1)), "context: RealNVP expects none, got shape"),
+        (
+            lambda: RealNVP(2)(torch.zeros(2), torch.zeros(1)),
+            "context: RealNVP expects none, got shape",
+        ),
         (lambda: RealNVP(2, context_dim=3)(torch.zeros(2)), r"context: .*\(\*batch, 3\), got none"),
         (lambda: Flow(RealNVP(2, context_dim=3))(), r"context: Flow expects shape \(\*batch, 3\)"),
         (

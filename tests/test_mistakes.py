@@ -13,7 +13,9 @@ from flowcourse.training import MaximumLikelihood, fit, load_checkpoint
 
 
 def learn(data, **options):
-    return fit(MaximumLikelihood(Flow(RealNVP(2, 2, (4,)))), data, steps=2, progress=False, **options)
+    return fit(
+        MaximumLikelihood(Flow(RealNVP(2, 2, (4,)))), data, steps=2, progress=False, **options
+    )
 
 
 def foreign(folder):

@@ -16,7 +16,9 @@ NOTEBOOK_TOOLS = ["nbdev", "fastcore", "execnb", "IPython", "jupyter_core", "ipy
 def seconds(statement):
     """Time of an import in a new process, start of Python not included."""
     code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    )
 
 
 def test_import_takes_at_most_0_7_s_more_than_torch():
@@ -27,7 +29,9 @@ def test_import_takes_at_most_0_7_s_more_than_torch():
 
 def test_heavy_packages_are_imported_where_they_are_used():
     code = "import flowcourse, sys, json; print(json.dumps(sorted(sys.modules)))"
-    modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    modules = json.loads(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    )
     heavy = {"matplotlib", "accelerate", "tyro", "torchdiffeq", "pooch", *NOTEBOOK_TOOLS}
     assert not heavy & set(modules)
 
@@ -55,7 +59,17 @@ def test_the_wheel_is_small_and_complete(wheel):
 
 def test_the_wheel_trains_without_notebook_tools(wheel, tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "lib"), str(wheel)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(tmp_path / "lib"),
+            str(wheel),
+        ],
         check=True,
     )
     code = f"""
@@ -67,7 +81,12 @@ assert flowcourse.__file__.startswith({str(tmp_path)!r}), flowcourse.__file__
 from flowcourse.cli import main
 sys.exit(main(["train", "--config", "realnvp.faithful", "--steps", "20", "--out", {str(tmp_path / "run")!r}]))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "lib")})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "lib")},
+    )
     assert json.loads((tmp_path / "run/result.json").read_text())
 
 

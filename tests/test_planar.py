@@ -308,6 +308,17 @@ class Given(torch.nn.Module):
         return self.value
 
 
+@pytest.mark.parametrize("make", [Planar, partial(Sylvester, units=2)])
+def test_context_scale_multiplies_the_context(make):
+    context, z = noise(7, 2), noise(7, 3)
+    quiet, loud = (make(3, length=4, context_dim=2, hidden=(), context_scale=s) for s in (0.1, 1.0))
+    perturbed(quiet)
+    loud.double().load_state_dict(quiet.state_dict())
+    for found, expected in zip(quiet(z, context), loud(z, 0.1 * context), strict=True):
+        assert_close(found, expected)
+    assert not torch.allclose(quiet(z, context)[0], loud(z, context)[0])
+
+
 def test_log_add_square_is_smooth_at_zero():
     for v in (-3.0, 0.5):
         t, v = torch.zeros((), dtype=torch.float64), torch.tensor(v, dtype=torch.float64)
@@ -396,6 +407,7 @@ def test_softplus_and_m_keep_their_digits():
         (lambda: LeakyUnit(1.5), "slope"),
         (lambda: Planar(2, 0), "length"),
         (lambda: Planar(2, 3, block=0), "block"),
+        (lambda: Planar(2, 3, context_dim=2, context_scale=0.0), "context_scale"),
         (lambda: Sylvester(3, units=4), "units"),
         (lambda: Sylvester(3, units=2, variant="triangular"), "units"),
         (lambda: Sylvester(3, variant="qr"), "variant"),

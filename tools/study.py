@@ -6,7 +6,8 @@ and two real sets: held-out nats, and steps within a fixed time of the processor
 trained side by side, in one process on one thread; a few steps are timed first, and the rest of the
 time decides how many follow. `tools/study.py digits` varies one thing at a time in `spline.digits`.
 `tools/study.py dlgm` trains short latent models of MNIST: planar layers with and without parameters
-from the image, decoders with and without hidden units, and both binarisations.
+from the image, decoders with and without hidden units, and both binarisations; and planar layers
+that see the features of the image at their full size.
 `tools/study.py variational` trains flows on energies by reverse KL, all energies and three seeds of
 each side by side: planar and additive flows of several lengths, six families for the same time, and
 what goes wrong. The density of the first seed is kept as a picture.
@@ -202,7 +203,7 @@ def digits(change, seed):
     return (baseline if change in BASELINES else vary)(change, seed)
 
 
-LATENT = DLGMConfig(steps=4000, annealing=1000, judged=2000, trend=0, annealed=0)
+LATENT = DLGMConfig(steps=4000, judged=2000, trend=0, annealed=0)
 
 
 def latent(seed, **change):
@@ -436,6 +437,11 @@ STUDIES = {
                 {"posterior": "planar", "length": 10, "amortised": True},
                 {"posterior": "planar", "length": 10, "amortised": False},
             )
+        ]
+        + [
+            {"seed": seed, "data": "mnist", "decoder": "maxout", "posterior": "planar"}
+            | {"length": 10, "amortised": True, "context_scale": 1.0}
+            for seed in SEEDS
         ],
     ),
     "variational": (
