@@ -307,41 +307,53 @@ class RationalLinearSplineMap(SplineMap):
 # %% ../nbs/07-splines.ipynb #rqp00707
 def _unpiece(v, a, b):
     "The root of a quadratic, in the one of its two forms that does not cancel."
-    second = a - v * (a + b - 2)
-    first = 1 - second
+    half = (a - v * (a + b - 2)) / 2
     tiny = torch.finfo(v.dtype).tiny  # rounding may go below zero, where sqrt has no slope
-    root = second.abs() + (second * second + 4 * first * v).clamp(min=tiny).sqrt()
-    rising = second > 0
-    return torch.where(rising, 2 * v, root) / torch.where(rising, root, 2 * first)
+    rest = 1 - half - half
+    root = half.abs() + torch.addcmul(half * half, rest, v).clamp(min=tiny).sqrt()
+    rising = half > 0
+    return torch.where(rising, v, root) / torch.where(rising, root, rest)
+
+
+def _curve(u, a, b):
+    "What the curve in the unit square and its slope are made of."
+    rest = 1 - u
+    mixed = u * rest
+    a_rest = a * rest
+    bend = a + b - 2
+    below = bend * mixed + 1
+    rise = torch.addcmul(torch.addcmul(mixed + mixed, a_rest, rest), b * u, u)
+    return rest, mixed, a_rest, bend, below, rise
 
 
 def _prepare(t, theta, side, bins, low, high, evenness, steepest, end_slope, tails):
-    "The bin of each `t`, its place in it, and all that the derivative needs."
+    "The bin of each `t`, its place in it, and all that the derivative needs; first z, then x."
     # tanh(r) is 2 sigmoid(2 r) - 1, and sigmoid is faster; the softmax drops the constant
-    squash = (theta[..., : 2 * bins].unflatten(-1, (2, bins)) * (2 / evenness)).sigmoid()
-    size = (squash * (2 * evenness)).exp()
+    theta = theta.reshape((1,) * (t.dim() + 1 - theta.dim()) + theta.shape)
+    raw = torch.stack([theta[..., :bins], theta[..., bins : 2 * bins]])
+    squash = raw.mul_(2 / evenness).sigmoid_()
+    size = (squash * (2 * evenness)).exp_()
     until = size.cumsum(-1)
     raw = theta[..., 2 * bins :]
     if tails == "linear":
         raw = F.pad(raw, (1, 1), value=steepest * math.atanh(math.log(end_slope) / steepest))
-    scales = [(high - low) / until[..., row, -1] for row in (0, 1)]
-    goal = ((t - low) / scales[side]).unsqueeze(-1)
-    k = (goal >= until[..., side, :-1]).sum(-1, keepdim=True)
-    shape = *t.shape, bins
-    corners, extents = [], []
-    for row, scale in enumerate(scales):
-        own, end = (v[..., row, :].expand(shape).gather(-1, k).squeeze(-1) for v in (size, until))
-        corners.append((end - own) * scale + low)
-        extents.append(own * scale)
-    at = torch.cat([k, (k + 1) % raw.shape[-1]], -1)
-    tilt = (raw.expand(*t.shape, raw.shape[-1]).gather(-1, at) * (2 / steepest)).sigmoid()
-    turn = extents[0] / extents[1]
-    a, b = (((tilt * 2 - 1) * steepest).exp() * turn.unsqueeze(-1)).unbind(-1)
-    if side:
-        u = _unpiece((t - corners[1]) / extents[1], a, b)
-    else:
-        u = (t - corners[0]) / extents[0]
-    return squash, size, *scales, *corners, *extents, k, at, tilt, u, a, b
+    elif tails == "circular":
+        raw = torch.cat([raw, raw[..., :1]], -1)
+    scale = (high - low) / until[..., -1]
+    reach = ((t - low) / scale[side]).unsqueeze(-1)
+    k = (reach >= until[side, ..., :-1]).sum(-1, keepdim=True)
+    pair = 2, *t.shape
+    own, end = (
+        v.expand(*pair, bins).gather(-1, k.expand(*pair, 1)).squeeze(-1) for v in (size, until)
+    )
+    extent = own * scale
+    corner = (end - own) * scale + low
+    (z0, x0), (width, height) = corner, extent
+    at = torch.stack([k, k + 1])
+    tilt = raw.expand(*pair, bins + 1).gather(-1, at).squeeze(-1).div_(steepest).tanh_()
+    a, b = (tilt * steepest).exp_() * (width / height)
+    u = _unpiece((t - x0) / height, a, b) if side else (t - z0) / width
+    return squash, size, scale, corner, extent, k, at, tilt, u, a, b
 
 # %% ../nbs/07-splines.ipynb #rqf00707
 class _RationalQuadratic(torch.autograd.Function):
@@ -352,14 +364,12 @@ class _RationalQuadratic(torch.autograd.Function):
     @staticmethod
     def forward(t, theta, side, *settings):
         parts = _prepare(t, theta, side, *settings)
-        z0, x0, width, height = parts[4:8]
-        u, a, b = parts[11:]
-        rest = 1 - u
-        mixed = u * rest
-        below = (a + b - 2) * mixed + 1
-        a_rest, b_u = a * rest, b * u
-        rise = b_u * u + 2 * mixed + a_rest * rest
-        image = z0 + width * u if side else x0 + height * (u * (u + a_rest) / below)
+        _, _, _, (z0, x0), (width, height), *_, u, a, b = parts
+        _, _, a_rest, _, below, rise = _curve(u, a, b)
+        if side:
+            image = torch.addcmul(z0, width, u)
+        else:
+            image = torch.addcmul(x0, height, u * (u + a_rest) / below)
         return image, (rise * height / (width * below * below)).log(), *parts
 
     @staticmethod
@@ -374,59 +384,57 @@ class _RationalQuadratic(torch.autograd.Function):
         side, (bins, low, high, *_, tails) = ctx.side, ctx.settings
         if torch.is_grad_enabled():  # for second derivatives, with a graph to `t` and `theta`
             parts = _prepare(t, theta, side, *ctx.settings)
-        squash, size, scale_z, scale_x, z0, x0, width, height, k, at, tilt, u, a, b = parts
-        rest = 1 - u
-        mixed = u * rest
-        bend = a + b - 2
-        below = bend * mixed + 1
-        a_rest, b_u = a * rest, b * u
-        rise = b_u * u + 2 * mixed + a_rest * rest
+        squash, size, scale, corner, extent, k, at, tilt, u, a, b = parts
+        width, height = extent
+        rest, mixed, a_rest, bend, below, rise = _curve(u, a, b)
         point = u * (u + a_rest) / below
         share = mixed / below
-        log_u = 2 * ((b_u - a_rest + rest - u) / rise - bend * (rest - u) / below)
-        twice = 2 * share
+        tilted = rest - u
+        log_u = 2 * ((b * u - a_rest + tilted) / rise - bend * tilted / below)
+        twice = share + share
         g_a = g_log * (rest * rest / rise - twice)
         g_b = g_log * (u * u / rise - twice)
+        slope = rise / (below * below)
         if side:  # through the root: dv = slope du + v_a da + v_b db
             direct = g_image * width
-            g_v = (direct + g_log * log_u) * below * below / rise
+            g_v = torch.addcmul(direct, g_log, log_u) / slope
             g_t = g_v / height
             pull = -g_v * share
         else:
             direct = g_image * height
-            g_u = direct * rise / (below * below) + g_log * log_u
+            g_u = torch.addcmul(direct * slope, g_log, log_u)
             g_t = g_u / width
             pull = direct * share
-        g_a = a * (g_a + pull * (1 - point))
-        g_b = b * (g_b - pull * point)
+        g_a = a * torch.addcmul(g_a + pull, pull, point, value=-1)
+        g_b = b * torch.addcmul(g_b, pull, point, value=-1)
         by = g_a + g_b - g_log
+        # gradients of the corners, and of extents times these
         if side:
-            rows = (g_image, (by + direct * u) / width), (-g_t, -(by + g_v * point) / height)
+            corners, extents = (g_image, -g_t), (by + direct * u, -by - g_v * point)
         else:
-            rows = (-g_t, (by - g_u * u) / width), (g_image, (direct * point - by) / height)
+            corners, extents = (-g_t, g_image), (by - g_u * u, direct * point - by)
+        g_corner, g_extent = torch.stack(corners), torch.stack(extents) / extent
         # Corner and extent are sums of sizes over the sum of all: a step at the first, at the bin
         # and after it, and the cumulative sum makes the gradient of every size.
-        steps = []
-        bin_sides = zip(rows, (z0, x0), (width, height), (scale_z, scale_x))
-        for (g_corner, g_extent), corner, extent, scale in bin_sides:
-            mean = ((corner - low) * g_corner + extent * g_extent) / (high - low)
-            steps += [(g_corner - mean) * scale, (g_extent - g_corner) * scale, -g_extent * scale]
-        steps = torch.stack(steps, -1)
-        n = bins + 1
-        where = torch.cat(
-            [torch.zeros_like(k), k, k + 1, torch.full_like(k, n), k + n, k + n + 1], -1
-        )
-        g_sizes = steps.new_zeros(*steps.shape[:-1], 2 * n).scatter_add(-1, where, steps)
-        g_sizes = g_sizes.unflatten(-1, (2, n)).cumsum(-1)[..., :-1]
+        mean = torch.addcmul((corner - low) * g_corner, extent, g_extent) / (high - low)
+        steps = torch.stack([g_corner - mean, g_extent - g_corner, -g_extent], -1)
+        steps = steps * scale.unsqueeze(-1)
+        where = torch.cat([torch.zeros_like(k), k, k + 1], -1).expand(steps.shape)
+        g_sizes = steps.new_zeros(*steps.shape[:-1], bins + 1).scatter_add(-1, where, steps)
+        g_sizes = g_sizes.cumsum(-1)[..., :-1]
         g_sizes = g_sizes.sum_to_size(size.shape) * (size * (squash - squash * squash)) * 4
-        g_ends = torch.stack([g_a, g_b], -1) * (tilt - tilt * tilt) * 4
-        free = theta.shape[-1] - 2 * bins
-        skip = int(tails == "linear")
-        g_slopes = g_ends.new_zeros(*g_ends.shape[:-1], free + 2 * skip).scatter_add(-1, at, g_ends)
-        g_slopes = g_slopes[..., skip : skip + free].sum_to_size(*theta.shape[:-1], free)
+        g_ends = torch.stack([g_a, g_b], -1) * (1 - tilt * tilt).movedim(0, -1)
+        g_slopes = g_ends.new_zeros(*g_ends.shape[:-1], bins + 1).scatter_add(
+            -1, torch.cat([k, k + 1], -1), g_ends
+        )
+        if tails == "linear":
+            g_slopes = g_slopes[..., 1:-1]
+        elif tails == "circular":
+            g_slopes = torch.cat([g_slopes[..., :1] + g_slopes[..., -1:], g_slopes[..., 1:-1]], -1)
+        g_slopes = g_slopes.sum_to_size(*size.shape[1:-1], theta.shape[-1] - 2 * bins)
         return (
             g_t,
-            torch.cat([g_sizes.flatten(-2), g_slopes], -1),
+            torch.cat([*g_sizes, g_slopes], -1).reshape(theta.shape),
             None,
             *[None] * len(ctx.settings),
         )
@@ -459,7 +467,9 @@ class RationalQuadraticSplineMap(SplineMap):
 
     def _in_box(self, t, theta, side):
         limits = self.evenness, self.steepest, self.end_slope, self.tails
-        return _RationalQuadratic.apply(t, theta, side, self.bins, *self.ends, *limits)[:2]
+        # without gradients there is no need for what `apply` arranges
+        spline = _RationalQuadratic.apply if torch.is_grad_enabled() else _RationalQuadratic.forward
+        return spline(t, theta, side, self.bins, *self.ends, *limits)[:2]
 
 # %% ../nbs/07-splines.ipynb #be6be5b5
 spline_maps = Table(
