@@ -2122,13 +2122,22 @@ def check_weights(
         hint = compare(
             f"log_z of {name} weights", got[0], log_sum - math.log(n),
             {
-                "exp overflows: use logsumexp": math.inf,
-                "exp underflows: use logsumexp": -math.inf,
+                "exp overflows: subtract the largest log-weight first, or use logsumexp": math.inf,
+                "exp underflows: subtract the largest log-weight first, or use logsumexp": -math.inf,
+                "the largest log-weight was subtracted; add it again after the logarithm": (
+                    log_sum - math.log(n) - log_w.max()
+                ),
+                "add the largest log-weight again after the logarithm, and subtract log n": (
+                    log_sum - log_w.max()
+                ),
                 "the mean, not the sum: subtract log n": log_sum,
                 "this is the mean of the logarithms, which is less": log_w.mean(),
                 "this is the mean weight; return its logarithm": log_w.exp().mean(),
             },
         )  # fmt: skip
+        if not hint and name != "small" and _is_nan(got[1]):
+            why = f"is nan: exp {'over' if shift > 0 else 'under'}flows"
+            return f"ess_share of {name} weights {why}; subtract the largest log-weight first"
         share = 2 * log_sum - (2 * log_w).logsumexp(0) - math.log(n)
         hint = hint or compare(
             f"ess_share of {name} weights", got[1], share.exp(),
@@ -2203,6 +2212,7 @@ def check_path_gradient(
             "this is the full gradient, whose direct part was to be dropped": -slope(z).mean(),
             "wrong sign: log q - log p": -along.mean(),
             "log q falls away from m: its slope is -(z - m) / s^2": (eps / s - slope(z)).mean(),
+            "wrong sign of the slope of log p, which is subtracted": (-eps / s + slope(z)).mean(),
             "the slope of log q is divided by s^2, not by s": (-eps - slope(z)).mean(),
             "one number for each draw; take their mean": along,
             "slope belongs at z, not at eps": (-eps / s - slope(eps)).mean(),
@@ -2214,6 +2224,13 @@ def check_path_gradient(
             "this is the full gradient, whose direct part was to be dropped": plain_s,
             "dz/ds is eps": along.mean(),
             "wrong sign: log q - log p": -(along * eps).mean(),
+            "log q falls away from m: its slope is -(z - m) / s^2": (
+                (eps / s - slope(z)) * eps
+            ).mean(),
+            "wrong sign of the slope of log p, which is subtracted": (
+                (-eps / s + slope(z)) * eps
+            ).mean(),
+            "one number for each draw; take their mean": along * eps,
         },
     )  # fmt: skip
     if hint:

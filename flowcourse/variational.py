@@ -123,6 +123,7 @@ class Ridges(Energy):
         self.log_normaliser = math.log(math.sqrt(2 * math.pi) * sum(widths) * self.length)
 
     def _ridges(self, z1):
+        """Heights of the one or two ridges above `z1`."""
         wave = _wave(z1)
         return (wave,) if self.drop is None else (wave, wave - self.drop(z1))
 
@@ -134,6 +135,7 @@ class Ridges(Energy):
         return wall(z1) - total
 
     def _place(self, u, e):
+        """Turn uniform `u` and normal `e`, both `(n, 2)`, into points: z1, a ridge, z2 around it."""
         along = self.length * u[:, 0]
         beyond = 4 * e[:, 0].sign() + 0.4 * e[:, 0]
         z1 = torch.where(along < 8, along - 4, beyond)
@@ -167,6 +169,7 @@ class FourGaussians(Energy):
         return -(-0.5 * square.sum(-1)).logsumexp(-1)
 
     def _place(self, u, e):
+        """Turn uniform `u` and normal `e`, both `(n, 2)`, into points: choose a lump, then a draw."""
         centres, variances = self._tables(e)
         k = (4 * u[:, 0]).long()
         return centres[k] + variances[k].sqrt() * e

@@ -246,6 +246,7 @@ GALLERY = {  # what is changed in the recipe, for 16 planar layers
     "no annealing": {},
     "large step": {"lr": 0.2},
     "w / |w|": {},
+    "flat wall, no annealing": {},
 }
 
 
@@ -375,11 +376,12 @@ def variational(kind, family="planar", length=16, change=None):
         torch.manual_seed(seed)
         flows.append(Flow(apart(make()), DiagonalGaussian(2, scale=2.0)))
     log_targets = [energies[target].log_density for target in targets]
-    if change == "flat wall":
+    changes = (change or "").split(", ")
+    if "flat wall" in changes:
         log_targets = [partial(flat_wall, energies[target]) for target in targets]
 
     def run(steps):
-        rising = None if change == "no annealing" else Annealing(0.01, round(ANNEALED * steps))
+        rising = None if "no annealing" in changes else Annealing(0.01, round(ANNEALED * steps))
         together = ReverseSideBySide(flows, log_targets, rising)
         recipe = RECIPE | GALLERY.get(change, {}) | {"steps": steps}
         start = time.process_time()
