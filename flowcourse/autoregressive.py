@@ -161,25 +161,27 @@ class MADE(nn.Module):
         biases = [bias.split(count) for bias, count in zip(biases, counts)]
         # Writing in place is quicker, and right for numbers that nobody differentiates.
         in_place = not (torch.is_grad_enabled() or _is_traced())
-        room = [w[0].new_empty(w[0].shape[1], n) for w in weights] if in_place else None
+        if in_place:
+            room = [w[0].new_empty(w[0].shape[1], n) for w in weights]
+            sizes = [[1] * self.dim, *self._counts]
+            slots = [rows.split(count) for rows, count in zip(room, sizes)]
         activation = _in_dtype(self.activation, dtype)
 
         def units(k, at):
             return torch.addmm(biases[k][at], weights[k][at][:, : len(known[k])], known[k])
 
-        def learn(k, rows):
+        def learn(k, place, rows):
             if in_place:
-                n_before = len(known[k])
-                known[k] = room[k][: n_before + len(rows)]
-                known[k][n_before:] = rows
+                slots[k][place].copy_(rows)
+                known[k] = room[k][: len(known[k]) + len(rows)]
             else:
                 known[k] = torch.cat([known[k], rows])
 
         for place, i in enumerate(self._sequence):
             for k, counts in enumerate(self._counts):
                 if counts[place]:
-                    learn(k + 1, activation(units(k, place)))
-            learn(0, step(i, units(-1, i).T).unsqueeze(0))
+                    learn(k + 1, place, activation(units(k, place)))
+            learn(0, place, step(i, units(-1, i).T).unsqueeze(0))
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
