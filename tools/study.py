@@ -203,7 +203,7 @@ def digits(change, seed):
     return (baseline if change in BASELINES else vary)(change, seed)
 
 
-LATENT = DLGMConfig(steps=3000, judged=1000, trend=0, annealed=0)
+LATENT = DLGMConfig(steps=2500, judged=1000, trend=0, annealed=0)
 
 
 def latent(seed, **change):
