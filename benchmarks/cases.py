@@ -1099,7 +1099,7 @@ cases: dict[str, Case] = {
 
 for size in (8, 28):
     cases[f"glow-{size}"] = Case(
-        title=f"Glow on images of 1 x {size} x {size}, 2 levels of 8 steps, width 64, batch 64",
+        title=f"Glow on images of 1 × {size} × {size}, 2 levels of 8 steps, width 64, batch 64",
         sizes={"shape": [1, size, size], "levels": 2, "layers": 8, "hidden": 64, "batch": 64},
         tiny={"shape": [1, 4, 4], "levels": 2, "layers": 1, "hidden": 5, "batch": 3},
         floor=GlowFloor,
