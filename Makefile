@@ -54,4 +54,4 @@ wheel: $(STAMP)  ## build the package into dist
 	$(BIN)/python -m build
 
 clean:  ## remove what the commands above made, but for the environment
-	rm -rf _docs _proc _course dist build
+	rm -rf _docs _proc _course _bench dist build

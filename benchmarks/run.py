@@ -22,6 +22,8 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines, which are no result
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Compile here and not in workers, which would go on beside the timings where the limit is reached.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from cases import FLOOR, OURS, awake, batch, cases, curves
