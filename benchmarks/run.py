@@ -10,6 +10,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import signal
@@ -84,6 +85,7 @@ def compile_all(case, entrants, sizes, seconds):
     """Compiled runners, and for each mode that did not compile the name of what was raised."""
     torch._dynamo.config.recompile_limit = 256  # a library's layers share their code
     torch._dynamo.config.accumulated_recompile_limit = 4096
+    torch._logging.set_logs(all=logging.ERROR)  # breaks of the graph are counted instead
     torch.compile(torch.sin)(torch.ones(8))  # looks at the compiler, outside any limit
     runners, notes = {}, {}
     for name, contestant in entrants.items():
