@@ -3,9 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # pip is the only tool that the environment needs; PIP_INDEX_URL and friends choose where packages come from.
 STAMP := .venv/installed
+# The libraries that flowcourse is timed beside live in an environment of their own.
+BENCH_BIN := .venv-bench/bin
+BENCH_STAMP := .venv-bench/installed
+BENCH_OPTIONS ?= --compile --curves
 
 .DEFAULT_GOAL := help
-.PHONY: help env course test lab site site-serve prepare wheel clean
+.PHONY: help env course test lab site site-serve prepare bench wheel clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,8 +40,18 @@ site-serve: site  ## build the site and show it at http://127.0.0.1:8000
 prepare: $(STAMP)  ## export the code, clean the notebooks, render README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/prepare
 
+bench: $(STAMP) $(BENCH_STAMP)  ## time flowcourse beside other libraries, and execute the page on it
+	$(BENCH_BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter nbconvert --to notebook --execute --inplace nbs/98-speed.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/prepare
+
+$(BENCH_STAMP): benchmarks/requirements.txt constraints.txt settings.ini setup.py
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH_BIN)/pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable .
+	touch $@
+
 wheel: $(STAMP)  ## build the package into dist
 	$(BIN)/python -m build
 
 clean:  ## remove what the commands above made, but for the environment
-	rm -rf _docs _proc _course dist build
+	rm -rf _docs _proc _course _bench dist build

@@ -1,0 +1,1131 @@
+"""What is timed: each case, the models that compete in it, and the floor that none can go below.
+
+Every model of a case does the same work: the same dimension, layers, hidden widths, bins, batch and
+dtype, ReLU between layers, a standard normal base, no batch normalisation, no permutation that costs
+something. Where a library's parts do not allow that, the contestant's `note` says what differs, and
+the page shows it. Models are built from a library's layers and not by its ready-made constructors,
+which choose residual networks and other sizes.
+
+`log_prob` is the way from data to base and `sample` the way back. Autoregressive layers have one
+direction of one pass, and every library's is put where `log_prob` needs it; normflows and Pyro name
+their classes for the other arrangement.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowcourse.autoregressive import MAF
+from flowcourse.core import Flow
+from flowcourse.coupling import Couplings, RealNVP
+from flowcourse.elementwise import AffineMap, mlp
+from flowcourse.planar import Planar
+from flowcourse.splines import RationalQuadraticSplineMap
+
+OURS, FLOOR = "flowcourse", "floor"
+PACKAGES = {"nflows": "nflows", "normflows": "normflows", "zuko": "zuko", "FrEIA": "FrEIA"}
+PACKAGES |= {"Pyro": "pyro", "torchdiffeq": "torchdiffeq", OURS: "flowcourse"}
+BOUND = 3.0  # of the box of every spline
+
+
+class Density(nn.Module):
+    """A model that is trained by maximum likelihood; a subclass says `log_prob` and `sample`."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Mean negative log-likelihood of a batch."""
+        return -self.log_prob(x).mean()
+
+    def after_step(self):
+        """What the library wants done after every step of the optimiser."""
+
+
+class Pushed(nn.Module):
+    """A model whose samples come with their log-determinant; a subclass says `push`."""
+
+    log_prob = None
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def loss(self, z: Tensor, *context: Tensor) -> Tensor:
+        """Reverse Kullback-Leibler divergence to the standard normal, but for constants."""
+        x, ladj = self.push(z, *context)
+        return (x.square().sum(-1) / 2 - ladj).mean()
+
+    def sample(self, n: int, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw points, and the log-determinants at them."""
+        return self.push(torch.randn(n, self.dim), *context)
+
+    def after_step(self):
+        """Nothing."""
+
+
+class Conditioner(nn.Sequential):
+    """Two hidden layers and ReLU, for every library that takes a network from outside."""
+
+    def __init__(self, n_in, n_out, hidden):
+        super().__init__(
+            nn.Linear(n_in, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, n_out),
+        )
+        self.hidden_features = hidden  # by its root nflows and normflows divide the raw sizes
+
+    def forward(self, x, context=None):
+        return super().forward(x)
+
+
+class ConvConditioner(nn.Sequential):
+    """Glow's network: windows of 3, 1 and 3."""
+
+    def __init__(self, n_in, n_out, hidden):
+        super().__init__(
+            nn.Conv2d(n_in, hidden, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, n_out, 3, padding=1),
+        )
+
+    def forward(self, x, context=None):
+        return super().forward(x)
+
+
+def awake(module: nn.Module) -> nn.Module:
+    """Give weights that start at zero small random values, so that every spline has work to do."""
+    for p in module.parameters():
+        if p.dim() > 1 and not p.any():
+            nn.init.normal_(p, std=0.1 / math.sqrt(p[0].numel()))
+    return module
+
+
+def turned(dim: int, i: int) -> Tensor:
+    """The order of coordinates of autoregressive layer `i`: upwards, then downwards."""
+    order = torch.arange(dim)
+    return order if i % 2 == 0 else order.flip(0)
+
+
+# --- The libraries' flows, each behind `log_prob` and `sample` -----------------------------------
+
+
+class Ours(Density):
+    """A flow of flowcourse."""
+
+    def __init__(self, bijection):
+        super().__init__()
+        self.flow = Flow(bijection)
+
+    def log_prob(self, x):
+        return self.flow.log_prob(x)
+
+    def sample(self, n):
+        return self.flow.sample(n)
+
+
+class Nflows(Density):
+    """A flow of nflows; its `forward` leads from data to base."""
+
+    def __init__(self, transform, dim):
+        from nflows.distributions.normal import StandardNormal
+        from nflows.flows.base import Flow
+
+        super().__init__()
+        self.flow = Flow(transform, StandardNormal([dim]))
+
+    def log_prob(self, x):
+        return self.flow.log_prob(x)
+
+    def sample(self, n):
+        return self.flow.sample(n)
+
+
+class Normflows(Density):
+    """A flow of normflows; samples come with their log-density, which it always computes."""
+
+    def __init__(self, flows, dim, lipschitz=False):
+        import normflows as nf
+
+        super().__init__()
+        base = nf.distributions.DiagGaussian(dim, trainable=False)
+        self.flow, self.lipschitz = nf.NormalizingFlow(base, flows), lipschitz
+
+    def log_prob(self, x):
+        return self.flow.log_prob(x)
+
+    def sample(self, n):
+        return self.flow.sample(n)[0]
+
+    def after_step(self):
+        if self.lipschitz:
+            import normflows as nf
+
+            nf.utils.update_lipschitz(self.flow, 5)
+
+
+class Zuko(Density):
+    """A flow of zuko; its transforms lead from data to base."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def log_prob(self, x):
+        return self.flow().log_prob(x)
+
+    def sample(self, n):
+        return self.flow().sample((n,))
+
+
+def zuko_flow(transforms, dim):
+    """Put transforms of zuko before a standard normal base."""
+    import zuko
+
+    base = zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.DiagNormal, torch.zeros(dim), torch.ones(dim), buffer=True
+    )
+    return Zuko(zuko.lazy.Flow(transforms, base))
+
+
+class Freia(Density):
+    """A sequence of FrEIA before a standard normal base, which it leaves to the user."""
+
+    def __init__(self, inn, dim):
+        super().__init__()
+        self.inn, self.dim = inn, dim
+
+    def log_prob(self, x):
+        z, ladj = self.inn(x)
+        return ladj - (z.square() + math.log(2 * math.pi)).sum(-1) / 2
+
+    def sample(self, n):
+        return self.inn(torch.randn(n, self.dim), rev=True, jac=False)[0]
+
+
+class Pyro(Density):
+    """A transformed distribution of Pyro."""
+
+    def __init__(self, transforms, dim, inverted=False):
+        import pyro.distributions as dist
+
+        super().__init__()
+        self.parts = nn.ModuleList(transforms)
+        base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
+        steps = [t.inv for t in transforms] if inverted else list(transforms)
+        self.flow = dist.TransformedDistribution(base, steps, validate_args=False)
+
+    def log_prob(self, x):
+        return self.flow.log_prob(x.clone())  # its layers keep the last pair, known by identity
+
+    def sample(self, n):
+        return self.flow.sample((n,))
+
+
+# --- Floors --------------------------------------------------------------------------------------
+
+
+class Networks(Density):
+    """The bare conditioners, each applied once: what a flow computes besides is its overhead."""
+
+    def __init__(self, networks, n_in):
+        super().__init__()
+        self.networks, self.n_in = nn.ModuleList(networks), n_in
+
+    def log_prob(self, x):
+        total = 0.0
+        for network in self.networks:
+            total = total + network(x[..., : self.n_in]).sum(-1)
+        return total
+
+    def sample(self, n):
+        return self.log_prob(torch.randn(n, self.n_in))
+
+
+class Products(Pushed):
+    """Two matrix products and a tanh: a planar stack could not do with less."""
+
+    def __init__(self, dim, layers):
+        super().__init__(dim)
+        self.w, self.u = (nn.Parameter(torch.randn(layers, dim) / dim) for _ in range(2))
+        self.b = nn.Parameter(torch.zeros(layers))
+
+    def push(self, z):
+        h = torch.addmm(self.b, z, self.w.T).tanh()
+        return z + h @ self.u, h.sum(-1)
+
+
+class AmortisedProducts(Pushed):
+    """The network that makes the parameters, and the same two products for every sample."""
+
+    def __init__(self, dim, layers, features):
+        super().__init__(dim)
+        self.layers = layers
+        self.net = nn.Linear(features, layers * (2 * dim + 1))
+
+    def push(self, z, features):
+        raw = self.net(features).unflatten(-1, (self.layers, -1))
+        w, u, b = raw.split([self.dim, self.dim, 1], -1)
+        h = torch.baddbmm(b, w, z.unsqueeze(-1)).tanh()
+        return z + (u.mT @ h).squeeze(-1), h.sum((-1, -2))
+
+
+# --- Couplings -----------------------------------------------------------------------------------
+
+
+def coupling_floor(params, dim, layers, hidden, **_):
+    """One conditioner for each layer, from half of the coordinates."""
+    n_out = dim // 2 * params
+    return Networks([Conditioner(dim // 2, n_out, hidden) for _ in range(layers)], dim // 2)
+
+
+def spline_params(bins):
+    """Raw parameters of a rational-quadratic spline with linear tails, for each coordinate."""
+    return 3 * bins - 1
+
+
+def rqs_floor(bins, **sizes):
+    return coupling_floor(spline_params(bins), **sizes)
+
+
+def rqs_ours(dim, layers, hidden, bins, **_):
+    conditioner = partial(mlp, activation=nn.ReLU)
+    scalar_map = RationalQuadraticSplineMap(bins, BOUND)
+    return Ours(Couplings(dim, scalar_map, layers, (hidden, hidden), conditioner=conditioner))
+
+
+def rqs_nflows(dim, layers, hidden, bins, **_):
+    from nflows import transforms
+
+    steps = [
+        transforms.PiecewiseRationalQuadraticCouplingTransform(
+            (torch.arange(dim) + i) % 2,
+            lambda n_in, n_out: Conditioner(n_in, n_out, hidden),
+            num_bins=bins,
+            tails="linear",
+            tail_bound=BOUND,
+        )
+        for i in range(layers)
+    ]
+    return Nflows(transforms.CompositeTransform(steps), dim)
+
+
+def rqs_normflows(dim, layers, hidden, bins, **_):
+    from normflows.flows.base import Reverse
+    from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
+
+    steps = [
+        Reverse(
+            PiecewiseRationalQuadraticCoupling(
+                (torch.arange(dim) + i) % 2,
+                lambda n_in, n_out: Conditioner(n_in, n_out, hidden),
+                num_bins=bins,
+                tails="linear",
+                tail_bound=BOUND,
+            )
+        )
+        for i in range(layers)
+    ]
+    return Normflows(steps, dim)
+
+
+def zuko_couplings(dim, layers, hidden, **options):
+    from zuko.flows.coupling import GeneralCouplingTransform
+
+    masks = [(torch.arange(dim) + i) % 2 == 0 for i in range(layers)]
+    steps = [
+        GeneralCouplingTransform(dim, mask=mask, hidden_features=(hidden, hidden), **options)
+        for mask in masks
+    ]
+    return zuko_flow(steps, dim)
+
+
+def zuko_spline(bins):
+    from zuko.transforms import MonotonicRQSTransform
+
+    univariate = partial(MonotonicRQSTransform, bound=BOUND)
+    return {"univariate": univariate, "shapes": [(bins,), (bins,), (bins - 1,)]}
+
+
+def rqs_zuko(dim, layers, hidden, bins, **_):
+    return zuko_couplings(dim, layers, hidden, **zuko_spline(bins))
+
+
+def rqs_pyro(dim, layers, hidden, bins, **_):
+    from pyro.distributions.transforms import SplineCoupling
+    from pyro.nn import DenseNN
+
+    half = dim // 2
+    outputs = [half * bins, half * bins, half * (bins - 1)]
+    steps = [
+        SplineCoupling(
+            dim,
+            half,
+            DenseNN(half, [hidden, hidden], outputs),
+            bins,
+            BOUND,
+            order="quadratic",
+            identity=True,
+        )
+        for _ in range(layers)
+    ]
+    for step in steps:  # made in any case, and not used
+        step.lower_spline = None
+    return Pyro(steps, dim)
+
+
+def nvp_ours(dim, layers, hidden, **_):
+    return Ours(
+        RealNVP(dim, layers, (hidden, hidden), conditioner=partial(mlp, activation=nn.ReLU))
+    )
+
+
+def nvp_nflows(dim, layers, hidden, **_):
+    from nflows import transforms
+
+    steps = [
+        transforms.AffineCouplingTransform(
+            (torch.arange(dim) + i) % 2, lambda n_in, n_out: Conditioner(n_in, n_out, hidden)
+        )
+        for i in range(layers)
+    ]
+    return Nflows(transforms.CompositeTransform(steps), dim)
+
+
+def nvp_normflows(dim, layers, hidden, **_):
+    from normflows.flows import AffineCouplingBlock
+
+    modes = ("channel", "channel_inv")
+    steps = [
+        AffineCouplingBlock(Conditioner(dim // 2, dim, hidden), split_mode=modes[i % 2])
+        for i in range(layers)
+    ]
+    return Normflows(steps, dim)
+
+
+def nvp_freia(dim, layers, hidden, **_):
+    from FrEIA.framework import SequenceINN
+    from FrEIA.modules import GLOWCouplingBlock
+
+    inn = SequenceINN(dim)
+    for _ in range(layers // 2):
+        inn.append(
+            GLOWCouplingBlock,
+            subnet_constructor=lambda n_in, n_out: Conditioner(n_in, n_out, hidden),
+            clamp_activation="TANH",
+            clamp=3.0,
+        )
+    return Freia(inn, dim)
+
+
+def nvp_pyro(dim, layers, hidden, **_):
+    from pyro.distributions.transforms import AffineCoupling
+    from pyro.nn import DenseNN
+
+    half = dim // 2
+    steps = [
+        AffineCoupling(half, DenseNN(half, [hidden, hidden], [half, half])) for _ in range(layers)
+    ]
+    return Pyro(steps, dim)
+
+
+# --- Autoregressive flows ------------------------------------------------------------------------
+
+
+def autoregressive_floor(params, dim, layers, hidden, **_):
+    """One network for each layer, its weights without masks."""
+    return Networks([Conditioner(dim, dim * params, hidden) for _ in range(layers)], dim)
+
+
+def ar_rqs_floor(bins, **sizes):
+    return autoregressive_floor(spline_params(bins), **sizes)
+
+
+def maf_ours(dim, layers, hidden, scalar_map=None, **_):
+    scalar_map = scalar_map or AffineMap()
+    return Ours(MAF(dim, layers, (hidden, hidden), scalar_map=scalar_map, activation=nn.ReLU))
+
+
+def ar_rqs_ours(bins, **sizes):
+    return maf_ours(scalar_map=RationalQuadraticSplineMap(bins, BOUND), **sizes)
+
+
+def plain_made(hidden):
+    """What nflows and normflows want to hear for two hidden layers that are not residual."""
+    return {"hidden_features": hidden, "num_blocks": 1, "use_residual_blocks": False}
+
+
+def maf_nflows(dim, layers, hidden, **_):
+    from nflows import transforms
+
+    make = transforms.MaskedAffineAutoregressiveTransform
+    steps = [make(dim, **plain_made(hidden)) for _ in range(layers)]
+    return Nflows(transforms.CompositeTransform(steps), dim)
+
+
+def maf_normflows(dim, layers, hidden, **_):
+    from normflows.flows import MaskedAffineAutoregressive
+    from normflows.flows.base import Reverse
+
+    make = MaskedAffineAutoregressive
+    return Normflows([Reverse(make(dim, **plain_made(hidden))) for _ in range(layers)], dim)
+
+
+def maf_zuko(dim, layers, hidden, **options):
+    from zuko.flows import MaskedAutoregressiveTransform
+
+    options.pop("batch", None)
+    steps = [
+        MaskedAutoregressiveTransform(
+            dim, order=turned(dim, i), hidden_features=(hidden, hidden), **options
+        )
+        for i in range(layers)
+    ]
+    return zuko_flow(steps, dim)
+
+
+def maf_pyro(dim, layers, hidden, **_):
+    from pyro.distributions.transforms import AffineAutoregressive
+    from pyro.nn import AutoRegressiveNN
+
+    steps = [
+        AffineAutoregressive(AutoRegressiveNN(dim, [hidden, hidden], permutation=turned(dim, i)))
+        for i in range(layers)
+    ]
+    return Pyro(steps, dim, inverted=True)
+
+
+def spline_options(bins):
+    """What nflows and normflows want to hear for the splines of all others."""
+    return {"num_bins": bins, "tails": "linear", "tail_bound": BOUND}
+
+
+def ar_rqs_nflows(dim, layers, hidden, bins, **_):
+    from nflows import transforms
+
+    options = plain_made(hidden) | spline_options(bins)
+    make = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+    steps = [make(features=dim, **options) for _ in range(layers)]
+    return Nflows(transforms.CompositeTransform(steps), dim)
+
+
+def ar_rqs_normflows(dim, layers, hidden, bins, **_):
+    from normflows.flows.base import Reverse
+    from normflows.flows.neural_spline.autoregressive import (
+        MaskedPiecewiseRationalQuadraticAutoregressive as Layer,
+    )
+
+    options = plain_made(hidden) | spline_options(bins)
+    return Normflows([Reverse(Layer(features=dim, **options)) for _ in range(layers)], dim)
+
+
+def ar_rqs_zuko(bins, **sizes):
+    return maf_zuko(**sizes, **zuko_spline(bins))
+
+
+def ar_rqs_pyro(dim, layers, hidden, bins, **_):
+    from pyro.distributions.transforms import SplineAutoregressive
+    from pyro.nn import AutoRegressiveNN
+
+    outputs = [bins, bins, bins - 1]
+    steps = [
+        SplineAutoregressive(
+            dim,
+            AutoRegressiveNN(dim, [hidden, hidden], param_dims=outputs, permutation=turned(dim, i)),
+            bins,
+            BOUND,
+            order="quadratic",
+        )
+        for i in range(layers)
+    ]
+    for step in steps:  # the same network under a second name
+        del step.spline.nn
+        step.spline.__dict__["nn"] = step.arn
+    return Pyro(steps, dim, inverted=True)
+
+
+# --- Planar flows --------------------------------------------------------------------------------
+
+
+class OurPlanar(Pushed):
+    """flowcourse's stack, with free or with amortised parameters."""
+
+    def __init__(self, dim, layers, features=0):
+        super().__init__(dim)
+        self.stack = Planar(dim, layers, context_dim=features, hidden=())
+
+    def push(self, z, *features):
+        return self.stack.forward(z, *features)
+
+
+class LayerByLayer(Pushed):
+    """Layers that give their log-determinant with the point, as in normflows."""
+
+    def __init__(self, dim, steps):
+        super().__init__(dim)
+        self.steps = nn.ModuleList(steps)
+
+    def push(self, z):
+        total = 0.0
+        for step in self.steps:
+            z, ladj = step(z)
+            total = total + ladj
+        return z, total
+
+
+class PyroPlanar(Pushed):
+    """Pyro's planar layers; conditional ones make their parameters one layer after another."""
+
+    def __init__(self, dim, layers, features=0):
+        from pyro.distributions.transforms import ConditionalPlanar, Planar
+
+        super().__init__(dim)
+        if features:
+            self.nets = nn.ModuleList(PlanarParameters(dim, features) for _ in range(layers))
+            self.steps = [ConditionalPlanar(net) for net in self.nets]
+        else:
+            self.steps = nn.ModuleList(Planar(dim) for _ in range(layers))
+
+    def push(self, z, *features):
+        steps = [s.condition(*features) for s in self.steps] if features else self.steps
+        return through(steps, z.clone())
+
+
+class PyroPlanarAtOnce(Pushed):
+    """Pyro's conditioned layers, fed by one product for all layers, which is quicker."""
+
+    def __init__(self, dim, layers, features):
+        super().__init__(dim)
+        self.layers = layers
+        self.net = nn.Linear(features, layers * (2 * dim + 1))
+
+    def push(self, z, features):
+        from pyro.distributions.transforms.planar import ConditionedPlanar
+
+        raw = self.net(features).unflatten(-1, (self.layers, -1)).unbind(-2)
+        steps = [ConditionedPlanar(r.split([1, self.dim, self.dim], -1)) for r in raw]
+        return through(steps, z.clone())
+
+
+class PlanarParameters(nn.Linear):
+    """A linear map from features to b, u and w of one layer."""
+
+    def __init__(self, dim, features):
+        super().__init__(features, 2 * dim + 1)
+        self.dim = dim
+
+    def forward(self, features):
+        return super().forward(features).split([1, self.dim, self.dim], -1)
+
+
+def through(steps, z):
+    """Send points through transforms of torch's interface, and add their log-determinants."""
+    total = 0.0
+    for step in steps:
+        x = step(z)
+        total = total + step.log_abs_det_jacobian(z, x)
+        z = x
+    return z, total
+
+
+def planar_normflows(dim, layers, **_):
+    from normflows.flows import Planar
+
+    return LayerByLayer(dim, [Planar((dim,)) for _ in range(layers)])
+
+
+# --- Continuous flows ----------------------------------------------------------------------------
+
+
+class Velocity(nn.Module):
+    """The network of zuko's continuous flow: time as three sines and cosines, ELU."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.register_buffer("freqs", torch.arange(1, 4) * math.pi)
+        self.net = nn.Sequential(
+            nn.Linear(dim + 6, hidden),
+            nn.ELU(),
+            nn.Linear(hidden, hidden),
+            nn.ELU(),
+            nn.Linear(hidden, dim),
+        )
+
+    def forward(self, t, x):
+        angle = self.freqs * t
+        time = torch.cat([angle.cos(), angle.sin()]).expand(*x.shape[:-1], -1)
+        return self.net(torch.cat([time, x], -1))
+
+
+class TorchdiffeqFlow(Density):
+    """FFJORD as in torchdiffeq's example, with the exact trace and the adjoint method."""
+
+    def __init__(self, dim, hidden, adjoint=True):
+        super().__init__()
+        self.velocity, self.dim, self.adjoint = Velocity(dim, hidden), dim, adjoint
+        self.rtol, self.atol = 1e-5, 1e-6  # zuko's
+
+    def forward(self, t, state):
+        """The velocity, and the trace of its Jacobian."""
+        x = state[0]
+        graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            velocity = self.velocity(t, x)
+            trace = 0.0
+            for i in range(self.dim):
+                rows = torch.autograd.grad(
+                    velocity[:, i].sum(), x, create_graph=graph, retain_graph=True
+                )
+                trace = trace + rows[0][:, i]
+        return velocity, trace
+
+    def _solve(self, field, state, times):
+        from torchdiffeq import odeint, odeint_adjoint
+
+        options = {"rtol": self.rtol, "atol": self.atol, "method": "dopri5"}
+        if self.adjoint and torch.is_grad_enabled():
+            return odeint_adjoint(
+                field, state, times, adjoint_params=tuple(self.parameters()), **options
+            )
+        return odeint(field, state, times, **options)
+
+    def log_prob(self, x):
+        times = torch.tensor([1.0, 0.0], dtype=x.dtype)
+        z, lost = self._solve(self, (x, x.new_zeros(len(x))), times)
+        z = z[-1]
+        return -(z.square() + math.log(2 * math.pi)).sum(-1) / 2 + lost[-1]
+
+    def sample(self, n):
+        times = torch.tensor([0.0, 1.0])
+        return self._solve(self.velocity, torch.randn(n, self.dim), times)[-1]
+
+
+class ZukoCNF(Zuko):
+    """zuko's continuous flow with its own tolerances."""
+
+    def set_tolerance(self, rtol, atol):
+        self.flow.transform.rtol, self.flow.transform.atol = rtol, atol
+
+
+def cnf_zuko(dim, hidden, **_):
+    import zuko
+
+    return ZukoCNF(zuko.flows.CNF(dim, freqs=3, hidden_features=(hidden, hidden)))
+
+
+def set_tolerance(model, rtol, atol):
+    """Ask a continuous flow for other tolerances."""
+    if hasattr(model, "set_tolerance"):
+        model.set_tolerance(rtol, atol)
+    else:
+        model.rtol, model.atol = rtol, atol
+
+
+def solver_error(model: nn.Module, x: Tensor) -> float:
+    """Mean error of a continuous flow's log-densities, against a far more exact solution."""
+    exact = copy.deepcopy(model).double().eval()
+    set_tolerance(exact, 1e-10, 1e-10)
+    with torch.no_grad():
+        difference = model.eval().log_prob(x) - exact.log_prob(x.double())
+    return difference.abs().mean().item()
+
+
+class Evaluations(Density):
+    """Six evaluations of the bare velocity: one step of a method of order five."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.velocity, self.dim = Velocity(dim, hidden), dim
+
+    def log_prob(self, x):
+        for i in range(6):
+            x = self.velocity(torch.tensor(i / 6), x)
+        return x.sum(-1)
+
+    def sample(self, n):
+        return self.log_prob(torch.randn(n, self.dim))
+
+
+# --- Residual flows ------------------------------------------------------------------------------
+
+
+def residual_normflows(dim, layers, hidden, **_):
+    from normflows.flows import Residual
+    from normflows.nets import LipschitzMLP
+
+    widths = [dim, hidden, hidden, dim]
+    nets = [LipschitzMLP(widths, init_zeros=False, lipschitz_const=0.9) for _ in range(layers)]
+    return Normflows([Residual(net) for net in nets], dim, lipschitz=True)
+
+
+def residual_floor(dim, layers, hidden, **_):
+    """One network for each layer, with neither log-determinant nor norm."""
+    return Networks([Conditioner(dim, dim, hidden) for _ in range(layers)], dim)
+
+
+# --- Glow ----------------------------------------------------------------------------------------
+
+
+def glow_shapes(shape, levels):
+    """Channels, height and width at each level, after its squeezing."""
+    channels, height, width = shape
+    shapes = []
+    for _ in range(levels):
+        channels, height, width = 4 * channels, height // 2, width // 2
+        shapes.append((channels, height, width))
+        channels //= 2
+    return shapes
+
+
+class GlowNormflows(Density):
+    """normflows' multi-scale Glow: affine couplings, 1x1 convolutions by LU, ActNorm."""
+
+    def __init__(self, shape, levels, layers, hidden, **_):
+        import normflows as nf
+
+        super().__init__()
+        bases, flows, merges = [], [], []
+        for i, (channels, height, width) in enumerate(reversed(glow_shapes(shape, levels))):
+            steps = [nf.flows.GlowBlock(channels, hidden, init_zeros=False) for _ in range(layers)]
+            flows.append([*steps, nf.flows.Squeeze()])
+            if i > 0:
+                merges.append(nf.flows.Merge())
+            part = (channels if i == 0 else channels // 2, height, width)
+            bases.append(nf.distributions.DiagGaussian(part, trainable=False))
+        self.flow = nf.MultiscaleFlow(bases, flows, merges, class_cond=False)
+
+    def log_prob(self, x):
+        return self.flow.log_prob(x, None)
+
+    def sample(self, n):
+        return self.flow.sample(n)[0]
+
+
+def glow_nflows(shape, levels, layers, hidden, **_):
+    from nflows import transforms as T
+
+    multiscale = T.MultiscaleCompositeTransform(levels)
+    for channels, height, width in glow_shapes(shape, levels):
+        steps = [T.SqueezeTransform()]
+        for _ in range(layers):
+            steps += [
+                T.ActNorm(channels),
+                T.OneByOneConvolution(channels),
+                T.AffineCouplingTransform(
+                    torch.arange(channels) >= channels // 2,
+                    lambda n_in, n_out: ConvConditioner(n_in, n_out, hidden),
+                ),
+            ]
+        multiscale.add_transform(T.CompositeTransform(steps), (channels, height, width))
+    return Nflows(multiscale, math.prod(shape))
+
+
+class GlowFreia(Density):
+    """FrEIA's all-in-one blocks: affine couplings, fixed rotations, a scale for each channel."""
+
+    def __init__(self, shape, levels, layers, hidden, **_):
+        from FrEIA.framework import SequenceINN
+        from FrEIA.modules import AllInOneBlock, IRevNetDownsampling
+
+        super().__init__()
+        self.levels, self.parts = nn.ModuleList(), []
+        for i, (channels, height, width) in enumerate(glow_shapes(shape, levels)):
+            inn = SequenceINN(channels // 4, 2 * height, 2 * width)
+            inn.append(IRevNetDownsampling)
+            for _ in range(layers):
+                inn.append(
+                    AllInOneBlock,
+                    subnet_constructor=lambda n_in, n_out: ConvConditioner(n_in, n_out, hidden),
+                    permute_soft=True,
+                )
+            self.levels.append(inn)
+            self.parts.append((channels if i == levels - 1 else channels // 2, height, width))
+
+    def log_prob(self, x):
+        total = -math.log(2 * math.pi) / 2 * x[0].numel()
+        for i, inn in enumerate(self.levels):
+            x, ladj = inn(x)
+            total = total + ladj
+            if i < len(self.levels) - 1:
+                z, x = x.chunk(2, 1)
+                total = total - z.square().flatten(1).sum(-1) / 2
+        return total - x.square().flatten(1).sum(-1) / 2
+
+    def sample(self, n):
+        x = None
+        for inn, part in zip(reversed(self.levels), reversed(self.parts)):
+            z = torch.randn(n, *part)
+            x = z if x is None else torch.cat([z, x], 1)
+            x = inn(x, rev=True, jac=False)[0]
+        return x
+
+
+class GlowFloor(Density):
+    """The bare convolutional networks of all levels."""
+
+    def __init__(self, shape, levels, layers, hidden, **_):
+        super().__init__()
+        self.shape = tuple(shape)
+        self.levels = nn.ModuleList(
+            nn.ModuleList(ConvConditioner(c // 2, c, hidden) for _ in range(layers))
+            for c, _, _ in glow_shapes(shape, levels)
+        )
+
+    def log_prob(self, x):
+        total = 0.0
+        for networks in self.levels:
+            x = F.pixel_unshuffle(x, 2)
+            half = x.shape[1] // 2
+            for network in networks:
+                total = total + network(x[:, :half]).flatten(1).sum(-1)
+            x = x[:, half:]
+        return total
+
+    def sample(self, n):
+        return self.log_prob(torch.randn(n, *self.shape))
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Contestant:
+    """One library's side of a case."""
+
+    build: Callable[..., nn.Module]  # From the case's sizes
+    note: str = ""  # What it cannot do alike
+    package: str = ""  # What must be installed, if the name does not say
+
+    def installed(self, name: str) -> bool:
+        """Whether its library is there."""
+        package = self.package or PACKAGES.get(name)
+        return package is None or find_spec(package) is not None
+
+
+@dataclass
+class Case:
+    """Models that do the same work."""
+
+    title: str
+    sizes: dict
+    tiny: dict  # Sizes for a test of a moment
+    floor: Callable[..., nn.Module]
+    floor_note: str
+    contestants: dict[str, Contestant]
+    targets: dict[str, float]  # Largest ratio to the best peer, eager against eager
+    compiled_targets: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    modes: tuple[str, ...] = ("train", "log_prob", "sample")
+    accuracy: Callable | None = None  # From a model and a batch: the error of its log-density
+
+    def builders(self) -> dict[str, Contestant]:
+        """All contestants, the floor last."""
+        return self.contestants | {FLOOR: Contestant(self.floor, self.floor_note)}
+
+
+def batch(sizes: dict) -> tuple[Tensor, ...]:
+    """What `loss` takes: data, or base samples and features."""
+    x = torch.randn(sizes["batch"], *sizes.get("shape", [sizes.get("dim")]))
+    return (x, torch.randn(sizes["batch"], sizes["features"])) if "features" in sizes else (x,)
+
+
+def only(*names):
+    """A builder that gets the sizes named here."""
+    return lambda make: lambda **sizes: make(**{name: sizes[name] for name in names})
+
+
+SAME_HALF = "without a permutation every layer moves the same half: the same arithmetic"
+SAME_ORDER = "without a permutation every layer has the same order: the same arithmetic"
+HALVES = "masks are halves instead of alternating"
+SIGMOID = "the scale is a sigmoid"
+LINEAR_FIRST = "its MADE has no activation after the first layer"
+WITH_DENSITY = "a sample comes with its log-density"
+
+cases: dict[str, Case] = {
+    "planar": Case(
+        title="Planar stack, D 40, 80 layers, batch 100",
+        sizes={"dim": 40, "layers": 80, "batch": 100},
+        tiny={"dim": 4, "layers": 3, "batch": 5},
+        floor=only("dim", "layers")(Products),
+        floor_note="two matrix products and a tanh for the whole stack",
+        contestants={
+            OURS: Contestant(only("dim", "layers")(OurPlanar)),
+            "normflows": Contestant(planar_normflows),
+            "Pyro": Contestant(only("dim", "layers")(PyroPlanar)),
+        },
+        targets={"train": 0.12, "sample": 0.15},
+        modes=("train", "sample"),
+        note="training pushes base samples through, as in variational inference; "
+        "a sample comes with its log-determinant",
+    ),
+    "planar-amortised": Case(
+        title="Planar stack whose parameters come from 400 features of each sample",
+        sizes={"dim": 40, "layers": 80, "features": 400, "batch": 100},
+        tiny={"dim": 4, "layers": 3, "features": 6, "batch": 5},
+        floor=only("dim", "layers", "features")(AmortisedProducts),
+        floor_note="one linear map from the features, two products for each sample and a tanh",
+        contestants={
+            OURS: Contestant(only("dim", "layers", "features")(OurPlanar)),
+            "Pyro": Contestant(
+                only("dim", "layers", "features")(PyroPlanar), "one linear map for each layer"
+            ),
+            "Pyro, one product": Contestant(
+                only("dim", "layers", "features")(PyroPlanarAtOnce),
+                "one linear map for all layers",
+                "pyro",
+            ),
+        },
+        targets={"train": 0.35, "sample": 0.30},
+        modes=("train", "sample"),
+        note="D 40, 80 layers, batch 100; the features enter through one linear map",
+    ),
+    "rqs-coupling": Case(
+        title="Rational-quadratic spline couplings, D 16, 8 layers, width 64, 8 bins, batch 512",
+        sizes={"dim": 16, "layers": 8, "hidden": 64, "bins": 8, "batch": 512},
+        tiny={"dim": 4, "layers": 2, "hidden": 7, "bins": 3, "batch": 5},
+        floor=rqs_floor,
+        floor_note="the 8 conditioners",
+        contestants={
+            OURS: Contestant(rqs_ours),
+            "nflows": Contestant(rqs_nflows),
+            "normflows": Contestant(rqs_normflows, WITH_DENSITY),
+            "zuko": Contestant(rqs_zuko),
+            "Pyro": Contestant(rqs_pyro, SAME_HALF),
+        },
+        targets={"train": 0.60, "log_prob": 0.45, "sample": 0.45},
+        compiled_targets={"train": 0.35, "log_prob": 0.20},
+        note="FrEIA has no splines; flowcourse and Pyro solve the quadratic in log_prob, the others to "
+        "sample",
+    ),
+    "rqs-autoregressive": Case(
+        title="Rational-quadratic spline autoregressive, D 16, 5 layers, width 64, 8 bins, "
+        "batch 512",
+        sizes={"dim": 16, "layers": 5, "hidden": 64, "bins": 8, "batch": 512},
+        tiny={"dim": 4, "layers": 2, "hidden": 7, "bins": 3, "batch": 5},
+        floor=ar_rqs_floor,
+        floor_note="the 5 networks, once, without masks",
+        contestants={
+            OURS: Contestant(ar_rqs_ours),
+            "nflows": Contestant(ar_rqs_nflows, SAME_ORDER),
+            "normflows": Contestant(
+                ar_rqs_normflows, f"{SAME_ORDER}; {LINEAR_FIRST}; {WITH_DENSITY}"
+            ),
+            "zuko": Contestant(ar_rqs_zuko),
+            "Pyro": Contestant(ar_rqs_pyro),
+        },
+        targets={"train": 0.60, "log_prob": 0.45, "sample": 0.10},
+        note="FrEIA has no autoregressive layers; flowcourse solves the quadratic in log_prob, the "
+        "others to sample",
+    ),
+    "maf": Case(
+        title="Masked autoregressive flow, D 32, 5 layers, width 64, batch 256",
+        sizes={"dim": 32, "layers": 5, "hidden": 64, "batch": 256},
+        tiny={"dim": 4, "layers": 2, "hidden": 16, "batch": 5},
+        floor=partial(autoregressive_floor, 2),
+        floor_note="the 5 networks, once, without masks",
+        contestants={
+            OURS: Contestant(maf_ours, "the log-scale is bounded by a tanh"),
+            "nflows": Contestant(maf_nflows, f"{SAME_ORDER}; the scale is a softplus"),
+            "normflows": Contestant(
+                maf_normflows, f"{SAME_ORDER}; {LINEAR_FIRST}; {SIGMOID}; {WITH_DENSITY}"
+            ),
+            "zuko": Contestant(maf_zuko, "the log-scale is bounded by a softsign"),
+            "Pyro": Contestant(maf_pyro, "the log-scale is clipped"),
+        },
+        targets={"train": 0.90, "log_prob": 0.90, "sample": 0.15},
+        note="FrEIA has no autoregressive layers",
+    ),
+    "realnvp": Case(
+        title="RealNVP, D 16, 8 layers, width 64, batch 512",
+        sizes={"dim": 16, "layers": 8, "hidden": 64, "batch": 512},
+        tiny={"dim": 4, "layers": 2, "hidden": 7, "batch": 5},
+        floor=partial(coupling_floor, 2),
+        floor_note="the 8 conditioners",
+        contestants={
+            OURS: Contestant(nvp_ours, "the log-scale is bounded by a tanh"),
+            "nflows": Contestant(nvp_nflows, SIGMOID),
+            "normflows": Contestant(
+                nvp_normflows, f"{HALVES}; the log-scale has no bound; {WITH_DENSITY}"
+            ),
+            "zuko": Contestant(
+                only("dim", "layers", "hidden")(zuko_couplings),
+                "the log-scale is bounded by a softsign",
+            ),
+            "FrEIA": Contestant(nvp_freia, f"{HALVES}; the log-scale is bounded by a tanh"),
+            "Pyro": Contestant(nvp_pyro, f"{SAME_HALF}; the log-scale is clipped"),
+        },
+        targets={"train": 0.90, "log_prob": 0.80, "sample": 0.80},
+    ),
+    "cnf": Case(
+        title="Continuous flow with exact trace, D 2, width 64, batch 512",
+        sizes={"dim": 2, "hidden": 64, "batch": 512},
+        tiny={"dim": 2, "hidden": 7, "batch": 5},
+        floor=only("dim", "hidden")(Evaluations),
+        floor_note="six evaluations of the velocity, one step of a method of order five",
+        contestants={
+            "zuko": Contestant(cnf_zuko),
+            "torchdiffeq": Contestant(only("dim", "hidden")(TorchdiffeqFlow)),
+        },
+        targets={"train": 0.50, "log_prob": 0.50, "sample": 0.70},
+        note="dopri5, relative tolerance 1e-5 and absolute 1e-6; the error of the log-density is "
+        "measured beside the time, since only times at equal error compare",
+        accuracy=solver_error,
+    ),
+    "residual": Case(
+        title="Residual flow, D 8, 6 layers, width 64, batch 512",
+        sizes={"dim": 8, "layers": 6, "hidden": 64, "batch": 512},
+        tiny={"dim": 3, "layers": 2, "hidden": 7, "batch": 5},
+        floor=residual_floor,
+        floor_note="the 6 networks, once, without log-determinant and norms",
+        contestants={
+            "normflows": Contestant(
+                residual_normflows,
+                "a training step ends with five power iterations; "
+                "the number of terms of the series is random",
+            ),
+        },
+        targets={"train": 0.60, "sample": 0.50},
+        note="FrEIA's layer does not differentiate its log-determinant, so it cannot be trained by "
+        "maximum likelihood",
+    ),
+}
+
+for size in (8, 28):
+    cases[f"glow-{size}"] = Case(
+        title=f"Glow on images of 1 × {size} × {size}, 2 levels of 8 steps, width 64, batch 64",
+        sizes={"shape": [1, size, size], "levels": 2, "layers": 8, "hidden": 64, "batch": 64},
+        tiny={"shape": [1, 4, 4], "levels": 2, "layers": 1, "hidden": 5, "batch": 3},
+        floor=GlowFloor,
+        floor_note="the bare convolutional networks",
+        contestants={
+            "nflows": Contestant(glow_nflows, SIGMOID),
+            "normflows": Contestant(GlowNormflows, f"{SIGMOID}; {WITH_DENSITY}"),
+            "FrEIA": Contestant(
+                GlowFreia, "rotations of channels are fixed: less work than a 1x1 convolution"
+            ),
+        },
+        targets={"train": 0.80, "sample": 0.80},
+    )
+
+
+# Scaling curves: the case, what is timed, and for each axis the size that varies and its values.
+curves: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "rqs-coupling": (
+        "train",
+        {"dim": (4, 8, 16, 32, 64), "bins": (4, 8, 16, 32), "batch": (64, 256, 1024, 4096)},
+    ),
+    "planar": (
+        "train",
+        {"dim": (10, 20, 40, 80), "layers": (10, 20, 40, 80, 160), "batch": (25, 100, 400, 1600)},
+    ),
+    "maf": ("sample", {"dim": (8, 16, 32, 64), "layers": (2, 5, 10), "batch": (64, 256, 1024)}),
+}
