@@ -197,9 +197,7 @@ def annealed_importance(
             torch.where(accept.unsqueeze(-1), place, z),
             torch.where(accept.unsqueeze(-1), pull, slope),
         )
-        rate = accept.to(size.dtype).mean(
-            0
-        )  # over chains, so that none steers its own step by much
+        rate = accept.to(size.dtype).mean(0)  # over chains: none steers its own step by much
         size = size * (0.1 * (rate - 0.65)).exp().unsqueeze(-1)
     return log_w.logsumexp(0) - math.log(chains)
 

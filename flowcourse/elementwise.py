@@ -518,9 +518,8 @@ class Conditional(nn.Module):
         """The parameters, one set per row of the context."""
         if self.net is None:
             return self.value
-        raw = self.net(self.context_scale * context).to(
-            context.dtype
-        )  # under autocast it comes in half precision
+        raw = self.net(self.context_scale * context)
+        raw = raw.to(context.dtype)  # under autocast it comes in half precision
         return raw.reshape(*context.shape[:-1], *self.shape)
 
     def extra_repr(self) -> str:

@@ -301,9 +301,8 @@ class Planar(Bijection):
         self.unit, self.offset = unit, offset
         w = torch.randn(length, dim) / dim**0.5  # so that w'z is about as large as one entry of z
         start = torch.cat([w, torch.zeros(length, dim + 1)], -1)
-        self.raw = Conditional(
-            start.shape, context_dim, start, hidden, context_scale
-        )  # rows of w, u, b
+        # Rows of w, u, b.
+        self.raw = Conditional(start.shape, context_dim, start, hidden, context_scale)
 
     @property
     def inverse_cost(self) -> str:
