@@ -55,7 +55,7 @@ class MaskedLinear(nn.Linear):
         mask: Tensor,  # Boolean, shape `(n_out, n_in)`; true where a unit sees an input
     ):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask.to(self.weight.dtype))  # numbers multiply faster
         with torch.no_grad():  # as if each unit had only the inputs that it sees
             self.weight.mul_((mask.shape[1] / mask.sum(1, keepdim=True).clamp(min=1)).sqrt())
 

@@ -48,13 +48,21 @@ def check_event(
         raise ValueError(f"{name}: {who} expects last dimension{last}, got shape {got}")
     if value.dim() < event_dim:
         raise ValueError(f"{name}: {who} expects at least {event_dim} dimensions, got shape {got}")
-    tensors = chain(owner.parameters(), owner.buffers())
-    own = next((t for t in tensors if t.is_floating_point()), value)
-    if own.dtype != value.dtype:
+    own = _dtype(owner) or value.dtype
+    if own != value.dtype:
         raise ValueError(
-            f"{name}: {who} holds {own.dtype}, got {value.dtype}; "
+            f"{name}: {who} holds {own}, got {value.dtype}; "
             f"convert one, for example with .to({value.dtype})"
         )
+
+
+def _dtype(module):
+    "The dtype of a module's first floating-point tensor, or none; `parameters()` would take longer."
+    for tensor in chain(module._parameters.values(), module._buffers.values()):
+        if tensor is not None and tensor.is_floating_point():
+            return tensor.dtype
+    return next(filter(None, map(_dtype, module.children())), None)
+
 
 # %% ../nbs/01-change-of-variables.ipynb #d3c4e583
 def check_context(

@@ -9,6 +9,8 @@ __all__ = ['half', 'alternating', 'random_half', 'channel', 'checkerboard', 'Ski
 # %% ../nbs/06-coupling.ipynb #bd9df16e
 import math
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -136,16 +138,13 @@ def convnet(
     return nn.Sequential(*layers, _start_at_zero(convolution(widths[-1], n_out, kernel)))
 
 # %% ../nbs/06-coupling.ipynb #6243e635
-def _layout(mask):
-    "How a vector is cut: in two blocks, in turns, or mixed; and whether the first entry is kept."
-    place = torch.arange(len(mask))
-    for kept_first in (True, False):
-        first = mask if kept_first else ~mask
-        if torch.equal(first, place < first.sum()):
-            return "blocks", kept_first
-        if len(mask) % 2 == 0 and torch.equal(first, place % 2 == 0):
-            return "turns", kept_first
-    return "mixed", True
+def _layout(first):
+    "How a vector is cut into `first`, which holds its first entry, and the rest."
+    place = torch.arange(len(first))
+    if torch.equal(first, place < first.sum()):
+        return "blocks"
+    in_turns = len(first) % 2 == 0 and torch.equal(first, place % 2 == 0)
+    return "turns" if in_turns else "mixed"
 
 
 def _check_scalar_map(scalar_map):
@@ -203,12 +202,16 @@ class Coupling(Bijection):
 
     def _read_mask(self):
         "Find the cheapest way to cut: whole lines of the first axis if the mask does not split any."
-        lines = self.mask.flatten(1) if self.event_dim > 1 else self.mask[:, None]
+        lines = (self.mask.flatten(1) if self.event_dim > 1 else self.mask[:, None]).cpu()
         self.by_line = bool((lines.all(1) == lines.any(1)).all())
-        line = lines[:, 0].cpu()
+        line = lines[:, 0]
         self.n_kept, self.n_moved = int(line.sum()), int((~line).sum())
-        self.layout, self.kept_first = _layout(line)
-        order = torch.cat([line.nonzero(), (~line).nonzero()]).squeeze(-1).to(self.mask.device)
+        self.kept_first = not self.by_line or bool(line[0])  # of the two parts of an event
+        first = line if line[0] else ~line
+        self.layout, self.n_first = _layout(first), int(first.sum())
+        # Couplings that cut alike have the same; one that does not cut has nothing to share.
+        self.partition = tuple(first.tolist()) if self.by_line else object()
+        order = torch.cat([first.nonzero(), (~first).nonzero()]).squeeze(-1).to(self.mask.device)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("restore", order.argsort(), persistent=False)
 
@@ -217,60 +220,63 @@ class Coupling(Bijection):
         self._read_mask()
 
     def _cut(self, point):
-        "What passes through, and what moves; an event that is not cut by lines is kept whole."
+        "The two parts of an event; of one that is not cut by lines, what is kept and the whole."
         axis = -self.event_dim
         if not self.by_line:
             return torch.where(self.mask, point, 0.0), point
         if self.layout == "turns":
-            parts = point.unflatten(axis, (-1, 2)).unbind(axis)
-        else:
-            point = point.index_select(axis, self.order) if self.layout == "mixed" else point
-            first = self.n_kept if self.kept_first else self.n_moved
-            parts = point.split([first, self.n_kept + self.n_moved - first], axis)
-        return parts if self.kept_first else parts[::-1]
+            return point.unflatten(axis, (-1, 2)).unbind(axis)
+        point = point.index_select(axis, self.order) if self.layout == "mixed" else point
+        return point.tensor_split((self.n_first,), axis)
 
-    def _join(self, kept, moved):
-        "The event again, from the two parts."
+    def _join(self, first, rest):
+        "The event again, from its two parts."
         if not self.by_line:
-            return torch.where(self.mask, kept, moved)
+            return torch.where(self.mask, first, rest)
         axis = -self.event_dim
-        parts = (kept, moved) if self.kept_first else (moved, kept)
         if self.layout == "turns":
-            return torch.stack(parts, axis).flatten(axis - 1, axis)
-        point = torch.cat(parts, axis)
+            return torch.stack([first, rest], axis).flatten(axis - 1, axis)
+        point = torch.cat([first, rest], axis)
         return point.index_select(axis, self.restore) if self.layout == "mixed" else point
 
     def _theta(self, kept, context):
         "Raw parameters of what moves, along a new last axis."
-        axis = -self.event_dim
+        axis, n_params = -self.event_dim, self.scalar_map.n_params
         if context is not None:
             planes = context[(..., *[None] * (self.event_dim - 1))]
             planes = planes.expand(*kept.shape[:axis], -1, *kept.shape[axis:][1:])
             kept = torch.cat([kept, planes], axis)
         if self.event_dim == 1:
-            theta = self.conditioner(kept)
-        else:  # convolutions take one batch dimension
-            batch = kept.shape[:axis]
-            theta = self.conditioner(kept.reshape(math.prod(batch), *kept.shape[axis:]))
-            theta = theta.reshape(*batch, *theta.shape[1:])
+            return self.conditioner(kept).to(kept.dtype).unflatten(-1, (self.n_out, n_params))
+        batch = kept.shape[:axis]  # convolutions take one batch dimension
+        theta = self.conditioner(kept.reshape(math.prod(batch), *kept.shape[axis:]))
         theta = theta.to(kept.dtype)  # autocast makes it half precision
-        return theta.unflatten(axis, (self.n_out, self.scalar_map.n_params)).movedim(axis, -1)
+        return theta.reshape(*batch, self.n_out, n_params, *theta.shape[2:]).movedim(axis, -1)
 
-    def _apply_map(self, scalar_map, point, context):
-        kept, moved = self._cut(point)
-        moved, log_slope = scalar_map(moved, self._theta(kept, context))
-        if not self.by_line:
-            log_slope = torch.where(self.mask, 0.0, log_slope)
-        return self._join(kept, moved), log_slope.sum(self.axes)
+    def _move(self, direction, kept, moved, context):
+        "The part that moves, afterwards, and its log-slopes."
+        moved, log_slope = getattr(self.scalar_map, direction)(moved, self._theta(kept, context))
+        return moved, log_slope if self.by_line else torch.where(self.mask, 0.0, log_slope)
 
     def _forward(self, z, context):
-        return self._apply_map(self.scalar_map.forward, z, context)
+        return _through([self], "forward", z, context)
 
     def _inverse(self, x, context):
-        return self._apply_map(self.scalar_map.inverse, x, context)
+        return _through([self], "inverse", x, context)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kept={int(self.mask.sum())}, scalar_map={self.scalar_map}"
+
+def _through(couplings, direction, point, context):
+    "Couplings that cut alike: the two parts move in turn, and are put together at the end."
+    parts, log_slopes = [*couplings[0]._cut(point)], [None, None]
+    for f in couplings:
+        kept, moved = (0, 1) if f.kept_first else (1, 0)
+        parts[moved], more = f._move(direction, parts[kept], parts[moved], context)
+        log_slopes[moved] = more if log_slopes[moved] is None else log_slopes[moved] + more
+    ladj = sum(each.sum(couplings[0].axes) for each in log_slopes if each is not None)
+    return couplings[0]._join(*parts), ladj
+
 
 # %% ../nbs/06-coupling.ipynb #673b35a3
 class Couplings(Compose):
@@ -297,6 +303,20 @@ class Couplings(Compose):
         for i in range(layers):
             masks.append(partition(dim) if i % 2 == 0 else ~masks[-1])
         super().__init__(*(Coupling(mask, scalar_map, network, context_dim) for mask in masks))
+
+    def _run(self, direction, layers, point, context):
+        total = 0.0
+        for _, alike in groupby(layers, attrgetter("partition")):
+            point, ladj = _through([*alike], direction, point, context)
+            total = total + ladj
+        return point, total
+
+    def _forward(self, z, context):
+        return self._run("forward", self.bijections, z, context)
+
+    def _inverse(self, x, context):
+        return self._run("inverse", reversed(self.bijections), x, context)
+
 
 # %% ../nbs/06-coupling.ipynb #176815ed
 class RealNVP(Couplings):

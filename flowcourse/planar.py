@@ -33,8 +33,8 @@ def log_softplus(
     s: Tensor,  # Any real numbers
 ) -> Tensor:  # log(log(1 + exp(s)))
     """The logarithm of softplus, finite where softplus itself is zero."""
-    low = s.clamp(max=-18.0)
-    return torch.where(s < -18, low - low.exp() / 2, softplus(s.clamp(min=-18.0)).log())
+    low = s.clamp(min=-37.0)  # below, softplus is exp to the last digit of float64
+    return softplus(low).log() + (s - low)
 
 
 def above_minus_one(
@@ -44,7 +44,8 @@ def above_minus_one(
     """The map `m(p) = softplus(p + offset) - 1` from the line to the numbers above -1."""
     at_zero, slope = math.log1p(math.exp(offset)) - 1, 1 / (1 + math.exp(-offset))
     near = at_zero + (slope * p.clamp(-1, 1).expm1()).log1p()  # no digit lost where m is small
-    return torch.where(p.abs() < 1, near, softplus(p + offset) - 1), log_softplus(p + offset)
+    s = p + offset
+    return torch.where(p.abs() < 1, near, softplus(s) - 1), log_softplus(s)
 
 # %% ../nbs/05-planar.ipynb #047e6b62
 def log_add_square(
@@ -54,7 +55,8 @@ def log_add_square(
     """Add a square to a number known by its logarithm; smooth at `t = 0`, where log t is not."""
     zero = t == 0
     log_square = 2 * torch.where(zero, 1.0, t).abs().log()
-    around_zero = v + (t * (-v.clamp(min=-80) / 2).exp()).square()  # has the right curvature
+    relative = t * (v.clamp(min=-80) * -0.5).exp()
+    around_zero = torch.addcmul(v, relative, relative)  # has the right curvature
     return torch.where(zero, around_zero, torch.logaddexp(log_square, v))
 
 # %% ../nbs/05-planar.ipynb #63b6feaf
@@ -85,7 +87,8 @@ class TanhUnit:
         log_steepest: Tensor,  # log(1 + m)
     ) -> Tensor:  # log(1 + m h'(a) / max h'), finite everywhere
         """Log-slope of `a + m h(a) / max h'`."""
-        return log_add_square(a.tanh(), 2 * (math.log(2) - torch.logaddexp(a, -a)) + log_steepest)
+        steepest = log_steepest + 2 * math.log(2)
+        return log_add_square(a.tanh(), torch.sub(steepest, torch.logaddexp(a, -a), alpha=2))
 
     def solve(
         self,
@@ -207,20 +210,32 @@ def times(
     matrix: Tensor,  # Shape `(*batch, n, m)` or `(n, m)`
 ) -> Tensor:  # Shape `(*batch, m)`
     """Row vectors times matrices, one for all or one for each."""
+    if matrix.dim() == 2:
+        return t @ matrix
     return (t.unsqueeze(-2) @ matrix).squeeze(-2)
 
 # %% ../nbs/05-planar.ipynb #planar-chain
 class _Block(torch.autograd.Function):
     "A block of planar layers, with the chain rule written out."
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info, in_dims, z, w, u, b, unit):
+        z_dim, *dims, _ = in_dims
+        z = z.expand(info.batch_size, *z.shape) if z_dim is None else z.movedim(z_dim, 0)
+        if all(dim is None for dim in dims):  # the same layers for all
+            return _Block.apply(z, w, u, b, unit), (0, 0, None)
+        layers = []
+        for t, dim, own in zip((w, u, b), dims, (2, 2, 1)):
+            t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            layers.append(t.reshape(len(t), *[1] * (z.dim() - 1 + own - t.dim()), *t.shape[1:]))
+        return _Block.apply(z, *layers, unit), 0
 
     @staticmethod
     def forward(z, w, u, b, unit):
         a = times(z, w.mT) + b
         products = (u @ w.mT).triu(1)  # row j: what layer j adds to those after it
         for a_j, row in zip(a.split(1, -1), products.unbind(-2)):
-            a.add_(unit(a_j) * row)
+            a.addcmul_(unit(a_j), row)
         return z + times(unit(a), u), a, products
 
     @staticmethod
@@ -329,8 +344,10 @@ class Planar(Bijection):
         w, u, b, _, log_steepest = self.layers(context)
         activations = []
         blocks = w.split(self.block, -2), u.split(self.block, -2), b.split(self.block, -1)
+        # without gradients there is no need for what `apply` arranges
+        ahead = _Block.apply if torch.is_grad_enabled() else _Block.forward
         for layers in zip(*blocks):
-            z, a, _ = _Block.apply(z, *layers, self.unit)
+            z, a, _ = ahead(z, *layers, self.unit)
             activations.append(a)
         return z, self.unit.log_slope(torch.cat(activations, -1), log_steepest).sum(-1)
 

@@ -136,9 +136,7 @@ class SplineMap(ScalarMap):
         if self.tails == "circular":
             shift = 0.0 if theta is None else wrap(theta[..., -1], *self.ends)
             return wrap(image + shift, *self.ends), log_slope
-        low, high = self.ends
-        # What lies outside the box stays where it is; a box keeps the slope at its ends.
-        far = given != t if self.tails == "box" else (given <= low) | (given >= high)
+        far = given != t  # what lies outside the box stays where it is
         image = torch.where(far, given, image)
         return interior(image, self.codomain), torch.where(far, 0.0, log_slope)
 
@@ -305,34 +303,32 @@ class RationalLinearSplineMap(SplineMap):
         return 2 * (reach * p / (reach + (p * mean - 1) * u)).log()
 
 # %% ../nbs/07-splines.ipynb #rqp00707
-def _unpiece(v, a, b):
+def _unpiece(v, a, bend):
     "The root of a quadratic, in the one of its two forms that does not cancel."
-    half = (a - v * (a + b - 2)) / 2
+    half = torch.addcmul(a, v, bend, value=-1) / 2
     tiny = torch.finfo(v.dtype).tiny  # rounding may go below zero, where sqrt has no slope
-    rest = 1 - half - half
+    rest = torch.rsub(half, 1, alpha=2)
     root = half.abs() + torch.addcmul(half * half, rest, v).clamp(min=tiny).sqrt()
     rising = half > 0
     return torch.where(rising, v, root) / torch.where(rising, root, rest)
 
 
-def _curve(u, a, b):
+def _curve(u, a, b, bend):
     "What the curve in the unit square and its slope are made of."
     rest = 1 - u
     mixed = u * rest
     a_rest = a * rest
-    bend = a + b - 2
     below = bend * mixed + 1
     rise = torch.addcmul(torch.addcmul(mixed + mixed, a_rest, rest), b * u, u)
-    return rest, mixed, a_rest, bend, below, rise
+    return rest, mixed, a_rest, below, rise
 
 
 def _prepare(t, theta, side, bins, low, high, evenness, steepest, end_slope, tails):
     "The bin of each `t`, its place in it, and all that the derivative needs; first z, then x."
     # tanh(r) is 2 sigmoid(2 r) - 1, and sigmoid is faster; the softmax drops the constant
     theta = theta.reshape((1,) * (t.dim() + 1 - theta.dim()) + theta.shape)
-    raw = torch.stack([theta[..., :bins], theta[..., bins : 2 * bins]])
-    squash = raw.mul_(2 / evenness).sigmoid_()
-    size = (squash * (2 * evenness)).exp_()
+    squash = theta[..., : 2 * bins].mul(2 / evenness).sigmoid_()
+    size = (squash * (2 * evenness)).exp_().unflatten(-1, (2, bins)).movedim(-2, 0)
     until = size.cumsum(-1)
     raw = theta[..., 2 * bins :]
     if tails == "linear":
@@ -340,8 +336,9 @@ def _prepare(t, theta, side, bins, low, high, evenness, steepest, end_slope, tai
     elif tails == "circular":
         raw = torch.cat([raw, raw[..., :1]], -1)
     scale = (high - low) / until[..., -1]
-    reach = ((t - low) / scale[side]).unsqueeze(-1)
-    k = (reach >= until[side, ..., :-1]).sum(-1, keepdim=True)
+    reach = ((t - low) / scale[side]).unsqueeze(-1).contiguous()
+    ends = until[side].expand(*t.shape, bins).contiguous()
+    k = torch.searchsorted(ends, reach, right=True).clamp(max=bins - 1)
     pair = 2, *t.shape
     own, end = (
         v.expand(*pair, bins).gather(-1, k.expand(*pair, 1)).squeeze(-1) for v in (size, until)
@@ -350,10 +347,12 @@ def _prepare(t, theta, side, bins, low, high, evenness, steepest, end_slope, tai
     corner = (end - own) * scale + low
     (z0, x0), (width, height) = corner, extent
     at = torch.stack([k, k + 1])
-    tilt = raw.expand(*pair, bins + 1).gather(-1, at).squeeze(-1).div_(steepest).tanh_()
-    a, b = (tilt * steepest).exp_() * (width / height)
-    u = _unpiece((t - x0) / height, a, b) if side else (t - z0) / width
-    return squash, size, scale, corner, extent, k, at, tilt, u, a, b
+    tilt = raw.expand(*pair, bins + 1).gather(-1, at).squeeze(-1).mul_(2 / steepest).sigmoid_()
+    a, b = torch.rsub(tilt, -steepest, alpha=-2 * steepest).exp_() * (width / height)
+    bend = a + b - 2
+    u = _unpiece((t - x0) / height, a, bend) if side else (t - z0) / width
+    return squash, size, scale, corner, extent, k, at, tilt, u, a, b, bend
+
 
 # %% ../nbs/07-splines.ipynb #rqf00707
 class _RationalQuadratic(torch.autograd.Function):
@@ -364,8 +363,8 @@ class _RationalQuadratic(torch.autograd.Function):
     @staticmethod
     def forward(t, theta, side, *settings):
         parts = _prepare(t, theta, side, *settings)
-        _, _, _, (z0, x0), (width, height), *_, u, a, b = parts
-        _, _, a_rest, _, below, rise = _curve(u, a, b)
+        _, _, _, (z0, x0), (width, height), *_, u, a, b, bend = parts
+        _, _, a_rest, below, rise = _curve(u, a, b, bend)
         if side:
             image = torch.addcmul(z0, width, u)
         else:
@@ -384,9 +383,9 @@ class _RationalQuadratic(torch.autograd.Function):
         side, (bins, low, high, *_, tails) = ctx.side, ctx.settings
         if torch.is_grad_enabled():  # for second derivatives, with a graph to `t` and `theta`
             parts = _prepare(t, theta, side, *ctx.settings)
-        squash, size, scale, corner, extent, k, at, tilt, u, a, b = parts
+        squash, size, scale, corner, extent, k, at, tilt, u, a, b, bend = parts
         width, height = extent
-        rest, mixed, a_rest, bend, below, rise = _curve(u, a, b)
+        rest, mixed, a_rest, below, rise = _curve(u, a, b, bend)
         point = u * (u + a_rest) / below
         share = mixed / below
         tilted = rest - u
@@ -421,9 +420,11 @@ class _RationalQuadratic(torch.autograd.Function):
         steps = steps * scale.unsqueeze(-1)
         where = torch.cat([torch.zeros_like(k), k, k + 1], -1).expand(steps.shape)
         g_sizes = steps.new_zeros(*steps.shape[:-1], bins + 1).scatter_add(-1, where, steps)
-        g_sizes = g_sizes.cumsum(-1)[..., :-1]
-        g_sizes = g_sizes.sum_to_size(size.shape) * (size * (squash - squash * squash)) * 4
-        g_ends = torch.stack([g_a, g_b], -1) * (1 - tilt * tilt).movedim(0, -1)
+        g_sizes = g_sizes.cumsum(-1)[..., :-1].sum_to_size(size.shape) * size
+        slope = squash - squash * squash  # of the sigmoid
+        g_sizes = g_sizes.movedim(0, -2).flatten(-2) * slope * 4
+        g_ends = torch.stack([g_a, g_b]) * (tilt - tilt * tilt)
+        g_ends = (g_ends * 4).movedim(0, -1)
         g_slopes = g_ends.new_zeros(*g_ends.shape[:-1], bins + 1).scatter_add(
             -1, torch.cat([k, k + 1], -1), g_ends
         )
@@ -434,7 +435,7 @@ class _RationalQuadratic(torch.autograd.Function):
         g_slopes = g_slopes.sum_to_size(*size.shape[1:-1], theta.shape[-1] - 2 * bins)
         return (
             g_t,
-            torch.cat([*g_sizes, g_slopes], -1).reshape(theta.shape),
+            torch.cat([g_sizes, g_slopes], -1).reshape(theta.shape),
             None,
             *[None] * len(ctx.settings),
         )
@@ -457,7 +458,7 @@ class RationalQuadraticSplineMap(SplineMap):
 
     def back(self, v, a, b):
         """The root of a quadratic."""
-        return _unpiece(v, a, b)
+        return _unpiece(v, a, a + b - 2)
 
     def log_slope(self, u, a, b):
         """log dv/du."""
