@@ -155,7 +155,7 @@ class MADE(nn.Module):
         if context is not None:
             features = F.linear(context.to(dtype), self.from_context.weight.to(dtype))
             biases[0] = biases[0] + features.T
-        known = [w.new_zeros(0, n) for w in weights]
+        known, sizes = [w.new_zeros(0, n) for w in weights], [0] * len(weights)
         counts = [*self._counts, self.n_params]  # of rows that are computed together
         weights = [w.split(count) for w, count in zip(weights, counts)]
         biases = [bias.split(count) for bias, count in zip(biases, counts)]
@@ -163,25 +163,25 @@ class MADE(nn.Module):
         in_place = not (torch.is_grad_enabled() or _is_traced())
         if in_place:
             room = [w[0].new_empty(w[0].shape[1], n) for w in weights]
-            sizes = [[1] * self.dim, *self._counts]
-            slots = [rows.split(count) for rows, count in zip(room, sizes)]
+            slots = [rows.split(c) for rows, c in zip(room, [[1] * self.dim, *self._counts])]
         activation = _in_dtype(self.activation, dtype)
 
         def units(k, at):
-            return torch.addmm(biases[k][at], weights[k][at][:, : len(known[k])], known[k])
+            return torch.addmm(biases[k][at], weights[k][at][:, : sizes[k]], known[k])
 
-        def learn(k, place, rows):
+        def learn(k, place, rows, count):
+            sizes[k] += count
             if in_place:
                 slots[k][place].copy_(rows)
-                known[k] = room[k][: len(known[k]) + len(rows)]
+                known[k] = room[k][: sizes[k]]
             else:
                 known[k] = torch.cat([known[k], rows])
 
         for place, i in enumerate(self._sequence):
-            for k, counts in enumerate(self._counts):
-                if counts[place]:
-                    learn(k + 1, place, activation(units(k, place)))
-            learn(0, place, step(i, units(-1, i).T).unsqueeze(0))
+            for k, count in enumerate(counts[:-1]):
+                if count[place]:
+                    learn(k + 1, place, activation(units(k, place)), count[place])
+            learn(0, place, step(i, units(-1, i).T).unsqueeze(0), 1)
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""

@@ -24,10 +24,12 @@ from .data import Table
 def bounded(
     raw: Tensor,  # Any real numbers
     bound: float,  # Largest size of the result
-) -> Tensor:  # Close to `raw` where that is small
+    sign: int = 1,  # Or -1, for the negative
+) -> Tensor:  # Close to `sign * raw` where that is small
     """Squeeze raw parameters, so that no network can ask for a map that rounding would destroy."""
     # bound tanh(raw / bound), by the sigmoid, which is quicker: tanh(t) = 2 sigmoid(2 t) - 1
-    return torch.rsub(torch.sigmoid(raw * (2 / bound)), -bound, alpha=-2 * bound)
+    bound = sign * bound
+    return torch.rsub(torch.sigmoid(raw * (2 * sign / bound)), -bound, alpha=-2 * bound)
 
 
 def log_cosh(
@@ -179,25 +181,28 @@ class AffineMap(ScalarMap):
         softplus = self.scale == "softplus"
         return "Durkan et al. 2020, nflows" if softplus else "Dinh et al. 2017, eq. 4 and 5"
 
-    def _log_scale(self, raw):
-        raw = raw if self.bound is None else bounded(raw, self.bound)
+    def _log_slope(self, raw, points, sign):
+        "The log-slope of `forward`, times `sign`: 1, or -1 for the way back."
         if self.scale == "exp":
-            return raw
-        raw = raw + math.log(math.e - 1)  # softplus of it is 1 where raw is 0
-        low = raw.clamp(min=-15)  # softplus is exp below, to six digits
-        return F.softplus(low).log() + (raw - low)
+            log_slope = sign * raw if self.bound is None else bounded(raw, self.bound, sign)
+        else:
+            raw = raw if self.bound is None else bounded(raw, self.bound)
+            raw = raw + math.log(math.e - 1)  # softplus of it is 1 where raw is 0
+            low = raw.clamp(min=-15)  # softplus is exp below, to six digits
+            log_slope = sign * (F.softplus(low).log() + (raw - low))
+        return log_slope if log_slope.shape == points.shape else log_slope.expand_as(points)
 
     def forward(self, z, theta):
         """Base to data, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
-        log_slope = self._log_scale(raw)
-        return torch.addcmul(shift, z, log_slope.exp()), log_slope.expand_as(z)
+        log_slope = self._log_slope(raw, z, 1)
+        return torch.addcmul(shift, z, log_slope.exp()), log_slope
 
     def inverse(self, x, theta):
         """Data to base, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
-        log_slope = -self._log_scale(raw)
-        return (x - shift) * log_slope.exp(), log_slope.expand_as(x)
+        log_slope = self._log_slope(raw, x, -1)
+        return (x - shift) * log_slope.exp(), log_slope
 
 # %% ../nbs/03-elementwise.ipynb #8ce61c76
 class PReLUMap(ScalarMap):

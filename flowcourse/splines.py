@@ -138,7 +138,7 @@ class SplineMap(ScalarMap):
             return wrap(image + shift, *self.ends), log_slope
         far = given != t  # what lies outside the box stays where it is
         image = torch.where(far, given, image)
-        return interior(image, self.codomain), torch.where(far, 0.0, log_slope)
+        return interior(image, self.codomain), log_slope.masked_fill(far, 0.0)
 
 # %% ../nbs/07-splines.ipynb #lin00707
 class LinearSplineMap(SplineMap):
