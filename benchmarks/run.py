@@ -2,7 +2,7 @@
 """Time flowcourse beside other libraries, and write one JSON file for each case.
 
 `python benchmarks/run.py` runs all cases, or those that are named, each in a process of its own, and
-writes to `benchmarks/results/`. With `--compile` every model is also timed behind torch.compile, in
+writes to `benchmarks/results/`; `overheads` is what flowcourse adds itself. With `--compile` every model is also timed behind torch.compile, in
 the same rounds; with `--curves` the time is also recorded against dimension, layers and batch.
 """
 
@@ -29,6 +29,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import torch
 from cases import FLOOR, OURS, awake, batch, cases, curves
 from measure import Runner, check, interleaved, peak_memory, quartiles, ratio, summary
+from overheads import overheads
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIBRARIES = ("torch", "flowcourse", "nflows", "normflows", "zuko", "FrEIA", "pyro-ppl")
@@ -122,12 +123,15 @@ def compare(case, times):
     found = {}
     for mode in case.modes:
         found[mode] = {}
-        floor = times[FLOOR, "eager", mode]
         kinds = {"eager": ("eager",), "compiled": ("eager", "compiled")}
         for kind, allowed in kinds.items():
             peer = best(times, mode, allowed)
             if peer is None or (kind == "compiled" and not any(k[1] == kind for k in times)):
                 continue
+            floor = min(
+                (times[FLOOR, k, mode] for k in allowed if (FLOOR, k, mode) in times),
+                key=lambda seconds: quartiles(seconds)[1],
+            )
             entry = {"best_peer": f"{peer[0]}, {peer[1]}" if kind == "compiled" else peer[0]}
             entry["best_peer_over_floor"] = ratio(times[peer], floor)["ratio"]
             target = (case.targets if kind == "eager" else case.compiled_targets).get(mode)
@@ -208,6 +212,24 @@ def run_curves(name, options):
     return record
 
 
+def run_overheads(options):
+    """Time what flowcourse adds to work that has to be done anyway; the record."""
+    record = {"case": "overheads", "rounds": options.rounds} | surroundings(options) | {"rows": {}}
+    for name, row in overheads.items():
+        calls = dict(zip(("ours", "bare"), row.calls(options.quick), strict=True))
+        calls = {who: lambda call=call: call for who, call in calls.items()}
+        times = interleaved(calls, options.rounds, options.threads, options.at_least)
+        pairs = list(zip(times["ours"], times["bare"], strict=True))
+        found = [a / b if row.kind == "ratio" else a - b for a, b in pairs]
+        low, middle, high = quartiles(found)
+        entry = {"title": row.title, "bare": row.bare, "kind": row.kind, "target": row.most}
+        entry |= {"value": middle, "q1": low, "q3": high, "met": middle <= row.most}
+        entry |= {"ours": summary(times["ours"]), "bare_seconds": summary(times["bare"])}
+        record["rows"][name] = entry
+        print(f"  {name}: {row.kind} {middle:.2f}, at most {row.most:.2f}", flush=True)
+    return record
+
+
 def write(record, path):
     """Put a record into its file, all at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,8 +251,9 @@ def report(record):
 
 def arguments(words=None):
     """Read the command line."""
+    names = [*cases, "overheads"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases)}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--rounds", type=int, help="measurements of each; 15, or 2 with --quick")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too")
@@ -242,10 +265,10 @@ def arguments(words=None):
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--out", type=Path, help="folder; _bench with --quick, else the results")
     options = parser.parse_args(words)
-    unknown = [name for name in options.cases if name not in cases]
+    unknown = [name for name in options.cases if name not in names]
     if unknown:
-        parser.error(f"CASE: expected some of {', '.join(cases)}, got {', '.join(unknown)}")
-    options.cases = options.cases or list(cases)
+        parser.error(f"CASE: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+    options.cases = options.cases or names
     options.rounds = options.rounds or (2 if options.quick else 15)
     options.at_least = 0.0005 if options.quick else 0.02
     options.out = options.out or (Path("_bench") if options.quick else RESULTS)
@@ -256,7 +279,7 @@ def main():
     """Run one case here, or several in a process each."""
     options = arguments()
     if len(options.cases) > 1:
-        words = [w for w in sys.argv[1:] if w not in cases]
+        words = [w for w in sys.argv[1:] if w not in options.cases]
         failed = [
             name
             for name in options.cases
@@ -268,7 +291,9 @@ def main():
     (name,) = options.cases
     warnings.filterwarnings("ignore")  # of the peers, about functions that torch will drop
     torch.set_num_threads(options.threads)
-    if not options.only_curves:
+    if name == "overheads":
+        write(run_overheads(options), options.out / f"{name}.json")
+    elif not options.only_curves:
         record = run_case(name, options)
         report(record)
         write(record, options.out / f"{name}.json")

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cases as table
 import measure
+import overheads
 import run
 
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -126,6 +127,13 @@ def complete(record):
     assert record["quick"] is False, "a record of tiny sizes says nothing"
     assert record["threads"] > 0 and record["rounds"] > 0 and record["date"] and record["machine"]
     assert {"torch", "flowcourse", "nflows", "normflows", "zuko"} <= record["versions"].keys()
+    if "rows" in record:
+        assert record["rows"].keys() == overheads.overheads.keys()
+        for row in record["rows"].values():
+            assert 0 < row["ours"]["median"] and 0 < row["bare_seconds"]["median"]
+            assert row["q1"] <= row["value"] <= row["q3"]
+            assert row["met"] == (row["value"] <= row["target"])
+        return
     if "axes" in record:
         for points in record["axes"].values():
             for point in points:
@@ -149,7 +157,7 @@ def complete(record):
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_records_are_complete(path):
     record = json.loads(path.read_text())
-    assert record["case"] in table.cases
+    assert record["case"] in {*table.cases, "overheads"}
     complete(record)
 
 
@@ -162,7 +170,39 @@ def test_a_new_record_is_complete(tmp_path, monkeypatch):
     options = run.arguments(["maf", "--quick", "--threads", "1", "--out", str(tmp_path)])
     run.write(run.run_case("maf", options), tmp_path / "maf.json")
     run.write(run.run_curves("maf", options), tmp_path / "maf.curves.json")
+    run.write(run.run_overheads(options), tmp_path / "overheads.json")
     for path in tmp_path.glob("*.json"):
         record = json.loads(path.read_text())
         assert record["quick"] is True
         complete(record | {"quick": False})
+
+
+def test_the_heads_alone_make_the_parameters_and_nothing_else():
+    """What the planar stack is measured against has all of its parameters, and gives them gradients."""
+    torch.manual_seed(0)
+    stack = overheads.HeadsAlone(3, 4, context_dim=5, hidden=())
+    z, features = torch.randn(6, 3), torch.randn(6, 5)
+    same, total = stack(z, features)
+    assert torch.equal(same, z)
+    total.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in stack.parameters())
+
+
+@pytest.mark.parametrize("name", overheads.overheads)
+def test_both_sides_of_an_overhead_run(name):
+    for call in overheads.overheads[name].calls(True):
+        call()
+
+
+def test_a_floor_that_compiles_is_the_floor_of_compiled_times():
+    case = table.cases["realnvp"]
+    seconds = {table.OURS: 3.0, table.FLOOR: 1.0, "zuko": 2.0}
+    times = {
+        (who, kind, mode): [t / (2 if kind == "compiled" else 1)]
+        for who, t in seconds.items()
+        for kind in ("eager", "compiled")
+        for mode in case.modes
+    }
+    found = run.compare(case, times)["train"]
+    assert found["eager"]["best_peer_over_floor"] == 2
+    assert found["compiled"]["best_peer_over_floor"] == 2
