@@ -76,18 +76,25 @@ def train(
     progress: bool = True,  # Show a progress bar
 ):
     """Train an experiment and write the model into a folder."""
+    run = {
+        "name": name,
+        "config": dataclasses.asdict(config),
+        "versions": {
+            "flowcourse": flowcourse.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "command": command,
+    }
     if is_main():
-        run = {
-            "name": name,
-            "config": dataclasses.asdict(config),
-            "versions": {
-                "flowcourse": flowcourse.__version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
-            "command": command,
-        }
-        save_json(writable(out) / "run.json", run)
+        writable(out)
+    unwritten = [run]
+
+    def write_down(*_):
+        "Record the run after its first step: one that `fit` refuses leaves what is there."
+        if unwritten:
+            save_json(out / "run.json", unwritten.pop())
+
     rows = config.load()
     objective = config.objective()
     history = fit(
@@ -97,6 +104,7 @@ def train(
         checkpoint=out / "checkpoint.pt",
         resume=resume,
         device=device or best_device(),
+        callbacks=(write_down,),
         progress=progress,
         **config.training,
     )

@@ -49,6 +49,16 @@ def test_train_writes_a_run_and_test_judges_it(tmp_path, capsys):
     assert all(key in capsys.readouterr().out for key in result)
 
 
+def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path, capsys):
+    assert run("train", "--config", NAME, "--out", tmp_path, *SHORT) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run("train", "--config", NAME, "--out", tmp_path, "--seed", 9, *SHORT) != 0
+    assert "exists" in capsys.readouterr().err
+    assert run("train", "--config", NAME, "--out", tmp_path, "--seed", 9, "--resume", *SHORT) != 0
+    assert "seed" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_the_seed_decides(tmp_path):
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("train", "--config", NAME, "--out", tmp_path / folder, "--seed", seed, *SHORT)

@@ -12,7 +12,7 @@ from pyro.nn import DenseNN
 from torch import nn
 from torch.testing import assert_close
 
-from flowcourse.core import Flow
+from flowcourse.core import Compose, Flow
 from flowcourse.coupling import (
     NICE,
     Coupling,
@@ -410,6 +410,55 @@ def test_stacks_start_at_the_identity_and_move_everything(f, scramble):
     x, _ = f(z)
     assert (x != z).all(0).all()
     assert_close(f.inverse(x)[0], z)
+
+
+stacks = {
+    "turns": (6, alternating),
+    "blocks": (5, half),
+    "mixed, uneven": (7, lambda n: torch.arange(n) % 4 == 1),
+    "drawn for every pair": (6, partial(random_half, generator=seeded())),
+    "channels": ((3, 4, 4), channel),
+    "pixels": (image, checkerboard),
+}
+
+
+@pytest.mark.parametrize(("dim", "partition"), stacks.values(), ids=stacks)
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_stack_equals_its_layers_one_after_another(dim, partition, context_dim, scramble):
+    """What is shared between layers that cut alike changes neither values nor gradients."""
+    f = Couplings(dim, SinhArcsinhMap(), 5, (4,), context_dim, partition)
+    f = scramble(f).double()
+    plain = Compose(*f.bijections)
+    start = torch.randn(2, 3, *f.event_shape, dtype=torch.float64)
+    context = torch.randn(3, 2, dtype=torch.float64) if context_dim else None
+    exact = partial(assert_close, rtol=1e-10, atol=1e-10)
+    for direction in ("forward", "inverse"):
+        found = []
+        for stack in (f, plain):
+            points = start.clone().requires_grad_()
+            end, ladj = getattr(stack, direction)(points, context)
+            loss = (end.sin() + end.square()).sum() + ladj.square().sum()
+            gradients = torch.autograd.grad(loss, [points, *f.parameters()])
+            found.append([end, ladj, *gradients])
+        for one, other in zip(*found, strict=True):
+            exact(one, other)
+
+
+def test_a_stack_cuts_once_and_again_where_the_partition_changes(scramble, monkeypatch):
+    cuts = []
+    cut = Coupling._cut
+    monkeypatch.setattr(Coupling, "_cut", lambda self, point: cuts.append(self) or cut(self, point))
+    f = RealNVP(6, 5, (4,))
+    f(torch.randn(2, 6))
+    assert cuts == [f.bijections[0]]
+    f = scramble(RealNVP(6, 6, (4,), partition=partial(random_half, generator=seeded(3))))
+    other = RealNVP(6, 6, (4,))
+    other.load_state_dict(f.state_dict())  # partitions come with the weights
+    z = torch.randn(2, 6)
+    cuts.clear()
+    for got, wanted in zip(other(z), f(z)):
+        assert torch.equal(got, wanted)
+    assert cuts == [g.bijections[i] for g in (other, f) for i in (0, 2, 4)]
 
 
 def test_a_stack_of_every_kind_keeps_the_contract():

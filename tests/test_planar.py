@@ -116,6 +116,34 @@ def test_one_context_for_all_points_and_gradients_of_each_point(context_dim):
         assert_close(fast, plain, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("error")  # functorch warns where it falls back to a loop
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (None, 1), (2, 1)])
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_vmap_over_layers_and_points(dims, batch):
+    """An ensemble of stacks, on points of their own or the same, and one stack on many points."""
+    n = 6
+    dims = tuple(None if d is None else min(d, most) for d, most in zip(dims, (2, len(batch))))
+    f = perturbed(Planar(5, 7, block=3), 0.5)
+    (name, raw), *_ = f.named_parameters()
+    if dims[0] is not None:
+        raw = torch.stack([raw + noise(*raw.shape, seed=i) for i in range(n)], dims[0])
+    z = noise(*batch, 5)
+    if dims[1] is not None:
+        z = torch.stack([z + noise(*z.shape, seed=i) for i in range(n)], dims[1])
+
+    def value(raw, z):
+        x, ladj = torch.func.functional_call(f, {name: raw}, (z,))
+        return x.square().sum() + ladj.square().sum()
+
+    def one(i):
+        pair = zip((raw, z), dims)
+        return [t if d is None else t.select(d, i) for t, d in pair]
+
+    for way in (value, torch.func.grad(value), torch.func.grad(value, 1)):
+        want = torch.stack([way(*one(i)) for i in range(n)])
+        assert_close(torch.vmap(way, dims)(raw, z), want, rtol=1e-10, atol=1e-10)
+
+
 def test_the_cost_is_linear_in_the_length():
     def flops(length):
         counter = FlopCounterMode(display=False)
