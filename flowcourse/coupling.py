@@ -9,8 +9,6 @@ __all__ = ['half', 'alternating', 'random_half', 'channel', 'checkerboard', 'Ski
 # %% ../nbs/06-coupling.ipynb #bd9df16e
 import math
 from functools import partial
-from itertools import groupby
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -209,8 +207,7 @@ class Coupling(Bijection):
         self.kept_first = not self.by_line or bool(line[0])  # of the two parts of an event
         first = line if line[0] else ~line
         self.layout, self.n_first = _layout(first), int(first.sum())
-        # Couplings that cut alike have the same; one that does not cut has nothing to share.
-        self.partition = tuple(first.tolist()) if self.by_line else object()
+        self.partition = tuple(first.tolist()) if self.by_line else None
         order = torch.cat([first.nonzero(), (~first).nonzero()]).squeeze(-1).to(self.mask.device)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("restore", order.argsort(), persistent=False)
@@ -305,18 +302,23 @@ class Couplings(Compose):
         super().__init__(*(Coupling(mask, scalar_map, network, context_dim) for mask in masks))
 
     def _run(self, direction, layers, point, context):
+        groups = []  # of layers that cut alike
+        for f in layers:
+            if groups and f.by_line and f.partition == groups[-1][0].partition:
+                groups[-1].append(f)
+            else:
+                groups.append([f])
         total = 0.0
-        for _, alike in groupby(layers, attrgetter("partition")):
-            point, ladj = _through([*alike], direction, point, context)
+        for alike in groups:
+            point, ladj = _through(alike, direction, point, context)
             total = total + ladj
         return point, total
 
     def _forward(self, z, context):
-        return self._run("forward", self.bijections, z, context)
+        return self._run("forward", [*self.bijections], z, context)
 
     def _inverse(self, x, context):
-        return self._run("inverse", reversed(self.bijections), x, context)
-
+        return self._run("inverse", [*self.bijections][::-1], x, context)
 
 # %% ../nbs/06-coupling.ipynb #176815ed
 class RealNVP(Couplings):

@@ -27,9 +27,10 @@ def bounded(
     sign: int = 1,  # Or -1, for the negative
 ) -> Tensor:  # Close to `sign * raw` where that is small
     """Squeeze raw parameters, so that no network can ask for a map that rounding would destroy."""
-    # bound tanh(raw / bound), by the sigmoid, which is quicker: tanh(t) = 2 sigmoid(2 t) - 1
-    bound = sign * bound
-    return torch.rsub(torch.sigmoid(raw * (2 * sign / bound)), -bound, alpha=-2 * bound)
+    if bound > 16:
+        return sign * bound * torch.tanh(raw / bound)
+    # The same by the sigmoid, tanh(t) = 2 sigmoid(2 t) - 1: quicker, and off by rounding of `bound`.
+    return torch.rsub(torch.sigmoid(raw * (2 / bound)), -sign * bound, alpha=-2 * sign * bound)
 
 
 def log_cosh(

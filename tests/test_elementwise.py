@@ -27,6 +27,7 @@ from flowcourse.elementwise import (
     SigmoidMap,
     SinhArcsinhMap,
     TanhMap,
+    bounded,
     elementwise_maps,
 )
 from flowcourse.splines import RationalQuadraticSplineMap
@@ -231,14 +232,32 @@ def test_the_same_maps_serve_a_coupling(scalar_map):
     check_bijection(f, torch.randn(6, 2), levels=(0.0, 1.0), exempt={"mass": "weighed alone"})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [0.5, 3.0, 16.0, 17.0, 1e6])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bounded_is_a_hyperbolic_tangent(bound, sign, dtype):
+    raw = torch.linspace(-30, 30, 1001, dtype=dtype)
+    want = (sign * bound * torch.tanh(raw.double() / bound)).to(dtype)
+    assert_close(
+        bounded(raw, bound, sign), want, rtol=1e-6, atol=4 * torch.finfo(dtype).eps * min(bound, 16)
+    )
+    ends = bounded(torch.tensor([0.0, 1e9, -1e9], dtype=dtype), bound, sign)
+    assert ends.tolist() == [0, sign * bound, -sign * bound]
+    raw = raw.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda raw: bounded(raw, bound, sign), raw[::100])
+
+
 def test_the_spline_is_smooth_across_knots_and_the_identity_outside():
     f = shaken(Elementwise(1, RationalQuadraticSplineMap(6, bound=2.0)), seed=3).double()
     t = torch.linspace(-2.5, 2.5, 200_001, dtype=torch.float64)[:, None]
     x, ladj = f(t)
     assert (x.diff(dim=0) > 0).all()
     assert ladj.diff().abs().max() < 0.01  # no jump of the slope, at the bound included
-    outside = t.abs() >= 2
+    outside, end = t.abs() > 2, t.abs() == 2
     assert torch.equal(x[outside], t[outside]) and not ladj[outside.squeeze()].any()
+    assert end.sum() == 2
+    assert_close(x[end], t[end], rtol=0, atol=1e-14)
+    assert_close(ladj[end.squeeze()], torch.zeros(2).double(), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e6])
