@@ -219,18 +219,6 @@ class _Block(torch.autograd.Function):
     "A block of planar layers, with the chain rule written out."
 
     @staticmethod
-    def vmap(info, in_dims, z, w, u, b, unit):
-        z_dim, *dims, _ = in_dims
-        z = z.expand(info.batch_size, *z.shape) if z_dim is None else z.movedim(z_dim, 0)
-        if all(dim is None for dim in dims):  # the same layers for all
-            return _Block.apply(z, w, u, b, unit), (0, 0, None)
-        layers = []
-        for t, dim, own in zip((w, u, b), dims, (2, 2, 1)):
-            t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            layers.append(t.reshape(len(t), *[1] * (z.dim() - 1 + own - t.dim()), *t.shape[1:]))
-        return _Block.apply(z, *layers, unit), 0
-
-    @staticmethod
     def forward(z, w, u, b, unit):
         a = times(z, w.mT) + b
         products = (u @ w.mT).triu(1)  # row j: what layer j adds to those after it
@@ -262,6 +250,19 @@ class _Block(torch.autograd.Function):
         g_w = torch.addcmul(mixed @ u, g.unsqueeze(-1), z.unsqueeze(-2))
         g_u = torch.addcmul(mixed.mT @ w, h.unsqueeze(-1), g_x.unsqueeze(-2))
         return g_z, g_w.sum_to_size(w.shape), g_u.sum_to_size(u.shape), g, None
+
+    @staticmethod
+    def vmap(info, in_dims, z, w, u, b, unit):
+        # the new dimension comes first, and the points decide how many there are in all
+        z_dim, *dims, _ = in_dims
+        z = z.expand(info.batch_size, *z.shape) if z_dim is None else z.movedim(z_dim, 0)
+        if all(dim is None for dim in dims):  # the same layers for all
+            return _Block.apply(z, w, u, b, unit), (0, 0, None)
+        layers = []
+        for t, dim, own in zip((w, u, b), dims, (2, 2, 1)):
+            t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            layers.append(t.reshape(len(t), *[1] * (z.dim() - 1 + own - t.dim()), *t.shape[1:]))
+        return _Block.apply(z, *layers, unit), 0
 
 # %% ../nbs/05-planar.ipynb #aa5af011
 def length_of(
