@@ -904,6 +904,7 @@ class Contestant:
     build: Callable[..., nn.Module]  # From the case's sizes
     note: str = ""  # What it cannot do alike
     package: str = ""  # What must be installed, if the name does not say
+    dies: tuple[str, ...] = ()  # Modes in which torch.compile ends the process by a memory error
 
     def installed(self, name: str) -> bool:
         """Whether its library is there."""
@@ -1059,6 +1060,7 @@ cases: dict[str, Case] = {
             "zuko": Contestant(
                 only("dim", "layers", "hidden")(zuko_couplings),
                 "the log-scale is bounded by a softsign",
+                dies=("train",),  # torch 2.13, "malloc_consolidate(): invalid chunk size"
             ),
             "FrEIA": Contestant(nvp_freia, f"{HALVES}; the log-scale is bounded by a tanh"),
             "Pyro": Contestant(nvp_pyro, f"{SAME_HALF}; the log-scale is clipped"),

@@ -92,6 +92,9 @@ def compile_all(case, entrants, sizes, seconds):
     for name, contestant in entrants.items():
         runners[name], notes[name] = build(contestant, sizes, compiled=True), {}
         for mode in case.modes:
+            if mode in contestant.dies:
+                notes[name][mode] = {"failed": "memory error"}
+                continue
             started, graphs = time.monotonic(), _graphs()
             try:
                 with limit(seconds):
