@@ -54,7 +54,7 @@ def log_add_square(
 ) -> Tensor:  # log(t² + exp(v))
     """Add a square to a number known by its logarithm; smooth at `t = 0`, where log t is not."""
     zero = t == 0
-    log_square = 2 * torch.where(zero, 1.0, t).abs().log()
+    log_square = 2 * t.masked_fill(zero, 1.0).abs().log()
     relative = t * (v.clamp(min=-80) * -0.5).exp()
     around_zero = torch.addcmul(v, relative, relative)  # has the right curvature
     return torch.where(zero, around_zero, torch.logaddexp(log_square, v))
@@ -220,7 +220,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(z, w, u, b, unit):
-        a = times(z, w.mT) + b
+        a = F.linear(z, w, b) if w.dim() == 2 else times(z, w.mT) + b
         products = (u @ w.mT).triu(1)  # row j: what layer j adds to those after it
         for a_j, row in zip(a.split(1, -1), products.unbind(-2)):
             a.addcmul_(unit(a_j), row)
@@ -336,9 +336,9 @@ class Planar(Bijection):
         product, square = (w * u).sum(-1, keepdim=True), w.square().sum(-1, keepdim=True)
         flat = square < torch.finfo(w.dtype).tiny  # w = 0 leaves u as it is
         m, log_steepest = above_minus_one(self.unit.max_slope * product, self.offset)
-        gain = torch.where(flat, 0.0, m / self.unit.max_slope)
-        log_steepest = torch.where(flat, 0.0, log_steepest)
-        u = torch.addcmul(u, (gain - product) / torch.where(flat, 1.0, square), w)
+        gain = (m / self.unit.max_slope).masked_fill(flat, 0.0)
+        log_steepest = log_steepest.masked_fill(flat, 0.0)
+        u = torch.addcmul(u, (gain - product) / square.masked_fill(flat, 1.0), w)
         return w, u, b.squeeze(-1), gain.squeeze(-1), log_steepest.squeeze(-1)
 
     def _forward(self, z, context):
