@@ -246,7 +246,7 @@ def report(record):
     """Print one line for each ratio."""
     for mode, kinds in record["ratios"].items():
         for kind, row in kinds.items():
-            ours = f"{row['ratio']:.2f} of it" if "ratio" in row else "no model of ours yet"
+            ours = f"{row['ratio']:.2f} of it" if "ratio" in row else "none of ours"
             target = "no target" if row["target"] is None else f"target {row['target']:.2f}"
             over = f"{row['best_peer_over_floor']:.1f} x floor"
             print(f"  {mode:<9}{kind:<9} best peer {row['best_peer']} ({over}): {ours}, {target}")
