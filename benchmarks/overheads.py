@@ -60,7 +60,7 @@ def dlgm(quick: bool) -> tuple[Callable, Callable]:
 
 
 def trainer(quick: bool) -> tuple[Callable, Callable]:
-    """`fit`, and a loop that draws the same rows, clips the same norms and takes the same steps."""
+    """`fit`, and a loop that draws, clips and steps as often."""
     steps, n, width = (3, 8, 5) if quick else (50, 1024, 64)
     x = torch.randn(20 * n, 16)
 
@@ -100,7 +100,7 @@ overheads = {
     ),
     "trainer": Overhead(
         "`fit`: 50 steps of RealNVP, D 16, 8 layers, width 64, batch 1024",
-        "a loop with the same rows, clipping and optimiser",
+        "a loop that draws as many rows at random, with the same clipping and optimiser",
         trainer,
         1.05,
     ),

@@ -2,8 +2,9 @@
 """Time flowcourse beside other libraries, and write one JSON file for each case.
 
 `python benchmarks/run.py` runs all cases, or those that are named, each in a process of its own, and
-writes to `benchmarks/results/`; `overheads` is what flowcourse adds itself. With `--compile` every model is also timed behind torch.compile, in
-the same rounds; with `--curves` the time is also recorded against dimension, layers and batch.
+writes to `benchmarks/results/`; `overheads` is what flowcourse adds itself. With `--compile` every
+model is also timed behind torch.compile, in the same rounds; with `--curves` the time is also
+recorded against dimension, layers and batch.
 """
 
 import argparse

@@ -345,8 +345,9 @@ class Planar(Bijection):
         w, u, b, _, log_steepest = self.layers(context)
         activations = []
         blocks = w.split(self.block, -2), u.split(self.block, -2), b.split(self.block, -1)
-        # without gradients there is no need for what `apply` arranges
-        ahead = _Block.apply if torch.is_grad_enabled() else _Block.forward
+        # without gradients and transforms there is no need for what `apply` arranges
+        arranged = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        ahead = _Block.apply if arranged else _Block.forward
         for layers in zip(*blocks):
             z, a, _ = ahead(z, *layers, self.unit)
             activations.append(a)

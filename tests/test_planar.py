@@ -142,6 +142,9 @@ def test_vmap_over_layers_and_points(dims, batch):
     for way in (value, torch.func.grad(value), torch.func.grad(value, 1)):
         want = torch.stack([way(*one(i)) for i in range(n)])
         assert_close(torch.vmap(way, dims)(raw, z), want, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        want = torch.stack([value(*one(i)) for i in range(n)])
+        assert_close(torch.vmap(value, dims)(raw, z), want, rtol=1e-10, atol=1e-10)
 
 
 def test_the_cost_is_linear_in_the_length():
