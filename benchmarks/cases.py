@@ -30,7 +30,12 @@ from flowcourse.planar import Planar
 from flowcourse.splines import RationalQuadraticSplineMap
 
 OURS, FLOOR = "flowcourse", "floor"
-PACKAGES = {"nflows": "nflows", "normflows": "normflows", "zuko": "zuko", "FrEIA": "FrEIA"}
+PACKAGES = {
+    "nflows": "nflows",
+    "normflows": "normflows",
+    "zuko": "zuko",
+    "FrEIA": "FrEIA",
+}
 PACKAGES |= {"Pyro": "pyro", "torchdiffeq": "torchdiffeq", OURS: "flowcourse"}
 BOUND = 3.0  # of the box of every spline
 
@@ -79,7 +84,8 @@ class Conditioner(nn.Sequential):
             nn.ReLU(),
             nn.Linear(hidden, n_out),
         )
-        self.hidden_features = hidden  # by its root nflows and normflows divide the raw sizes
+        # by its root nflows and normflows divide the raw sizes
+        self.hidden_features = hidden
 
     def forward(self, x, context=None):
         return super().forward(x)
@@ -115,7 +121,8 @@ def turned(dim: int, i: int) -> Tensor:
     return order if i % 2 == 0 else order.flip(0)
 
 
-# --- The libraries' flows, each behind `log_prob` and `sample` -----------------------------------
+# --- The libraries' flows, each behind `log_prob` and `sample`
+# -----------------------------------
 
 
 class Ours(Density):
@@ -191,7 +198,10 @@ def zuko_flow(transforms, dim):
     import zuko
 
     base = zuko.lazy.UnconditionalDistribution(
-        zuko.distributions.DiagNormal, torch.zeros(dim), torch.ones(dim), buffer=True
+        zuko.distributions.DiagNormal,
+        torch.zeros(dim),
+        torch.ones(dim),
+        buffer=True,
     )
     return Zuko(zuko.lazy.Flow(transforms, base))
 
@@ -221,16 +231,20 @@ class Pyro(Density):
         self.parts = nn.ModuleList(transforms)
         base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
         steps = [t.inv for t in transforms] if inverted else list(transforms)
-        self.flow = dist.TransformedDistribution(base, steps, validate_args=False)
+        self.flow = dist.TransformedDistribution(
+            base, steps, validate_args=False
+        )
 
     def log_prob(self, x):
-        return self.flow.log_prob(x.clone())  # its layers keep the last pair, known by identity
+        # its layers keep the last pair, known by identity
+        return self.flow.log_prob(x.clone())
 
     def sample(self, n):
         return self.flow.sample((n,))
 
 
-# --- Floors --------------------------------------------------------------------------------------
+# --- Floors
+# --------------------------------------------------------------------------------------
 
 
 class Networks(Density):
@@ -255,7 +269,9 @@ class Products(Pushed):
 
     def __init__(self, dim, layers):
         super().__init__(dim)
-        self.w, self.u = (nn.Parameter(torch.randn(layers, dim) / dim) for _ in range(2))
+        self.w, self.u = (
+            nn.Parameter(torch.randn(layers, dim) / dim) for _ in range(2)
+        )
         self.b = nn.Parameter(torch.zeros(layers))
 
     def push(self, z):
@@ -278,13 +294,16 @@ class AmortisedProducts(Pushed):
         return z + (u.mT @ h).squeeze(-1), h.sum((-1, -2))
 
 
-# --- Couplings -----------------------------------------------------------------------------------
+# --- Couplings
+# -----------------------------------------------------------------------------------
 
 
 def coupling_floor(params, dim, layers, hidden, **_):
     """One conditioner for each layer, from half of the coordinates."""
     n_out = dim // 2 * params
-    return Networks([Conditioner(dim // 2, n_out, hidden) for _ in range(layers)], dim // 2)
+    return Networks(
+        [Conditioner(dim // 2, n_out, hidden) for _ in range(layers)], dim // 2
+    )
 
 
 def spline_params(bins):
@@ -299,7 +318,11 @@ def rqs_floor(bins, **sizes):
 def rqs_ours(dim, layers, hidden, bins, **_):
     conditioner = partial(mlp, activation=nn.ReLU)
     scalar_map = RationalQuadraticSplineMap(bins, BOUND)
-    return Ours(Couplings(dim, scalar_map, layers, (hidden, hidden), conditioner=conditioner))
+    return Ours(
+        Couplings(
+            dim, scalar_map, layers, (hidden, hidden), conditioner=conditioner
+        )
+    )
 
 
 def rqs_nflows(dim, layers, hidden, bins, **_):
@@ -320,7 +343,9 @@ def rqs_nflows(dim, layers, hidden, bins, **_):
 
 def rqs_normflows(dim, layers, hidden, bins, **_):
     from normflows.flows.base import Reverse
-    from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
+    from normflows.flows.neural_spline.coupling import (
+        PiecewiseRationalQuadraticCoupling,
+    )
 
     steps = [
         Reverse(
@@ -342,7 +367,9 @@ def zuko_couplings(dim, layers, hidden, **options):
 
     masks = [(torch.arange(dim) + i) % 2 == 0 for i in range(layers)]
     steps = [
-        GeneralCouplingTransform(dim, mask=mask, hidden_features=(hidden, hidden), **options)
+        GeneralCouplingTransform(
+            dim, mask=mask, hidden_features=(hidden, hidden), **options
+        )
         for mask in masks
     ]
     return zuko_flow(steps, dim)
@@ -384,7 +411,12 @@ def rqs_pyro(dim, layers, hidden, bins, **_):
 
 def nvp_ours(dim, layers, hidden, **_):
     return Ours(
-        RealNVP(dim, layers, (hidden, hidden), conditioner=partial(mlp, activation=nn.ReLU))
+        RealNVP(
+            dim,
+            layers,
+            (hidden, hidden),
+            conditioner=partial(mlp, activation=nn.ReLU),
+        )
     )
 
 
@@ -393,7 +425,8 @@ def nvp_nflows(dim, layers, hidden, **_):
 
     steps = [
         transforms.AffineCouplingTransform(
-            (torch.arange(dim) + i) % 2, lambda n_in, n_out: Conditioner(n_in, n_out, hidden)
+            (torch.arange(dim) + i) % 2,
+            lambda n_in, n_out: Conditioner(n_in, n_out, hidden),
         )
         for i in range(layers)
     ]
@@ -405,7 +438,9 @@ def nvp_normflows(dim, layers, hidden, **_):
 
     modes = ("channel", "channel_inv")
     steps = [
-        AffineCouplingBlock(Conditioner(dim // 2, dim, hidden), split_mode=modes[i % 2])
+        AffineCouplingBlock(
+            Conditioner(dim // 2, dim, hidden), split_mode=modes[i % 2]
+        )
         for i in range(layers)
     ]
     return Normflows(steps, dim)
@@ -419,7 +454,9 @@ def nvp_freia(dim, layers, hidden, **_):
     for _ in range(layers // 2):
         inn.append(
             GLOWCouplingBlock,
-            subnet_constructor=lambda n_in, n_out: Conditioner(n_in, n_out, hidden),
+            subnet_constructor=lambda n_in, n_out: Conditioner(
+                n_in, n_out, hidden
+            ),
             clamp_activation="TANH",
             clamp=3.0,
         )
@@ -432,17 +469,21 @@ def nvp_pyro(dim, layers, hidden, **_):
 
     half = dim // 2
     steps = [
-        AffineCoupling(half, DenseNN(half, [hidden, hidden], [half, half])) for _ in range(layers)
+        AffineCoupling(half, DenseNN(half, [hidden, hidden], [half, half]))
+        for _ in range(layers)
     ]
     return Pyro(steps, dim)
 
 
-# --- Autoregressive flows ------------------------------------------------------------------------
+# --- Autoregressive flows
+# ------------------------------------------------------------------------
 
 
 def autoregressive_floor(params, dim, layers, hidden, **_):
     """One network for each layer, its weights without masks."""
-    return Networks([Conditioner(dim, dim * params, hidden) for _ in range(layers)], dim)
+    return Networks(
+        [Conditioner(dim, dim * params, hidden) for _ in range(layers)], dim
+    )
 
 
 def ar_rqs_floor(bins, **sizes):
@@ -451,7 +492,15 @@ def ar_rqs_floor(bins, **sizes):
 
 def maf_ours(dim, layers, hidden, scalar_map=None, **_):
     scalar_map = scalar_map or AffineMap()
-    return Ours(MAF(dim, layers, (hidden, hidden), scalar_map=scalar_map, activation=nn.ReLU))
+    return Ours(
+        MAF(
+            dim,
+            layers,
+            (hidden, hidden),
+            scalar_map=scalar_map,
+            activation=nn.ReLU,
+        )
+    )
 
 
 def ar_rqs_ours(bins, **sizes):
@@ -460,7 +509,11 @@ def ar_rqs_ours(bins, **sizes):
 
 def plain_made(hidden):
     """What nflows and normflows want to hear for two hidden layers that are not residual."""
-    return {"hidden_features": hidden, "num_blocks": 1, "use_residual_blocks": False}
+    return {
+        "hidden_features": hidden,
+        "num_blocks": 1,
+        "use_residual_blocks": False,
+    }
 
 
 def maf_nflows(dim, layers, hidden, **_):
@@ -476,7 +529,9 @@ def maf_normflows(dim, layers, hidden, **_):
     from normflows.flows.base import Reverse
 
     make = MaskedAffineAutoregressive
-    return Normflows([Reverse(make(dim, **plain_made(hidden))) for _ in range(layers)], dim)
+    return Normflows(
+        [Reverse(make(dim, **plain_made(hidden))) for _ in range(layers)], dim
+    )
 
 
 def maf_zuko(dim, layers, hidden, **options):
@@ -485,7 +540,10 @@ def maf_zuko(dim, layers, hidden, **options):
     options.pop("batch", None)
     steps = [
         MaskedAutoregressiveTransform(
-            dim, order=turned(dim, i), hidden_features=(hidden, hidden), **options
+            dim,
+            order=turned(dim, i),
+            hidden_features=(hidden, hidden),
+            **options,
         )
         for i in range(layers)
     ]
@@ -497,7 +555,9 @@ def maf_pyro(dim, layers, hidden, **_):
     from pyro.nn import AutoRegressiveNN
 
     steps = [
-        AffineAutoregressive(AutoRegressiveNN(dim, [hidden, hidden], permutation=turned(dim, i)))
+        AffineAutoregressive(
+            AutoRegressiveNN(dim, [hidden, hidden], permutation=turned(dim, i))
+        )
         for i in range(layers)
     ]
     return Pyro(steps, dim, inverted=True)
@@ -524,7 +584,9 @@ def ar_rqs_normflows(dim, layers, hidden, bins, **_):
     )
 
     options = plain_made(hidden) | spline_options(bins)
-    return Normflows([Reverse(Layer(features=dim, **options)) for _ in range(layers)], dim)
+    return Normflows(
+        [Reverse(Layer(features=dim, **options)) for _ in range(layers)], dim
+    )
 
 
 def ar_rqs_zuko(bins, **sizes):
@@ -539,7 +601,12 @@ def ar_rqs_pyro(dim, layers, hidden, bins, **_):
     steps = [
         SplineAutoregressive(
             dim,
-            AutoRegressiveNN(dim, [hidden, hidden], param_dims=outputs, permutation=turned(dim, i)),
+            AutoRegressiveNN(
+                dim,
+                [hidden, hidden],
+                param_dims=outputs,
+                permutation=turned(dim, i),
+            ),
             bins,
             BOUND,
             order="quadratic",
@@ -552,7 +619,8 @@ def ar_rqs_pyro(dim, layers, hidden, bins, **_):
     return Pyro(steps, dim, inverted=True)
 
 
-# --- Planar flows --------------------------------------------------------------------------------
+# --- Planar flows
+# --------------------------------------------------------------------------------
 
 
 class OurPlanar(Pushed):
@@ -589,13 +657,19 @@ class PyroPlanar(Pushed):
 
         super().__init__(dim)
         if features:
-            self.nets = nn.ModuleList(PlanarParameters(dim, features) for _ in range(layers))
+            self.nets = nn.ModuleList(
+                PlanarParameters(dim, features) for _ in range(layers)
+            )
             self.steps = [ConditionalPlanar(net) for net in self.nets]
         else:
             self.steps = nn.ModuleList(Planar(dim) for _ in range(layers))
 
     def push(self, z, *features):
-        steps = [s.condition(*features) for s in self.steps] if features else self.steps
+        steps = (
+            [s.condition(*features) for s in self.steps]
+            if features
+            else self.steps
+        )
         return through(steps, z.clone())
 
 
@@ -611,7 +685,9 @@ class PyroPlanarAtOnce(Pushed):
         from pyro.distributions.transforms.planar import ConditionedPlanar
 
         raw = self.net(features).unflatten(-1, (self.layers, -1)).unbind(-2)
-        steps = [ConditionedPlanar(r.split([1, self.dim, self.dim], -1)) for r in raw]
+        steps = [
+            ConditionedPlanar(r.split([1, self.dim, self.dim], -1)) for r in raw
+        ]
         return through(steps, z.clone())
 
 
@@ -642,7 +718,8 @@ def planar_normflows(dim, layers, **_):
     return LayerByLayer(dim, [Planar((dim,)) for _ in range(layers)])
 
 
-# --- Continuous flows ----------------------------------------------------------------------------
+# --- Continuous flows
+# ----------------------------------------------------------------------------
 
 
 class Velocity(nn.Module):
@@ -670,7 +747,11 @@ class TorchdiffeqFlow(Density):
 
     def __init__(self, dim, hidden, adjoint=True):
         super().__init__()
-        self.velocity, self.dim, self.adjoint = Velocity(dim, hidden), dim, adjoint
+        self.velocity, self.dim, self.adjoint = (
+            Velocity(dim, hidden),
+            dim,
+            adjoint,
+        )
         self.rtol, self.atol = 1e-5, 1e-6  # zuko's
 
     def forward(self, t, state):
@@ -683,7 +764,10 @@ class TorchdiffeqFlow(Density):
             trace = 0.0
             for i in range(self.dim):
                 rows = torch.autograd.grad(
-                    velocity[:, i].sum(), x, create_graph=graph, retain_graph=True
+                    velocity[:, i].sum(),
+                    x,
+                    create_graph=graph,
+                    retain_graph=True,
                 )
                 trace = trace + rows[0][:, i]
         return velocity, trace
@@ -694,7 +778,11 @@ class TorchdiffeqFlow(Density):
         options = {"rtol": self.rtol, "atol": self.atol, "method": "dopri5"}
         if self.adjoint and torch.is_grad_enabled():
             return odeint_adjoint(
-                field, state, times, adjoint_params=tuple(self.parameters()), **options
+                field,
+                state,
+                times,
+                adjoint_params=tuple(self.parameters()),
+                **options,
             )
         return odeint(field, state, times, **options)
 
@@ -719,7 +807,9 @@ class ZukoCNF(Zuko):
 def cnf_zuko(dim, hidden, **_):
     import zuko
 
-    return ZukoCNF(zuko.flows.CNF(dim, freqs=3, hidden_features=(hidden, hidden)))
+    return ZukoCNF(
+        zuko.flows.CNF(dim, freqs=3, hidden_features=(hidden, hidden))
+    )
 
 
 def set_tolerance(model, rtol, atol):
@@ -755,7 +845,8 @@ class Evaluations(Density):
         return self.log_prob(torch.randn(n, self.dim))
 
 
-# --- Residual flows ------------------------------------------------------------------------------
+# --- Residual flows
+# ------------------------------------------------------------------------------
 
 
 def residual_normflows(dim, layers, hidden, **_):
@@ -763,7 +854,10 @@ def residual_normflows(dim, layers, hidden, **_):
     from normflows.nets import LipschitzMLP
 
     widths = [dim, hidden, hidden, dim]
-    nets = [LipschitzMLP(widths, init_zeros=False, lipschitz_const=0.9) for _ in range(layers)]
+    nets = [
+        LipschitzMLP(widths, init_zeros=False, lipschitz_const=0.9)
+        for _ in range(layers)
+    ]
     return Normflows([Residual(net) for net in nets], dim, lipschitz=True)
 
 
@@ -772,7 +866,8 @@ def residual_floor(dim, layers, hidden, **_):
     return Networks([Conditioner(dim, dim, hidden) for _ in range(layers)], dim)
 
 
-# --- Glow ----------------------------------------------------------------------------------------
+# --- Glow
+# ----------------------------------------------------------------------------------------
 
 
 def glow_shapes(shape, levels):
@@ -794,8 +889,13 @@ class GlowNormflows(Density):
 
         super().__init__()
         bases, flows, merges = [], [], []
-        for i, (channels, height, width) in enumerate(reversed(glow_shapes(shape, levels))):
-            steps = [nf.flows.GlowBlock(channels, hidden, init_zeros=False) for _ in range(layers)]
+        for i, (channels, height, width) in enumerate(
+            reversed(glow_shapes(shape, levels))
+        ):
+            steps = [
+                nf.flows.GlowBlock(channels, hidden, init_zeros=False)
+                for _ in range(layers)
+            ]
             flows.append([*steps, nf.flows.Squeeze()])
             if i > 0:
                 merges.append(nf.flows.Merge())
@@ -825,7 +925,9 @@ def glow_nflows(shape, levels, layers, hidden, **_):
                     lambda n_in, n_out: ConvConditioner(n_in, n_out, hidden),
                 ),
             ]
-        multiscale.add_transform(T.CompositeTransform(steps), (channels, height, width))
+        multiscale.add_transform(
+            T.CompositeTransform(steps), (channels, height, width)
+        )
     return Nflows(multiscale, math.prod(shape))
 
 
@@ -838,17 +940,23 @@ class GlowFreia(Density):
 
         super().__init__()
         self.levels, self.parts = nn.ModuleList(), []
-        for i, (channels, height, width) in enumerate(glow_shapes(shape, levels)):
+        for i, (channels, height, width) in enumerate(
+            glow_shapes(shape, levels)
+        ):
             inn = SequenceINN(channels // 4, 2 * height, 2 * width)
             inn.append(IRevNetDownsampling)
             for _ in range(layers):
                 inn.append(
                     AllInOneBlock,
-                    subnet_constructor=lambda n_in, n_out: ConvConditioner(n_in, n_out, hidden),
+                    subnet_constructor=lambda n_in, n_out: ConvConditioner(
+                        n_in, n_out, hidden
+                    ),
                     permute_soft=True,
                 )
             self.levels.append(inn)
-            self.parts.append((channels if i == levels - 1 else channels // 2, height, width))
+            self.parts.append(
+                (channels if i == levels - 1 else channels // 2, height, width)
+            )
 
     def log_prob(self, x):
         total = -math.log(2 * math.pi) / 2 * x[0].numel()
@@ -876,7 +984,9 @@ class GlowFloor(Density):
         super().__init__()
         self.shape = tuple(shape)
         self.levels = nn.ModuleList(
-            nn.ModuleList(ConvConditioner(c // 2, c, hidden) for _ in range(layers))
+            nn.ModuleList(
+                ConvConditioner(c // 2, c, hidden) for _ in range(layers)
+            )
             for c, _, _ in glow_shapes(shape, levels)
         )
 
@@ -894,7 +1004,8 @@ class GlowFloor(Density):
         return self.log_prob(torch.randn(n, *self.shape))
 
 
-# --- The table -----------------------------------------------------------------------------------
+# --- The table
+# -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -904,7 +1015,8 @@ class Contestant:
     build: Callable[..., nn.Module]  # From the case's sizes
     note: str = ""  # What it cannot do alike
     package: str = ""  # What must be installed, if the name does not say
-    dies: tuple[str, ...] = ()  # Modes in which torch.compile ends the process by a memory error
+    # Modes in which torch.compile ends the process by a memory error
+    dies: tuple[str, ...] = ()
 
     def installed(self, name: str) -> bool:
         """Whether its library is there."""
@@ -922,30 +1034,44 @@ class Case:
     floor: Callable[..., nn.Module]
     floor_note: str
     contestants: dict[str, Contestant]
-    targets: dict[str, float]  # Largest ratio to the best peer, eager against eager
+    # Largest ratio to the best peer, eager against eager
+    targets: dict[str, float]
     compiled_targets: dict[str, float] = field(default_factory=dict)
     note: str = ""
     modes: tuple[str, ...] = ("train", "log_prob", "sample")
-    accuracy: Callable | None = None  # From a model and a batch: the error of its log-density
+    # From a model and a batch: the error of its log-density
+    accuracy: Callable | None = None
 
     def builders(self) -> dict[str, Contestant]:
         """All contestants, the floor last."""
-        return self.contestants | {FLOOR: Contestant(self.floor, self.floor_note)}
+        return self.contestants | {
+            FLOOR: Contestant(self.floor, self.floor_note)
+        }
 
 
 def batch(sizes: dict) -> tuple[Tensor, ...]:
     """What `loss` takes: data, or base samples and features."""
     x = torch.randn(sizes["batch"], *sizes.get("shape", [sizes.get("dim")]))
-    return (x, torch.randn(sizes["batch"], sizes["features"])) if "features" in sizes else (x,)
+    return (
+        (x, torch.randn(sizes["batch"], sizes["features"]))
+        if "features" in sizes
+        else (x,)
+    )
 
 
 def only(*names):
     """A builder that gets the sizes named here."""
-    return lambda make: lambda **sizes: make(**{name: sizes[name] for name in names})
+    return lambda make: (
+        lambda **sizes: make(**{name: sizes[name] for name in names})
+    )
 
 
-SAME_HALF = "without a permutation every layer moves the same half: the same arithmetic"
-SAME_ORDER = "without a permutation every layer has the same order: the same arithmetic"
+SAME_HALF = (
+    "without a permutation every layer moves the same half: the same arithmetic"
+)
+SAME_ORDER = (
+    "without a permutation every layer has the same order: the same arithmetic"
+)
 HALVES = "masks are halves instead of alternating"
 SIGMOID = "the scale is a sigmoid"
 LINEAR_FIRST = "its MADE has no activation after the first layer"
@@ -977,7 +1103,8 @@ cases: dict[str, Case] = {
         contestants={
             OURS: Contestant(only("dim", "layers", "features")(OurPlanar)),
             "Pyro": Contestant(
-                only("dim", "layers", "features")(PyroPlanar), "one linear map for each layer"
+                only("dim", "layers", "features")(PyroPlanar),
+                "one linear map for each layer",
             ),
             "Pyro, one product": Contestant(
                 only("dim", "layers", "features")(PyroPlanarAtOnce),
@@ -1018,7 +1145,8 @@ cases: dict[str, Case] = {
             OURS: Contestant(ar_rqs_ours),
             "nflows": Contestant(ar_rqs_nflows, SAME_ORDER),
             "normflows": Contestant(
-                ar_rqs_normflows, f"{SAME_ORDER}; {LINEAR_FIRST}; {WITH_DENSITY}"
+                ar_rqs_normflows,
+                f"{SAME_ORDER}; {LINEAR_FIRST}; {WITH_DENSITY}",
             ),
             "zuko": Contestant(ar_rqs_zuko),
             "Pyro": Contestant(ar_rqs_pyro),
@@ -1035,11 +1163,16 @@ cases: dict[str, Case] = {
         floor_note="the 5 networks, once, without masks",
         contestants={
             OURS: Contestant(maf_ours, "the log-scale is bounded by a tanh"),
-            "nflows": Contestant(maf_nflows, f"{SAME_ORDER}; the scale is a softplus"),
-            "normflows": Contestant(
-                maf_normflows, f"{SAME_ORDER}; {LINEAR_FIRST}; {SIGMOID}; {WITH_DENSITY}"
+            "nflows": Contestant(
+                maf_nflows, f"{SAME_ORDER}; the scale is a softplus"
             ),
-            "zuko": Contestant(maf_zuko, "the log-scale is bounded by a softsign"),
+            "normflows": Contestant(
+                maf_normflows,
+                f"{SAME_ORDER}; {LINEAR_FIRST}; {SIGMOID}; {WITH_DENSITY}",
+            ),
+            "zuko": Contestant(
+                maf_zuko, "the log-scale is bounded by a softsign"
+            ),
             "Pyro": Contestant(maf_pyro, "the log-scale is clipped"),
         },
         targets={"train": 0.90, "log_prob": 0.90, "sample": 0.15},
@@ -1055,15 +1188,21 @@ cases: dict[str, Case] = {
             OURS: Contestant(nvp_ours, "the log-scale is bounded by a tanh"),
             "nflows": Contestant(nvp_nflows, SIGMOID),
             "normflows": Contestant(
-                nvp_normflows, f"{HALVES}; the log-scale has no bound; {WITH_DENSITY}"
+                nvp_normflows,
+                f"{HALVES}; the log-scale has no bound; {WITH_DENSITY}",
             ),
             "zuko": Contestant(
                 only("dim", "layers", "hidden")(zuko_couplings),
                 "the log-scale is bounded by a softsign",
-                dies=("train",),  # torch 2.13, "malloc_consolidate(): invalid chunk size"
+                # torch 2.13, "malloc_consolidate(): invalid chunk size"
+                dies=("train",),
             ),
-            "FrEIA": Contestant(nvp_freia, f"{HALVES}; the log-scale is bounded by a tanh"),
-            "Pyro": Contestant(nvp_pyro, f"{SAME_HALF}; the log-scale is clipped"),
+            "FrEIA": Contestant(
+                nvp_freia, f"{HALVES}; the log-scale is bounded by a tanh"
+            ),
+            "Pyro": Contestant(
+                nvp_pyro, f"{SAME_HALF}; the log-scale is clipped"
+            ),
         },
         targets={"train": 0.90, "log_prob": 0.80, "sample": 0.80},
     ),
@@ -1104,30 +1243,61 @@ cases: dict[str, Case] = {
 for size in (8, 28):
     cases[f"glow-{size}"] = Case(
         title=f"Glow on images of 1 × {size} × {size}, 2 levels of 8 steps, width 64, batch 64",
-        sizes={"shape": [1, size, size], "levels": 2, "layers": 8, "hidden": 64, "batch": 64},
-        tiny={"shape": [1, 4, 4], "levels": 2, "layers": 1, "hidden": 5, "batch": 3},
+        sizes={
+            "shape": [1, size, size],
+            "levels": 2,
+            "layers": 8,
+            "hidden": 64,
+            "batch": 64,
+        },
+        tiny={
+            "shape": [1, 4, 4],
+            "levels": 2,
+            "layers": 1,
+            "hidden": 5,
+            "batch": 3,
+        },
         floor=GlowFloor,
         floor_note="the bare convolutional networks",
         contestants={
             "nflows": Contestant(glow_nflows, SIGMOID),
-            "normflows": Contestant(GlowNormflows, f"{SIGMOID}; {WITH_DENSITY}"),
+            "normflows": Contestant(
+                GlowNormflows, f"{SIGMOID}; {WITH_DENSITY}"
+            ),
             "FrEIA": Contestant(
-                GlowFreia, "rotations of channels are fixed: less work than a 1x1 convolution"
+                GlowFreia,
+                "rotations of channels are fixed: less work than a 1x1 convolution",
             ),
         },
         targets={"train": 0.80, "sample": 0.80},
     )
 
 
-# Scaling curves: the case, what is timed, and for each axis the size that varies and its values.
+# Scaling curves: the case, what is timed, and for each axis the size that
+# varies and its values.
 curves: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "rqs-coupling": (
         "train",
-        {"dim": (4, 8, 16, 32, 64), "bins": (4, 8, 16, 32), "batch": (64, 256, 1024, 4096)},
+        {
+            "dim": (4, 8, 16, 32, 64),
+            "bins": (4, 8, 16, 32),
+            "batch": (64, 256, 1024, 4096),
+        },
     ),
     "planar": (
         "train",
-        {"dim": (10, 20, 40, 80), "layers": (10, 20, 40, 80, 160), "batch": (25, 100, 400, 1600)},
+        {
+            "dim": (10, 20, 40, 80),
+            "layers": (10, 20, 40, 80, 160),
+            "batch": (25, 100, 400, 1600),
+        },
     ),
-    "maf": ("sample", {"dim": (8, 16, 32, 64), "layers": (2, 5, 10), "batch": (64, 256, 1024)}),
+    "maf": (
+        "sample",
+        {
+            "dim": (8, 16, 32, 64),
+            "layers": (2, 5, 10),
+            "batch": (64, 256, 1024),
+        },
+    ),
 }

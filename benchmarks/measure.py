@@ -14,9 +14,15 @@ def peak_memory(
     call: Callable[[], object],  # What to watch
 ) -> int:  # Bytes
     """The most memory that tensors made during a call held at once, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True
+    ) as watch:
         call()
-    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        e
+        for e in watch.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    ]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -37,7 +43,8 @@ class Runner:
         self.model, self.batch = model, batch
         self._loss, self._sample = wrap(model.loss), wrap(model.sample)
         self._log_prob = wrap(model.log_prob) if model.log_prob else None
-        # So small a rate leaves the model as it is: the last round times the same as the first.
+        # So small a rate leaves the model as it is: the last round times the
+        # same as the first.
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=1e-7)
 
@@ -78,13 +85,18 @@ def check(
         out = runner.call(mode)()
         for tensor in out if isinstance(out, tuple) else (out,):
             if not tensor.isfinite().all():
-                raise ValueError(f"{mode}: expected finite numbers, got {tensor}")
+                raise ValueError(
+                    f"{mode}: expected finite numbers, got {tensor}"
+                )
             if mode != "train" and len(tensor) != len(runner.batch[0]):
-                raise ValueError(f"{mode}: expected a batch, got shape {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{mode}: expected a batch, got shape {tuple(tensor.shape)}"
+                )
 
 
 def interleaved(
-    calls: dict[object, Callable[[], Callable]],  # From a key to what puts a call in its place
+    # From a key to what puts a call in its place
+    calls: dict[object, Callable[[], Callable]],
     rounds: int,  # How often each is measured
     threads: int,  # Of torch
     at_least: float = 0.02,  # Seconds that one measurement takes
@@ -92,7 +104,9 @@ def interleaved(
     """Measure calls in turn, round after round, so that a disturbance meets all of them."""
 
     def measure(key, number):
-        timer = Timer("call()", globals={"call": calls[key]()}, num_threads=threads)
+        timer = Timer(
+            "call()", globals={"call": calls[key]()}, num_threads=threads
+        )
         return timer.timeit(number).mean
 
     numbers = {}
@@ -111,7 +125,12 @@ def summary(
 ) -> dict:  # Median and quartiles in seconds, and the rounds themselves
     """Describe the rounds."""
     low, middle, high = quartiles(times)
-    return {"median": middle, "q1": low, "q3": high, "rounds": [float(f"{t:.4g}") for t in times]}
+    return {
+        "median": middle,
+        "q1": low,
+        "q3": high,
+        "rounds": [float(f"{t:.4g}") for t in times],
+    }
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -126,5 +145,7 @@ def ratio(
     theirs: list[float],  # Of another contestant, in the same rounds
 ) -> dict:  # Median and quartiles of the quotient within a round
     """Compare round by round: what slows a whole round down cancels."""
-    low, middle, high = quartiles([a / b for a, b in zip(ours, theirs, strict=True)])
+    low, middle, high = quartiles(
+        [a / b for a, b in zip(ours, theirs, strict=True)]
+    )
     return {"ratio": middle, "q1": low, "q3": high}

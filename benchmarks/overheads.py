@@ -21,7 +21,8 @@ class Overhead:
 
     title: str
     bare: str  # What is done anyway
-    calls: Callable[[bool], tuple[Callable, Callable]]  # From `quick`: ours, and without us
+    # From `quick`: ours, and without us
+    calls: Callable[[bool], tuple[Callable, Callable]]
     most: float  # The target
     kind: str = "ratio"  # Of the two times; or "difference", in seconds
 
@@ -33,7 +34,9 @@ class HeadsAlone(Planar):
         return z, self.raw(context).sum((-2, -1))
 
 
-def training_step(objective: nn.Module, *batch: torch.Tensor) -> Callable[[], None]:
+def training_step(
+    objective: nn.Module, *batch: torch.Tensor
+) -> Callable[[], None]:
     """Forward, backward and a step of Adam."""
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-7)
 
@@ -47,12 +50,16 @@ def training_step(objective: nn.Module, *batch: torch.Tensor) -> Callable[[], No
 
 def dlgm(quick: bool) -> tuple[Callable, Callable]:
     """A deep latent Gaussian model with 80 planar layers, and with their parameters alone."""
-    pixels, latent, features, layers, n = (6, 3, 4, 2, 5) if quick else (784, 40, 400, 80, 100)
+    pixels, latent, features, layers, n = (
+        (6, 3, 4, 2, 5) if quick else (784, 40, 400, 80, 100)
+    )
     batch = (torch.rand(n, pixels) < 0.5).float(), torch.randn(n, latent)
 
     def step(stack):
         torch.manual_seed(0)
-        posterior = stack(latent, layers, features, hidden=(), context_scale=features**-0.5)
+        posterior = stack(
+            latent, layers, features, hidden=(), context_scale=features**-0.5
+        )
         model = DLGM(posterior, pixels, latent, features)
         return training_step(FreeEnergy(model), *batch)
 
@@ -70,7 +77,9 @@ def trainer(quick: bool) -> tuple[Callable, Callable]:
 
     def loop(loss):
         optimizer = torch.optim.Adam(loss.parameters(), lr=1e-7, fused=True)
-        rows = torch.cat([torch.randperm(len(x)) for _ in range(steps * n // len(x) + 1)])
+        rows = torch.cat(
+            [torch.randperm(len(x)) for _ in range(steps * n // len(x) + 1)]
+        )
         for i in range(steps):
             optimizer.zero_grad()
             loss(x[rows[i * n : (i + 1) * n]]).backward()
@@ -78,7 +87,13 @@ def trainer(quick: bool) -> tuple[Callable, Callable]:
             optimizer.step()
 
     ours, bare = objective(), objective()
-    options = {"steps": steps, "batch_size": n, "lr": 1e-7, "clip": 5.0, "progress": False}
+    options = {
+        "steps": steps,
+        "batch_size": n,
+        "lr": 1e-7,
+        "clip": 5.0,
+        "progress": False,
+    }
     return lambda: fit(ours, x, **options), lambda: loop(bare)
 
 
@@ -105,6 +120,10 @@ overheads = {
         1.05,
     ),
     "import": Overhead(
-        "`import flowcourse` in a new process", "`import torch`", imports, 0.7, "difference"
+        "`import flowcourse` in a new process",
+        "`import torch`",
+        imports,
+        0.7,
+        "difference",
     ),
 }

@@ -22,18 +22,36 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines, which are no result
+# the profiler's lines, which are no result
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# Compile here and not in workers, which would go on beside the timings where the limit is reached.
+# Compile here and not in workers, which would go on beside the timings where
+# the limit is reached.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from cases import FLOOR, OURS, awake, batch, cases, curves
-from measure import Runner, check, interleaved, peak_memory, quartiles, ratio, summary
+from measure import (
+    Runner,
+    check,
+    interleaved,
+    peak_memory,
+    quartiles,
+    ratio,
+    summary,
+)
 from overheads import overheads
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LIBRARIES = ("torch", "flowcourse", "nflows", "normflows", "zuko", "FrEIA", "pyro-ppl")
+LIBRARIES = (
+    "torch",
+    "flowcourse",
+    "nflows",
+    "normflows",
+    "zuko",
+    "FrEIA",
+    "pyro-ppl",
+)
 SEED = 0
 
 
@@ -85,10 +103,13 @@ def build(contestant, sizes, compiled=False):
 
 def compile_all(case, entrants, sizes, seconds):
     """Compiled runners, and for each mode that did not compile the name of what was raised."""
-    torch._dynamo.config.recompile_limit = 256  # a library's layers share their code
+    # a library's layers share their code
+    torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 4096
-    torch._logging.set_logs(all=logging.ERROR)  # breaks of the graph are counted instead
-    torch.compile(torch.sin)(torch.ones(8))  # looks at the compiler, outside any limit
+    # breaks of the graph are counted instead
+    torch._logging.set_logs(all=logging.ERROR)
+    # looks at the compiler, outside any limit
+    torch.compile(torch.sin)(torch.ones(8))
     runners, notes = {}, {}
     for name, contestant in entrants.items():
         runners[name], notes[name] = build(contestant, sizes, compiled=True), {}
@@ -103,10 +124,16 @@ def compile_all(case, entrants, sizes, seconds):
                         runners[name].call(mode)()
             except (Exception, TooLong) as error:  # noqa: BLE001 (whatever it is, it is recorded and shown)
                 notes[name][mode] = {"failed": type(error).__name__}
-                print(f"  {name}, {mode}: {type(error).__name__} while compiling", flush=True)
+                print(
+                    f"  {name}, {mode}: {type(error).__name__} while compiling",
+                    flush=True,
+                )
             else:
                 spent = round(time.monotonic() - started, 1)
-                notes[name][mode] = {"compile_seconds": spent, "graphs": _graphs() - graphs}
+                notes[name][mode] = {
+                    "compile_seconds": spent,
+                    "graphs": _graphs() - graphs,
+                }
                 print(f"  {name}, {mode}: compiled in {spent} s", flush=True)
     return runners, notes
 
@@ -118,7 +145,11 @@ def _graphs():
 
 def best(times, mode, kinds):
     """The quickest peer by its median."""
-    peers = [k for k in times if k[0] not in (OURS, FLOOR) and k[1] in kinds and k[2] == mode]
+    peers = [
+        k
+        for k in times
+        if k[0] not in (OURS, FLOOR) and k[1] in kinds and k[2] == mode
+    ]
     return min(peers, key=lambda k: quartiles(times[k])[1], default=None)
 
 
@@ -130,21 +161,35 @@ def compare(case, times):
         kinds = {"eager": ("eager",), "compiled": ("eager", "compiled")}
         for kind, allowed in kinds.items():
             peer = best(times, mode, allowed)
-            if peer is None or (kind == "compiled" and not any(k[1] == kind for k in times)):
+            if peer is None or (
+                kind == "compiled" and not any(k[1] == kind for k in times)
+            ):
                 continue
             floor = min(
-                (times[FLOOR, k, mode] for k in allowed if (FLOOR, k, mode) in times),
+                (
+                    times[FLOOR, k, mode]
+                    for k in allowed
+                    if (FLOOR, k, mode) in times
+                ),
                 key=lambda seconds: quartiles(seconds)[1],
             )
-            entry = {"best_peer": f"{peer[0]}, {peer[1]}" if kind == "compiled" else peer[0]}
+            entry = {
+                "best_peer": f"{peer[0]}, {peer[1]}"
+                if kind == "compiled"
+                else peer[0]
+            }
             entry["best_peer_over_floor"] = ratio(times[peer], floor)["ratio"]
-            target = (case.targets if kind == "eager" else case.compiled_targets).get(mode)
+            target = (
+                case.targets if kind == "eager" else case.compiled_targets
+            ).get(mode)
             entry["target"] = target
             if (OURS, kind, mode) in times:
                 ours = times[OURS, kind, mode]
                 entry |= ratio(ours, times[peer])
                 entry["ours_over_floor"] = ratio(ours, floor)["ratio"]
-                entry["met"] = None if target is None else entry["ratio"] <= target
+                entry["met"] = (
+                    None if target is None else entry["ratio"] <= target
+                )
             found[mode][kind] = entry
     return found
 
@@ -155,22 +200,40 @@ def run_case(name, options):
     sizes = case.tiny if options.quick else case.sizes
     entrants = {n: c for n, c in case.builders().items() if c.installed(n)}
     absent = [n for n, c in case.builders().items() if not c.installed(n)]
-    print(f"{name}: {', '.join(entrants)}" + (f"; absent: {', '.join(absent)}" if absent else ""))
+    print(
+        f"{name}: {', '.join(entrants)}"
+        + (f"; absent: {', '.join(absent)}" if absent else "")
+    )
     runners = {(n, "eager"): build(c, sizes) for n, c in entrants.items()}
-    record = {"case": name, "title": case.title, "sizes": sizes, "modes": list(case.modes)}
+    record = {
+        "case": name,
+        "title": case.title,
+        "sizes": sizes,
+        "modes": list(case.modes),
+    }
     record |= {"note": case.note, "rounds": options.rounds, "absent": absent}
     record |= surroundings(options) | {"contestants": {}}
     base = None
-    for n, c in reversed(entrants.items()):  # the floor first: its count is the measure
+    # the floor first: its count is the measure
+    for n, c in reversed(entrants.items()):
         runner = runners[n, "eager"]
         check(runner, case.modes)
-        count = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+        count = sum(
+            p.numel() for p in runner.model.parameters() if p.requires_grad
+        )
         base = base or count
-        entry = {"note": c.note, "parameters": count, "parameters_over_floor": count / base}
-        runner.optimizer.zero_grad()  # so that the step makes its gradients anew
+        entry = {
+            "note": c.note,
+            "parameters": count,
+            "parameters_over_floor": count / base,
+        }
+        # so that the step makes its gradients anew
+        runner.optimizer.zero_grad()
         entry["peak_bytes"] = peak_memory(runner.call("train"))
         if case.accuracy and n != FLOOR:
-            entry["log_density_error"] = case.accuracy(runner.model, runner.batch[0])
+            entry["log_density_error"] = case.accuracy(
+                runner.model, runner.batch[0]
+            )
         record["contestants"][n] = entry | {"eager": {}, "compiled": {}}
     if options.compile:
         more, notes = compile_all(case, entrants, sizes, options.compile_limit)
@@ -182,9 +245,12 @@ def run_case(name, options):
         calls = {
             (n, kind, mode): lambda runner=runner, mode=mode: runner.call(mode)
             for (n, kind), runner in runners.items()
-            if kind == "eager" or "failed" not in record["contestants"][n]["compiled"][mode]
+            if kind == "eager"
+            or "failed" not in record["contestants"][n]["compiled"][mode]
         }
-        times |= interleaved(calls, options.rounds, options.threads, options.at_least)
+        times |= interleaved(
+            calls, options.rounds, options.threads, options.at_least
+        )
     for (n, kind, mode), seconds in times.items():
         row = record["contestants"][n][kind]
         row[mode] = row.get(mode, {}) | summary(seconds)
@@ -200,15 +266,26 @@ def run_curves(name, options):
     start = case.tiny if options.quick else case.sizes
     entrants = {n: c for n, c in case.builders().items() if c.installed(n)}
     rounds = min(options.rounds, 5)
-    record = {"case": name, "title": case.title, "sizes": start, "mode": mode, "rounds": rounds}
+    record = {
+        "case": name,
+        "title": case.title,
+        "sizes": start,
+        "mode": mode,
+        "rounds": rounds,
+    }
     record |= surroundings(options) | {"axes": {}}
     for axis, values in axes.items():
         points = []
         for value in values[:2] if options.quick else values:
             sizes = start | {axis: value}
             runners = {n: build(c, sizes) for n, c in entrants.items()}
-            calls = {n: lambda runner=runner: runner.call(mode) for n, runner in runners.items()}
-            times = interleaved(calls, rounds, options.threads, options.at_least)
+            calls = {
+                n: lambda runner=runner: runner.call(mode)
+                for n, runner in runners.items()
+            }
+            times = interleaved(
+                calls, rounds, options.threads, options.at_least
+            )
             rows = {n: summary(seconds) for n, seconds in times.items()}
             points.append({"value": value, "contestants": rows})
             print(f"{name}: {axis} {value}", flush=True)
@@ -218,19 +295,43 @@ def run_curves(name, options):
 
 def run_overheads(options):
     """Time what flowcourse adds to work that has to be done anyway; the record."""
-    record = {"case": "overheads", "rounds": options.rounds} | surroundings(options) | {"rows": {}}
+    record = (
+        {"case": "overheads", "rounds": options.rounds}
+        | surroundings(options)
+        | {"rows": {}}
+    )
     for name, row in overheads.items():
-        calls = dict(zip(("ours", "bare"), row.calls(options.quick), strict=True))
+        calls = dict(
+            zip(("ours", "bare"), row.calls(options.quick), strict=True)
+        )
         calls = {who: lambda call=call: call for who, call in calls.items()}
-        times = interleaved(calls, options.rounds, options.threads, options.at_least)
+        times = interleaved(
+            calls, options.rounds, options.threads, options.at_least
+        )
         pairs = list(zip(times["ours"], times["bare"], strict=True))
         found = [a / b if row.kind == "ratio" else a - b for a, b in pairs]
         low, middle, high = quartiles(found)
-        entry = {"title": row.title, "bare": row.bare, "kind": row.kind, "target": row.most}
-        entry |= {"value": middle, "q1": low, "q3": high, "met": middle <= row.most}
-        entry |= {"ours": summary(times["ours"]), "bare_seconds": summary(times["bare"])}
+        entry = {
+            "title": row.title,
+            "bare": row.bare,
+            "kind": row.kind,
+            "target": row.most,
+        }
+        entry |= {
+            "value": middle,
+            "q1": low,
+            "q3": high,
+            "met": middle <= row.most,
+        }
+        entry |= {
+            "ours": summary(times["ours"]),
+            "bare_seconds": summary(times["bare"]),
+        }
         record["rows"][name] = entry
-        print(f"  {name}: {row.kind} {middle:.2f}, at most {row.most:.2f}", flush=True)
+        print(
+            f"  {name}: {row.kind} {middle:.2f}, at most {row.most:.2f}",
+            flush=True,
+        )
     return record
 
 
@@ -247,31 +348,62 @@ def report(record):
     """Print one line for each ratio."""
     for mode, kinds in record["ratios"].items():
         for kind, row in kinds.items():
-            ours = f"{row['ratio']:.2f} of it" if "ratio" in row else "none of ours"
-            target = "no target" if row["target"] is None else f"target {row['target']:.2f}"
+            ours = (
+                f"{row['ratio']:.2f} of it"
+                if "ratio" in row
+                else "none of ours"
+            )
+            target = (
+                "no target"
+                if row["target"] is None
+                else f"target {row['target']:.2f}"
+            )
             over = f"{row['best_peer_over_floor']:.1f} x floor"
-            print(f"  {mode:<9}{kind:<9} best peer {row['best_peer']} ({over}): {ours}, {target}")
+            print(
+                f"  {mode:<9}{kind:<9} best peer {row['best_peer']} ({over}): {ours}, {target}"
+            )
 
 
 def arguments(words=None):
     """Read the command line."""
     names = [*cases, "overheads"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    parser.add_argument("--rounds", type=int, help="measurements of each; 15, or 2 with --quick")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile too")
     parser.add_argument(
-        "--compile-limit", type=int, default=600, help="seconds for one model in one mode"
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}"
     )
-    parser.add_argument("--curves", action="store_true", help="record scaling curves too")
-    parser.add_argument("--only-curves", action="store_true", help="record scaling curves alone")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--out", type=Path, help="folder; _bench with --quick, else the results")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of torch"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="measurements of each; 15, or 2 with --quick"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="time torch.compile too"
+    )
+    parser.add_argument(
+        "--compile-limit",
+        type=int,
+        default=600,
+        help="seconds for one model in one mode",
+    )
+    parser.add_argument(
+        "--curves", action="store_true", help="record scaling curves too"
+    )
+    parser.add_argument(
+        "--only-curves", action="store_true", help="record scaling curves alone"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: does it run at all?"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder; _bench with --quick, else the results"
+    )
     options = parser.parse_args(words)
     unknown = [name for name in options.cases if name not in names]
     if unknown:
-        parser.error(f"CASE: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+        parser.error(
+            f"CASE: expected some of {', '.join(names)}, got {', '.join(unknown)}"
+        )
     options.cases = options.cases or names
     options.rounds = options.rounds or (2 if options.quick else 15)
     options.at_least = 0.0005 if options.quick else 0.02
@@ -287,13 +419,16 @@ def main():
         failed = [
             name
             for name in options.cases
-            if subprocess.run([sys.executable, __file__, *words, name], check=False).returncode
+            if subprocess.run(
+                [sys.executable, __file__, *words, name], check=False
+            ).returncode
         ]
         if failed:
             sys.exit(f"failed: {', '.join(failed)}")
         return
     (name,) = options.cases
-    warnings.filterwarnings("ignore")  # of the peers, about functions that torch will drop
+    # of the peers, about functions that torch will drop
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     if name == "overheads":
         write(run_overheads(options), options.out / f"{name}.json")

@@ -31,14 +31,21 @@ from flowcourse.elementwise import (
 def _read_order(order, dim):
     "An order of coordinates as a tensor; None is from first to last."
     order = torch.arange(dim) if order is None else torch.as_tensor(order)
-    if order.shape != (dim,) or not torch.equal(order.sort().values.cpu(), torch.arange(dim)):
-        raise ValueError(f"order: expected each of 0 to {dim - 1} once, got {order.tolist()}")
+    if order.shape != (dim,) or not torch.equal(
+        order.sort().values.cpu(), torch.arange(dim)
+    ):
+        raise ValueError(
+            f"order: expected each of 0 to {dim - 1} once, got {order.tolist()}"
+        )
     return order
 
 
 def _is_traced():
     "Whether torch.compile or a transform of torch.func is at work: then no branch follows data."
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _in_dtype(module, dtype):
@@ -52,12 +59,17 @@ class MaskedLinear(nn.Linear):
 
     def __init__(
         self,
-        mask: Tensor,  # Boolean, shape `(n_out, n_in)`; true where a unit sees an input
+        # Boolean, shape `(n_out, n_in)`; true where a unit sees an input
+        mask: Tensor,
     ):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight.dtype))  # numbers multiply faster
-        with torch.no_grad():  # as if each unit had only the inputs that it sees
-            self.weight.mul_((mask.shape[1] / mask.sum(1, keepdim=True).clamp(min=1)).sqrt())
+        # numbers multiply faster
+        self.register_buffer("mask", mask.to(self.weight.dtype))
+        # as if each unit had only the inputs that it sees
+        with torch.no_grad():
+            self.weight.mul_(
+                (mask.shape[1] / mask.sum(1, keepdim=True).clamp(min=1)).sqrt()
+            )
 
     def forward(
         self,
@@ -74,20 +86,27 @@ class MADE(nn.Module):
         self,
         dim: int,  # Number of coordinates
         n_params: int = 1,  # Outputs for each coordinate
-        hidden: tuple[int, ...] = (64, 64),  # Widths of the hidden layers, best at least `dim`
+        # Widths of the hidden layers, best at least `dim`
+        hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features, seen by every unit
-        order: Tensor | None = None,  # Coordinates, the first one first; None: 0, 1, 2, ...
-        degrees: list[Tensor] | None = None,  # Of hidden units; None: spread evenly
-        activation: type[nn.Module] = nn.SiLU,  # Smooth, so that the flow has second derivatives
+        # Coordinates, the first one first; None: 0, 1, 2, ...
+        order: Tensor | None = None,
+        # Of hidden units; None: spread evenly
+        degrees: list[Tensor] | None = None,
+        # Smooth, so that the flow has second derivatives
+        activation: type[nn.Module] = nn.SiLU,
     ):
         super().__init__()
         as_shape(dim, "dim")
         as_shape(n_params, "n_params")
         if context_dim < 0:
-            raise ValueError(f"context_dim: expected 0 or more, got {context_dim}")
+            raise ValueError(
+                f"context_dim: expected 0 or more, got {context_dim}"
+            )
         self.dim, self.n_params, self.context_dim = dim, n_params, context_dim
         if degrees is None:
-            lowest = 0 if context_dim or dim == 1 else 1  # degree 0 sees the context alone
+            # degree 0 sees the context alone
+            lowest = 0 if context_dim or dim == 1 else 1
             degrees = [
                 lowest + torch.arange(width) * (dim - lowest) // width
                 for width in as_shape(hidden, "hidden")
@@ -96,8 +115,14 @@ class MADE(nn.Module):
         place = self.order.argsort()  # of each coordinate
         seen, layers = place + 1, []
         for i, degree in enumerate(degrees):
-            degree = torch.as_tensor(degree).sort().values  # units of one degree lie together
-            if degree.dim() != 1 or not len(degree) or degree[0] < 0 or degree[-1] >= dim:
+            # units of one degree lie together
+            degree = torch.as_tensor(degree).sort().values
+            if (
+                degree.dim() != 1
+                or not len(degree)
+                or degree[0] < 0
+                or degree[-1] >= dim
+            ):
                 raise ValueError(
                     f"degrees[{i}]: expected whole numbers from 0 to {dim - 1}, got {degree.tolist()}"
                 )
@@ -105,12 +130,16 @@ class MADE(nn.Module):
             layers.append(MaskedLinear(degree[:, None] >= seen[None, :]))
             seen = degree
         # place counts from 0, so that this is place + 1 > seen: strict
-        last = MaskedLinear(place.repeat_interleave(n_params)[:, None] >= seen[None, :])
+        last = MaskedLinear(
+            place.repeat_interleave(n_params)[:, None] >= seen[None, :]
+        )
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.layers = nn.ModuleList([*layers, last])
         width = len(degrees[0])
-        self.from_context = nn.Linear(context_dim, width, bias=False) if context_dim else None
+        self.from_context = (
+            nn.Linear(context_dim, width, bias=False) if context_dim else None
+        )
         self.activation = activation()
         self._count()
 
@@ -129,7 +158,8 @@ class MADE(nn.Module):
     def forward(
         self,
         x: Tensor,  # Points, shape `(*batch, dim)`
-        context: Tensor | None = None,  # Features, broadcast: `(*batch, context_dim)`
+        # Features, broadcast: `(*batch, context_dim)`
+        context: Tensor | None = None,
     ) -> Tensor:  # Shape `(*batch, dim, n_params)`
         """The outputs of all coordinates in one pass."""
         first, *others = self.layers
@@ -142,32 +172,46 @@ class MADE(nn.Module):
 
     def unroll(
         self,
-        step,  # From a coordinate's index and outputs, `(n, n_params)`, to its value, `(n,)`
+        # From a coordinate's index and outputs, `(n, n_params)`, to its value,
+        # `(n,)`
+        step,
         n: int,  # Number of points
-        context: Tensor | None = None,  # Features, broadcast: `(n, context_dim)`
-        dtype: torch.dtype | None = None,  # To compute in; None: that of the weights
+        # Features, broadcast: `(n, context_dim)`
+        context: Tensor | None = None,
+        # To compute in; None: that of the weights
+        dtype: torch.dtype | None = None,
     ):
         """One pass spread over the coordinates: each value is fed back before the next output."""
-        # Columns and rows in the order in which they are known: what is, is a prefix.
+        # Columns and rows in the order in which they are known: what is, is a
+        # prefix.
         weights = [layer.weight.to(dtype) for layer in self.layers]
         weights[0] = weights[0].index_select(1, self.order)
         biases = [layer.bias.to(dtype).unsqueeze(-1) for layer in self.layers]
         if context is not None:
-            features = F.linear(context.to(dtype), self.from_context.weight.to(dtype))
+            features = F.linear(
+                context.to(dtype), self.from_context.weight.to(dtype)
+            )
             biases[0] = biases[0] + features.T
         known, sizes = [w.new_zeros(0, n) for w in weights], [0] * len(weights)
-        counts = [*self._counts, self.n_params]  # of rows that are computed together
+        # of rows that are computed together
+        counts = [*self._counts, self.n_params]
         weights = [w.split(count) for w, count in zip(weights, counts)]
         biases = [bias.split(count) for bias, count in zip(biases, counts)]
-        # Writing in place is quicker, and right for numbers that nobody differentiates.
+        # Writing in place is quicker, and right for numbers that nobody
+        # differentiates.
         in_place = not (torch.is_grad_enabled() or _is_traced())
         if in_place:
             room = [w[0].new_empty(w[0].shape[1], n) for w in weights]
-            slots = [rows.split(c) for rows, c in zip(room, [[1] * self.dim, *self._counts])]
+            slots = [
+                rows.split(c)
+                for rows, c in zip(room, [[1] * self.dim, *self._counts])
+            ]
         activation = _in_dtype(self.activation, dtype)
 
         def units(k, at):
-            return torch.addmm(biases[k][at], weights[k][at][:, : sizes[k]], known[k])
+            return torch.addmm(
+                biases[k][at], weights[k][at][:, : sizes[k]], known[k]
+            )
 
         def learn(k, place, rows, count):
             sizes[k] += count
@@ -180,38 +224,55 @@ class MADE(nn.Module):
         for place, i in enumerate(self._sequence):
             for k, count in enumerate(counts[:-1]):
                 if count[place]:
-                    learn(k + 1, place, activation(units(k, place)), count[place])
+                    learn(
+                        k + 1, place, activation(units(k, place)), count[place]
+                    )
             learn(0, place, step(i, units(-1, i).T).unsqueeze(0), 1)
 
     def extra_repr(self) -> str:
-        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        context = (
+            f", context_dim={self.context_dim}" if self.context_dim else ""
+        )
         return f"dim={self.dim}, n_params={self.n_params}{context}, order={self._sequence}"
 
 # %% ../nbs/09-autoregressive.ipynb #8bde98ab
 class Autoregressive(Bijection):
     """Each coordinate moves as a masked network of the data coordinates before it says."""
 
-    forward_cost = "D passes"  # one after another; with "incremental", of one pass' arithmetic
+    # one after another; with "incremental", of one pass' arithmetic
+    forward_cost = "D passes"
 
     def __init__(
         self,
         dim: int,  # Size of the event
         scalar_map=AffineMap(),  # Moves one coordinate
         context_dim: int = 0,  # Number of context features
-        sampling: str = "incremental",  # How forward works: "incremental", "fixed-point" or "loop"
-        tolerance: float | None = None,  # Of "fixed-point", relative; None: rounding, 0: all sweeps
+        # How forward works: "incremental", "fixed-point" or "loop"
+        sampling: str = "incremental",
+        # Of "fixed-point", relative; None: rounding, 0: all sweeps
+        tolerance: float | None = None,
         **network,  # hidden, order, degrees and activation of the MADE
     ):
         super().__init__(dim, context_dim)
         if not getattr(scalar_map, "n_params", 0):
-            raise ValueError(f"scalar_map: expected one with parameters, got {scalar_map}")
+            raise ValueError(
+                f"scalar_map: expected one with parameters, got {scalar_map}"
+            )
         ways = ("incremental", "fixed-point", "loop")
         if sampling not in ways:
-            raise ValueError(f"sampling: expected one of {', '.join(ways)}, got {sampling}")
+            raise ValueError(
+                f"sampling: expected one of {', '.join(ways)}, got {sampling}"
+            )
         if tolerance is not None and not tolerance >= 0:
             raise ValueError(f"tolerance: expected 0 or more, got {tolerance}")
-        self.scalar_map, self.sampling, self.tolerance = scalar_map, sampling, tolerance
-        self.made = MADE(dim, scalar_map.n_params, context_dim=context_dim, **network)
+        self.scalar_map, self.sampling, self.tolerance = (
+            scalar_map,
+            sampling,
+            tolerance,
+        )
+        self.made = MADE(
+            dim, scalar_map.n_params, context_dim=context_dim, **network
+        )
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -224,19 +285,28 @@ class Autoregressive(Bijection):
         return constraints.independent(self.scalar_map.codomain, 1)
 
     def _theta(self, x, context):
-        return self.made(x, context).to(x.dtype)  # autocast makes it half precision
+        # autocast makes it half precision
+        return self.made(x, context).to(x.dtype)
 
     def _inverse(self, x, context):
         z, log_slope = self.scalar_map.inverse(x, self._theta(x, context))
         return z, log_slope.sum(-1)
 
     def _forward(self, z, context):
-        way = {"incremental": self._incremental, "fixed-point": self._sweeps, "loop": self._loop}
+        way = {
+            "incremental": self._incremental,
+            "fixed-point": self._sweeps,
+            "loop": self._loop,
+        }
         return way[self.sampling](z, context)
 
     def _loop(self, z, context):
         "The plain way: one whole pass for each coordinate."
-        x, ladj, index = torch.zeros_like(z), 0.0, torch.arange(z.shape[-1], device=z.device)
+        x, ladj, index = (
+            torch.zeros_like(z),
+            0.0,
+            torch.arange(z.shape[-1], device=z.device),
+        )
         for i in self.made._sequence:  # what is not determined yet stays zero
             theta = self._theta(x, context)[..., i, :]
             value, log_slope = self.scalar_map.forward(z[..., i], theta)
@@ -246,40 +316,57 @@ class Autoregressive(Bijection):
 
     def _incremental(self, z, context):
         "The same numbers, each unit of the network evaluated once, when its inputs are there."
-        # In float64: many small sums round otherwise than one large one, and steep maps amplify it.
+        # In float64: many small sums round otherwise than one large one, and
+        # steep maps amplify it.
         rows = widened(z.reshape(-1, z.shape[-1]).T).contiguous().unbind()
         dtype = rows[0].dtype
         n, values, log_slopes = len(rows[0]), [None] * len(rows), []
 
         def step(i, theta):
-            values[i], log_slope = self.scalar_map.forward(rows[i], theta.to(dtype))
+            values[i], log_slope = self.scalar_map.forward(
+                rows[i], theta.to(dtype)
+            )
             log_slopes.append(log_slope)
             return values[i]
 
         if context is not None:
-            context = context.expand(*z.shape[:-1], -1).reshape(n, self.context_dim)
+            context = context.expand(*z.shape[:-1], -1).reshape(
+                n, self.context_dim
+            )
         self.made.unroll(step, n, context, dtype)
-        x, ladj = torch.stack(values, -1).to(z.dtype), torch.stack(log_slopes).sum(0).to(z.dtype)
-        x = interior(x, self.scalar_map.codomain)  # rounding may have put it onto an end
+        x, ladj = (
+            torch.stack(values, -1).to(z.dtype),
+            torch.stack(log_slopes).sum(0).to(z.dtype),
+        )
+        # rounding may have put it onto an end
+        x = interior(x, self.scalar_map.codomain)
         return x.reshape(z.shape), ladj.reshape(z.shape[:-1])
 
     def _sweeps(self, z, context):
         "All coordinates at once, again and again: sweep n gets the first n of the order right."
         place = self.made.order.argsort()
-        tolerance = 8 * torch.finfo(z.dtype).eps if self.tolerance is None else self.tolerance
+        tolerance = (
+            8 * torch.finfo(z.dtype).eps
+            if self.tolerance is None
+            else self.tolerance
+        )
         with torch.no_grad():
             x = log_slope = torch.zeros_like(z)
             for n in range(1, z.shape[-1] + 1):
                 new = self.scalar_map.forward(z, self._theta(x, context))
                 before, known = x, place < n - 1  # which stay as they are
-                x, log_slope = torch.where(known, torch.stack([x, log_slope]), torch.stack(new))
+                x, log_slope = torch.where(
+                    known, torch.stack([x, log_slope]), torch.stack(new)
+                )
                 if tolerance and not _is_traced():
                     if ((x - before).abs() <= tolerance * (1 + x.abs())).all():
                         break
-                # 0 * inf is nan: what is not determined yet must not reach the others.
+                # 0 * inf is nan: what is not determined yet must not reach the
+                # others.
                 guess = x.nan_to_num(0.0, 0.0, 0.0).clamp(-1e3, 1e3)
                 x = torch.where(place < n, x, guess)
-        if torch.is_grad_enabled():  # from the solution, where as many sweeps give the gradient
+        # from the solution, where as many sweeps give the gradient
+        if torch.is_grad_enabled():
             solution, finite = x, x.isfinite()
             for _ in range(n):
                 theta = self._theta(torch.where(finite, x, 0.0), context)
@@ -296,7 +383,9 @@ def _orders(orders, dim, layers):
     as_shape(dim, "dim")
     as_shape(layers, "layers")
     upwards = torch.arange(dim)
-    return islice(cycle([upwards, upwards.flip(0)] if orders is None else orders), layers)
+    return islice(
+        cycle([upwards, upwards.flip(0)] if orders is None else orders), layers
+    )
 
 
 class MAF(Compose):
@@ -306,15 +395,24 @@ class MAF(Compose):
         self,
         dim: int,  # Size of the event
         layers: int = 5,  # Number of autoregressive layers
-        hidden: tuple[int, ...] = (64, 64),  # Widths of each network's hidden layers
+        # Widths of each network's hidden layers
+        hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
         scalar_map=AffineMap(),  # Moves one coordinate
-        orders: list[Tensor] | None = None,  # In turn; None: from first to last, then back
+        # In turn; None: from first to last, then back
+        orders: list[Tensor] | None = None,
         **options,  # sampling, tolerance, degrees and activation of each layer
     ):
         super().__init__(
             *(
-                Autoregressive(dim, scalar_map, context_dim, hidden=hidden, order=order, **options)
+                Autoregressive(
+                    dim,
+                    scalar_map,
+                    context_dim,
+                    hidden=hidden,
+                    order=order,
+                    **options,
+                )
                 for order in _orders(orders, dim, layers)
             )
         )
@@ -327,17 +425,27 @@ class IAF(Compose):
         self,
         dim: int,  # Size of the event
         layers: int = 5,  # Number of autoregressive layers
-        hidden: tuple[int, ...] = (64, 64),  # Widths of each network's hidden layers
+        # Widths of each network's hidden layers
+        hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
         scalar_map=AffineMap(),  # Moves one coordinate
-        orders: list[Tensor] | None = None,  # In turn; None: from first to last, then back
-        **options,  # sampling (of inverse), tolerance, degrees and activation of each layer
+        # In turn; None: from first to last, then back
+        orders: list[Tensor] | None = None,
+        # sampling (of inverse), tolerance, degrees and activation of each layer
+        **options,
     ):
         turned = InverseMap(scalar_map)
         super().__init__(
             *(
                 Inverse(
-                    Autoregressive(dim, turned, context_dim, hidden=hidden, order=order, **options)
+                    Autoregressive(
+                        dim,
+                        turned,
+                        context_dim,
+                        hidden=hidden,
+                        order=order,
+                        **options,
+                    )
                 )
                 for order in _orders(orders, dim, layers)
             )
@@ -359,8 +467,10 @@ class BlockLayer(nn.Module):
         dim: int,  # Number of coordinates
         n_in: int,  # Inputs for each coordinate
         n_out: int,  # Units for each coordinate
-        context_dim: int = 0,  # Number of context features, which decide shift, scale and bend
-        bend: float = 0.0,  # Slopes of the activations lie between 1 - bend and 1 + bend
+        # Number of context features, which decide shift, scale and bend
+        context_dim: int = 0,
+        # Slopes of the activations lie between 1 - bend and 1 + bend
+        bend: float = 0.0,
     ):
         super().__init__()
         self.bend = bend
@@ -369,23 +479,29 @@ class BlockLayer(nn.Module):
         self.below = nn.Parameter(below.flatten(0, 1))
         earlier = torch.arange(dim)[:, None] > torch.arange(dim)
         mask = earlier.repeat_interleave(n_out, 0).repeat_interleave(n_in, 1)
-        self.register_buffer("mask", mask / math.sqrt(dim * n_in))  # raw weights are of size 1
+        # raw weights are of size 1
+        self.register_buffer("mask", mask / math.sqrt(dim * n_in))
         # Units that differ, and whose mean is the identity.
         scale = 0.5 + torch.rand(dim, n_out, 1)
         log_scale = (scale / scale.mean(1, keepdim=True)).log()
-        raw = self.steepest * (log_scale / self.steepest).atanh()  # bounded undoes it
+        # bounded undoes it
+        raw = self.steepest * (log_scale / self.steepest).atanh()
         start = [_centred(torch.randn(dim, n_out, 1)), raw]
         start += [torch.zeros(dim, n_out, 1)] * (bend > 0)
-        self.units = Conditional((len(start), dim, n_out, 1), context_dim, torch.stack(start))
+        self.units = Conditional(
+            (len(start), dim, n_out, 1), context_dim, torch.stack(start)
+        )
 
     def settings(
         self,
         context: Tensor | None,  # Features, shape `(n, context_dim)`
         dtype: torch.dtype,  # Of the points
-    ) -> tuple[Tensor | None, ...]:  # Weights within blocks; shift, scale and bend of units
+    ) -> tuple[Tensor | None, ...]:  # Weights; shift, scale and bend
         """What the raw parameters stand for; those of units have shape `(dim, n_out, n or 1)`."""
         units = self.units(context).to(dtype)
-        shift, log_scale, *raw = units if context is None else units.squeeze(-1).movedim(0, -1)
+        shift, log_scale, *raw = (
+            units if context is None else units.squeeze(-1).movedim(0, -1)
+        )
         bend = bounded(raw[0], self.bend) if raw else None
         return (
             bounded(self.within, 3.0).softmax(-1),
@@ -398,9 +514,11 @@ class BlockLayer(nn.Module):
     def apply(
         settings: tuple[Tensor | None, ...],  # From `settings`
         h: Tensor,  # Units of the layer before, shape `(dim, n_in, n)`
-        slope: Tensor | None,  # Their slopes in the coordinate of their block; None skips them
-        offset: Tensor,  # What the coordinates before add, shape `(dim, n_out, n)`
-    ) -> tuple[Tensor, Tensor | None]:  # Units and slopes, shape `(dim, n_out, n)`
+        # Their slopes in the coordinate of their block; None skips them
+        slope: Tensor | None,
+        # What the coordinates before add, shape `(dim, n_out, n)`
+        offset: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:  # Units, slopes: `(dim, n_out, n)`
         """The layer, and the slopes of its units: sums of positive numbers, so nothing cancels."""
         weights, shift, scale, bend = settings
         a = torch.addcmul(offset + shift, scale, weights @ h)
@@ -408,7 +526,9 @@ class BlockLayer(nn.Module):
         if bend is None:
             return a, slope
         t = a.tanh()
-        return a + bend * (t - a), None if slope is None else slope * (1 - bend * t * t)
+        return a + bend * (t - a), None if slope is None else slope * (
+            1 - bend * t * t
+        )
 
     def extra_repr(self) -> str:
         dim, n_out, n_in = self.within.shape
@@ -423,14 +543,19 @@ class BlockAutoregressive(Bijection):
     def __init__(
         self,
         dim: int,  # Size of the event
-        hidden: tuple[int, ...] = (8, 8),  # Units for each coordinate in the hidden layers
+        # Units for each coordinate in the hidden layers
+        hidden: tuple[int, ...] = (8, 8),
         context_dim: int = 0,  # Number of context features
-        order: Tensor | None = None,  # Coordinates, the first one first; None: 0, 1, 2, ...
-        bend: float = 0.9,  # Slopes of the activations lie between 1 - bend and 1 + bend
+        # Coordinates, the first one first; None: 0, 1, 2, ...
+        order: Tensor | None = None,
+        # Slopes of the activations lie between 1 - bend and 1 + bend
+        bend: float = 0.9,
     ):
         super().__init__(dim, context_dim)
         if not 0 < bend < 1:
-            raise ValueError(f"bend: expected a number between 0 and 1, got {bend}")
+            raise ValueError(
+                f"bend: expected a number between 0 and 1, got {bend}"
+            )
         self.register_buffer("order", _read_order(order, dim))
         self.register_buffer("place", self.order.argsort())
         hidden = as_shape(hidden, "hidden")
@@ -447,10 +572,15 @@ class BlockAutoregressive(Bijection):
             context = context.expand(*points.shape[:-1], -1).reshape(
                 rows.shape[1], self.context_dim
             )
-        with torch.autocast(points.device.type, enabled=False):  # half precision would not invert
-            settings = [layer.settings(context, points.dtype) for layer in self.layers]
+        # half precision would not invert
+        with torch.autocast(points.device.type, enabled=False):
+            settings = [
+                layer.settings(context, points.dtype) for layer in self.layers
+            ]
             images, ladj = way(rows, settings)
-        return images[self.place].T.reshape(points.shape), ladj.reshape(points.shape[:-1])
+        return images[self.place].T.reshape(points.shape), ladj.reshape(
+            points.shape[:-1]
+        )
 
     def _inverse(self, x, context):
         return self._run(self._network, x, context)
@@ -473,10 +603,14 @@ class BlockAutoregressive(Bijection):
         earlier = [z[:0]] * len(below)  # units of the coordinates found so far
         values, ladj = [], 0.0
         for i, target in enumerate(z.split(1)):
-            own = [[None if s is None else s[i] for s in setting] for setting in settings]
+            own = [
+                [None if s is None else s[i] for s in setting]
+                for setting in settings
+            ]
             n_out = [shift.shape[-2] for _, shift, *_ in own]
             offsets = [
-                w[i * n : (i + 1) * n, : len(h)] @ h for w, n, h in zip(below, n_out, earlier)
+                w[i * n : (i + 1) * n, : len(h)] @ h
+                for w, n, h in zip(below, n_out, earlier)
             ]
 
             def through(t, slope=None):
@@ -494,7 +628,9 @@ class BlockAutoregressive(Bijection):
 
             gap = -excess(torch.zeros_like(target))
             ends = gap / least[i], gap / most[i]
-            t = monotone_root(excess, log_slope, torch.minimum(*ends), torch.maximum(*ends))
+            t = monotone_root(
+                excess, log_slope, torch.minimum(*ends), torch.maximum(*ends)
+            )
             units = [h for h, _ in through(t)[:-1]]
             earlier = [torch.cat(pair) for pair in zip(earlier, units)]
             values.append(t)
@@ -508,7 +644,10 @@ def _steepness(settings):
     for weights, _, scale, bend in settings:
         least, most = (scale * (weights @ slope) for slope in (least, most))
         if bend is not None:
-            least, most = least * (1 - bend).clamp(max=1), most * (1 - bend).clamp(min=1)
+            least, most = (
+                least * (1 - bend).clamp(max=1),
+                most * (1 - bend).clamp(min=1),
+            )
     return least, most
 
 
@@ -519,10 +658,13 @@ class BNAF(Compose):
         self,
         dim: int,  # Size of the event
         layers: int = 2,  # Number of networks
-        hidden: tuple[int, ...] = (8, 8),  # Units for each coordinate in the hidden layers
+        # Units for each coordinate in the hidden layers
+        hidden: tuple[int, ...] = (8, 8),
         context_dim: int = 0,  # Number of context features
-        orders: list[Tensor] | None = None,  # In turn; None: from first to last, then back
-        bend: float = 0.9,  # Slopes of the activations lie between 1 - bend and 1 + bend
+        # In turn; None: from first to last, then back
+        orders: list[Tensor] | None = None,
+        # Slopes of the activations lie between 1 - bend and 1 + bend
+        bend: float = 0.9,
     ):
         super().__init__(
             *(

@@ -71,7 +71,8 @@ def train(
     config: Config,  # Its fields, perhaps changed
     out: Path,  # Folder of the run
     resume: bool = False,  # Go on from the checkpoint in `out`
-    device: str | None = None,  # For example `cpu` or `cuda`; None: the GPU where there is one
+    # For example `cpu` or `cuda`; None: the GPU where there is one
+    device: str | None = None,
     command: str = "",  # What was typed, to be written down
     progress: bool = True,  # Show a progress bar
 ):
@@ -112,14 +113,19 @@ def train(
         history.save(out / "history.json")
         save_checkpoint(
             out / "model.pt",
-            {"name": name, "config": run["config"], "objective": objective.state_dict()},
+            {
+                "name": name,
+                "config": run["config"],
+                "objective": objective.state_dict(),
+            },
         )
 
 # %% ../nbs/95-cli.ipynb #73fff8c9
 def test(
     config: Config,  # The experiment as it was trained
     out: Path,  # Folder of the run
-    device: str | None = None,  # For example `cpu` or `cuda`; None: the GPU where there is one
+    # For example `cpu` or `cuda`; None: the GPU where there is one
+    device: str | None = None,
 ) -> dict[str, float]:  # Results by name
     """Judge the model in a folder on the test rows, and write results and pictures beside it."""
     path, device = out / "model.pt", device or best_device()
@@ -127,7 +133,9 @@ def test(
     try:
         objective.load_state_dict(load_checkpoint(path)["objective"])
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint: {path} holds another model. {error}") from error
+        raise CheckpointError(
+            f"checkpoint: {path} holds another model. {error}"
+        ) from error
     result = config.evaluate(objective.to(device).eval())
     save_json(writable(out) / "result.json", result)
     for name, figure in config.pictures(objective).items():
@@ -158,14 +166,16 @@ class Options(Generic[C]):
     config: str  # Name of the experiment; `flowcourse list` shows them
     fields: tyro.conf.OmitArgPrefixes[C]
     out: Path | None = None  # Folder of the run; by default runs/NAME
-    device: str | None = None  # For example cpu or cuda; by default the GPU where there is one
+    # For example cpu or cuda; by default the GPU where there is one
+    device: str | None = None
 
 
 @dataclass
 class Train(Options[C]):
     """Train an experiment, or go on with one, and test it."""
 
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False  # Go on from the checkpoint of the run
+    # Go on from the checkpoint of the run
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
 @dataclass
@@ -191,7 +201,8 @@ def parse(
         config = recorded(known.config, known.out or Path("runs", known.config))
     kinds = [
         Annotated[
-            kind[type(config)], tyro.conf.subcommand(name, default=kind(tyro.MISSING, config))
+            kind[type(config)],
+            tyro.conf.subcommand(name, default=kind(tyro.MISSING, config)),
         ]
         for name, kind in (("train", Train), ("test", Test))
     ]
@@ -204,15 +215,22 @@ def parse(
         description=flowcourse.__doc__,
     )
     if unknown:
-        names = [f.name for f in dataclasses.fields(command) if f.name != "fields"]
+        names = [
+            f.name for f in dataclasses.fields(command) if f.name != "fields"
+        ]
         names += [f.name for f in dataclasses.fields(config) if names]
-        options = ", ".join("--" + n.replace("_", "-") for n in names) or "no options"
-        raise ValueError(f"{unknown[0]}: unknown option; flowcourse {args[0]} takes {options}")
+        options = (
+            ", ".join("--" + n.replace("_", "-") for n in names) or "no options"
+        )
+        raise ValueError(
+            f"{unknown[0]}: unknown option; flowcourse {args[0]} takes {options}"
+        )
     return command
 
 # %% ../nbs/95-cli.ipynb #024fd938
 def main(
-    args: list[str] | None = None,  # Words after `flowcourse`; None: those that were typed
+    # Words after `flowcourse`; None: those that were typed
+    args: list[str] | None = None,
 ) -> int:  # Exit status: 0, or 2 for a mistake, 1 for a training that diverged, 130 after Ctrl-C
     """The command line."""
     args = sys.argv[1:] if args is None else args
@@ -228,11 +246,20 @@ def main(
                 print(f"{command.config}: {command.fields}")
             typed = shlex.join(["flowcourse", *args])
             train(
-                command.config, command.fields, out, command.resume, command.device, command=typed
+                command.config,
+                command.fields,
+                out,
+                command.resume,
+                command.device,
+                command=typed,
             )
         if is_main():
             for key, value in test(command.fields, out, command.device).items():
-                print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+                print(
+                    f"{key}: {value:.4f}"
+                    if isinstance(value, float)
+                    else f"{key}: {value}"
+                )
             print(f"the run is in {out}")
     except TrainingInterrupted as stop:
         print(f"flowcourse: {stop}", file=sys.stderr)

@@ -51,8 +51,10 @@ class Splits(NamedTuple):
     train: Tensor  # Rows to learn from
     validation: Tensor  # Rows to choose by
     test: Tensor  # Rows to report
-    test_ladj: Tensor  # log|det| of the preparation at each test row, back to the data's own units
-    truth: Tensor | None = None  # The true log-density at each test row, where it is known
+    # log|det| of the preparation at each test row, back to the data's own units
+    test_ladj: Tensor
+    # The true log-density at each test row, where it is known
+    truth: Tensor | None = None
 
 
 @dataclass
@@ -64,20 +66,25 @@ class Config:
     lr: float = 1e-3  # Learning rate
     optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"  # Optimiser
     weight_decay: float = 0.0  # Weight decay
-    schedule: Literal["constant", "cosine"] = "cosine"  # Learning rate over the run
+    # Learning rate over the run
+    schedule: Literal["constant", "cosine"] = "cosine"
     warmup: int = 0  # Steps over which the learning rate rises
     clip: float | None = None  # Largest gradient norm
     ema: float | None = None  # Decay of averaged weights
-    patience: int | None = None  # Validations without a new best before stopping
+    # Validations without a new best before stopping
+    patience: int | None = None
     validate_every: int = 50  # Steps between validations
     checkpoint_every: int = 500  # Steps between checkpoints
     amp: Literal["no", "bf16", "fp16"] = "no"  # Mixed precision
-    seed: int = 0  # Of the split, the first weights, the order of rows and all noise
+    # Of the split, the first weights, the order of rows and all noise
+    seed: int = 0
 
     @property
     def training(self) -> dict:
         """The arguments of `fit` among the fields."""
-        return {field.name: getattr(self, field.name) for field in fields(Config)}
+        return {
+            field.name: getattr(self, field.name) for field in fields(Config)
+        }
 
     def load(self) -> Splits:
         """The data, split by the seed and prepared."""
@@ -110,25 +117,34 @@ class FlowConfig(Config):
 
     data: str = "old-faithful"  # A packaged table, or a toy's name
     copies: int = 20  # Noisy copies of each training row of a packaged table
-    jitter: float = 0.0  # Noise on training rows that are not counts, in standard deviations
-    kind: Literal["coupling", "autoregressive"] = "coupling"  # Where parameters come from
+    # Noise on training rows that are not counts, in standard deviations
+    jitter: float = 0.0
+    # Where parameters come from
+    kind: Literal["coupling", "autoregressive"] = "coupling"
     scalar_map: str = "affine"  # A name in `flowcourse.zoo.scalar_maps`
     layers: int = 8  # Couplings or autoregressive layers
-    hidden: tuple[int, ...] = (64, 64)  # Widths of each conditioner's hidden layers
-    partition: Literal["half", "alternating", "random"] = "alternating"  # Of couplings
+    # Widths of each conditioner's hidden layers
+    hidden: tuple[int, ...] = (64, 64)
+    # Of couplings
+    partition: Literal["half", "alternating", "random"] = "alternating"
     dropout: float = 0.0  # Share of hidden units dropped in training
 
     def __post_init__(self):
         known = [*SIZES, *toys]
         if self.data not in known:
-            raise ValueError(f"data: expected one of {', '.join(known)}, got {self.data!r}")
-        scalar_maps[self.scalar_map]  # an unknown name is answered with those that exist
+            raise ValueError(
+                f"data: expected one of {', '.join(known)}, got {self.data!r}"
+            )
+        # an unknown name is answered with those that exist
+        scalar_maps[self.scalar_map]
 
     @property
     def about(self) -> str:
         """One line for `flowcourse list`."""
         kind = f"{self.scalar_map} {self.kind} flow"
-        return f"{kind} on {self.data} by maximum likelihood, {self.steps} steps"
+        return (
+            f"{kind} on {self.data} by maximum likelihood, {self.steps} steps"
+        )
 
     @property
     def dim(self) -> int:
@@ -142,17 +158,28 @@ class FlowConfig(Config):
             toy = toys[self.data]
             raw = [toy.sample(n, generator) for n in (20_000, 2_000, 10_000)]
             parts, _, sd = standardise(*raw)
-            return Splits(*parts, -sd.log().sum().expand(10_000), toy.log_prob(raw[-1]))
+            return Splits(
+                *parts, -sd.log().sum().expand(10_000), toy.log_prob(raw[-1])
+            )
         parts = split(load(self.data).x.flatten(1), SIZES[self.data], self.seed)
         train, validation, test = parts[0].repeat(self.copies, 1), *parts[1:]
         if self.data == "optdigits":
             counts = (train, validation, test)
-            made = [to_logit(dequantise(part, generator=generator)) for part in counts]
-            (train, validation, test), _, sd = standardise(*(x for x, _ in made))
+            made = [
+                to_logit(dequantise(part, generator=generator))
+                for part in counts
+            ]
+            (train, validation, test), _, sd = standardise(
+                *(x for x, _ in made)
+            )
             return Splits(train, validation, test, made[-1][1] - sd.log().sum())
         (train, validation, test), _, sd = standardise(train, validation, test)
-        train = train + self.jitter * torch.randn(train.shape, generator=generator)
-        return Splits(train, validation, test, -sd.log().sum().expand(len(test)))
+        train = train + self.jitter * torch.randn(
+            train.shape, generator=generator
+        )
+        return Splits(
+            train, validation, test, -sd.log().sum().expand(len(test))
+        )
 
     def objective(self) -> MaximumLikelihood:
         """Maximum likelihood of a new flow whose weights follow from the seed."""
@@ -182,7 +209,9 @@ class FlowConfig(Config):
             self.layers,
             self.hidden,
             scalar_map=scalar_map,
-            activation=lambda: nn.Sequential(nn.SiLU(), nn.Dropout(self.dropout)),
+            activation=lambda: nn.Sequential(
+                nn.SiLU(), nn.Dropout(self.dropout)
+            ),
         )
 
     @torch.no_grad()
@@ -190,26 +219,34 @@ class FlowConfig(Config):
         """Mean log-likelihood of the test rows, in bits for counts, with the gap for toys."""
         rows = self.load()
         device = next(objective.parameters()).device
-        log_prob = objective.flow.log_prob(rows.test.to(device)).cpu() + rows.test_ladj
+        log_prob = (
+            objective.flow.log_prob(rows.test.to(device)).cpu() + rows.test_ladj
+        )
         result = {"test log-likelihood [nat]": log_prob.mean().item()}
         if self.data == "optdigits":
             bits = bits_per_dim(log_prob, rows.test.shape[-1])
             result["test bits per dimension"] = bits.mean().item()
         if rows.truth is not None:
-            result["gap to the true density [nat]"] = (rows.truth - log_prob).mean().item()
+            result["gap to the true density [nat]"] = (
+                (rows.truth - log_prob).mean().item()
+            )
         return result
 
 # %% ../nbs/94-configs.ipynb #987731d8
 def posteriors(
     dim: int,  # Size of the latent
     length: int,  # Number of layers
-    context_dim: int,  # Number of features of the image; 0 for the same map for all images
+    # Number of features of the image; 0 for the same map for all images
+    context_dim: int,
     generator: torch.Generator,  # Draws the partitions of couplings
-    context_scale: float = 1.0,  # Multiplies the features before the linear layers
-) -> dict:  # For each name, a function that makes the bijection after the Gaussian
+    # Multiplies the features before the linear layers
+    context_scale: float = 1.0,
+) -> dict:  # By name, a function that makes the bijection after the Gaussian
     """The flows that a posterior may be; planar and Sylvester layers are linear in the features."""
     partition = partial(random_half, generator=generator)
-    linear = dict(context_dim=context_dim, hidden=(), context_scale=context_scale)
+    linear = dict(
+        context_dim=context_dim, hidden=(), context_scale=context_scale
+    )
     return {
         "gaussian": lambda: None,
         "planar": lambda: Planar(dim, length, **linear),
@@ -236,19 +273,25 @@ class DLGMConfig(Config):
     steps: int = 60_000
     batch_size: int = 100
     schedule: Literal["constant", "cosine"] = "cosine"
-    clip: float | None = 50.0  # Steep planar layers give gradients a hundred times the usual
+    # Steep planar layers give gradients a hundred times the usual
+    clip: float | None = 50.0
     validate_every: int = 1000
     checkpoint_every: int = 2000
-    data: Literal["mnist", "mnist-threshold"] = "mnist"  # Pixels drawn once, or grey above 1/2
-    posterior: str = "planar"  # gaussian, planar, nice, sylvester, iaf or spline
+    # Pixels drawn once, or grey above 1/2
+    data: Literal["mnist", "mnist-threshold"] = "mnist"
+    # gaussian, planar, nice, sylvester, iaf or spline
+    posterior: str = "planar"
     length: int = 10  # Layers of the posterior's flow
     amortised: bool = True  # The flow's parameters depend on the image
-    context_scale: float = 0.05  # Of the features in planar and Sylvester layers, 1 / sqrt(400)
-    decoder: Literal["maxout", "linear"] = "maxout"  # With or without hidden units
+    # Of the features in planar and Sylvester layers, 1 / sqrt(400)
+    context_scale: float = 0.05
+    # With or without hidden units
+    decoder: Literal["maxout", "linear"] = "maxout"
     latent_dim: int = 40  # Size of the latent
     features: int = 400  # Maxout units of the encoder, and of the decoder
     window: int = 4  # Affine functions to a maxout unit
-    annealing: int = 1000  # Updates over which the target gains its weight; the paper has 10,000
+    # Updates over which the target gains its weight; the paper has 10,000
+    annealing: int = 1000
     held_out: int = 10_000  # Rows of the training set to choose by
     judged: int = 10_000  # Test images that are judged
     trend: int = 1000  # Test images that get 5000 latents each
@@ -257,12 +300,16 @@ class DLGMConfig(Config):
     @property
     def about(self) -> str:
         """One line for `flowcourse list`."""
-        flow = "" if self.posterior == "gaussian" else f" and {self.length} layers"
+        flow = (
+            "" if self.posterior == "gaussian" else f" and {self.length} layers"
+        )
         return f"deep latent Gaussian model of {self.data}, {self.posterior} posterior{flow}"
 
     def load(self) -> Splits:
         """The packaged images as rows of zeros and ones; the last rows to train on are held out."""
-        train, test = (load(self.data, part).x.flatten(1) for part in ("train", "test"))
+        train, test = (
+            load(self.data, part).x.flatten(1) for part in ("train", "test")
+        )
         parts = train.split([len(train) - self.held_out, self.held_out])
         return Splits(*parts, test, torch.zeros(len(test)))
 
@@ -270,7 +317,13 @@ class DLGMConfig(Config):
         """The free energy of a new model whose weights follow from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         context_dim = self.features if self.amortised else 0
-        make = posteriors(self.latent_dim, self.length, context_dim, generator, self.context_scale)
+        make = posteriors(
+            self.latent_dim,
+            self.length,
+            context_dim,
+            generator,
+            self.context_scale,
+        )
         if self.posterior not in make:
             raise ValueError(
                 f"posterior: expected one of {', '.join(make)}, got {self.posterior!r}"
@@ -297,20 +350,30 @@ class DLGMConfig(Config):
         result = {
             "free energy [nat]": bound.item(),
             "-log p(x), 200 samples [nat]": -log_p.mean().item(),
-            "standard error over images [nat]": (log_p.std() / len(x) ** 0.5).item(),
+            "standard error over images [nat]": (
+                log_p.std() / len(x) ** 0.5
+            ).item(),
             "KL(q || p(z|x)), 200 samples [nat]": (bound + log_p.mean()).item(),
             "active units": active_units(model, x[:1000], generator=generator),
         }
         some = x[: self.trend]
         if len(some):
-            weights = importance_weights(model, some, 5000, generator, progress=True)
+            weights = importance_weights(
+                model, some, 5000, generator, progress=True
+            )
             for n in (1, 50, 200, 1000, 5000):
                 found = -log_mean_weight(weights, n).mean().item()
-                result[f"-log p(x), {n} samples, {len(some)} images [nat]"] = found
+                result[f"-log p(x), {n} samples, {len(some)} images [nat]"] = (
+                    found
+                )
         few = x[: self.annealed]
         if len(few):
-            found = -annealed_importance(model, few, generator=generator, progress=True)
-            result[f"-log p(x), annealed, {len(few)} images [nat]"] = found.mean().item()
+            found = -annealed_importance(
+                model, few, generator=generator, progress=True
+            )
+            result[f"-log p(x), annealed, {len(few)} images [nat]"] = (
+                found.mean().item()
+            )
             weights = importance_weights(model, few, 5000, generator)
             found = -log_mean_weight(weights, 5000).mean().item()
             result[f"-log p(x), 5000 samples, {len(few)} images [nat]"] = found
@@ -377,7 +440,9 @@ configs = Table(
             hidden=(32, 32),
         ),
         **{
-            f"dlgm.{name}.{data}": DLGMConfig(data=data, posterior=posterior, length=length)
+            f"dlgm.{name}.{data}": DLGMConfig(
+                data=data, posterior=posterior, length=length
+            )
             for data in ("mnist", "mnist-threshold")
             for name, posterior, length in (
                 ("dc", "gaussian", 0),

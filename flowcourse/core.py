@@ -34,20 +34,31 @@ def check_event(
     name: str,  # The argument's name, for the error
     value: Tensor,  # What came
     owner: nn.Module,  # Who asks; its floating-point tensors fix the dtype
-    event_shape: tuple[int, ...] | None,  # What is expected; None leaves the sizes open
+    # What is expected; None leaves the sizes open
+    event_shape: tuple[int, ...] | None,
     event_dim: int,  # How many dimensions an event has
 ):
     """Raise a `ValueError` unless `value` holds floating-point events that `owner` can take."""
     who = type(owner).__name__
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        came = f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{type(value).__name__}"
-        raise ValueError(f"{name}: {who} expects a floating-point tensor, got {came}")
+        came = (
+            f"a {value.dtype} tensor"
+            if isinstance(value, Tensor)
+            else f"{type(value).__name__}"
+        )
+        raise ValueError(
+            f"{name}: {who} expects a floating-point tensor, got {came}"
+        )
     got = tuple(value.shape)
     if event_shape is not None and got[len(got) - event_dim :] != event_shape:
         last = f" {event_shape[0]}" if event_dim == 1 else f"s {event_shape}"
-        raise ValueError(f"{name}: {who} expects last dimension{last}, got shape {got}")
+        raise ValueError(
+            f"{name}: {who} expects last dimension{last}, got shape {got}"
+        )
     if value.dim() < event_dim:
-        raise ValueError(f"{name}: {who} expects at least {event_dim} dimensions, got shape {got}")
+        raise ValueError(
+            f"{name}: {who} expects at least {event_dim} dimensions, got shape {got}"
+        )
     own = _dtype(owner) or value.dtype
     if own != value.dtype:
         raise ValueError(
@@ -63,7 +74,6 @@ def _dtype(module):
             return tensor.dtype
     return next(filter(None, map(_dtype, module.children())), None)
 
-
 # %% ../nbs/01-change-of-variables.ipynb #d3c4e583
 def check_context(
     context: Tensor | None,  # What came
@@ -74,12 +84,15 @@ def check_context(
     if (context is None) != (context_dim == 0):
         came = "none" if context is None else f"shape {tuple(context.shape)}"
         wanted = f"shape (*batch, {context_dim})" if context_dim else "none"
-        raise ValueError(f"context: {type(owner).__name__} expects {wanted}, got {came}")
+        raise ValueError(
+            f"context: {type(owner).__name__} expects {wanted}, got {came}"
+        )
     if context is not None:
         check_event("context", context, owner, (context_dim,), 1)
 
 # %% ../nbs/01-change-of-variables.ipynb #92163deb
-COSTS = ("one pass", "D passes", "numerical")  # of a direction, the cheapest first
+# of a direction, the cheapest first
+COSTS = ("one pass", "D passes", "numerical")
 
 
 class Bijection(nn.Module):
@@ -89,15 +102,26 @@ class Bijection(nn.Module):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...] | None = None,  # Shape of one point; None takes any size
-        context_dim: int = 0,  # Number of context features; 0 for a map without context
-        event_dim: int = 1,  # Dimensions of one point, where `event_shape` is None
+        # Shape of one point; None takes any size
+        event_shape: int | tuple[int, ...] | None = None,
+        # Number of context features; 0 for a map without context
+        context_dim: int = 0,
+        # Dimensions of one point, where `event_shape` is None
+        event_dim: int = 1,
     ):
         super().__init__()
-        self.event_shape = None if event_shape is None else as_shape(event_shape, "event_shape")
-        self.event_dim = event_dim if event_shape is None else len(self.event_shape)
+        self.event_shape = (
+            None
+            if event_shape is None
+            else as_shape(event_shape, "event_shape")
+        )
+        self.event_dim = (
+            event_dim if event_shape is None else len(self.event_shape)
+        )
         if context_dim < 0:
-            raise ValueError(f"context_dim: expected 0 or more, got {context_dim}")
+            raise ValueError(
+                f"context_dim: expected 0 or more, got {context_dim}"
+            )
         self.context_dim = context_dim
 
     @property
@@ -126,19 +150,29 @@ class Bijection(nn.Module):
     def forward(
         self,
         z: Tensor,  # Base points, shape `(*batch, *event)`
-        context: Tensor | None = None,  # Features, broadcast: `(*batch, context_dim)`
+        # Features, broadcast: `(*batch, context_dim)`
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # `x`, and log|det dx/dz| of shape `(*batch,)`
         """Map base points to data."""
-        return self._forward(*self._check("z", z, context, self.event_shape, self.event_dim))
+        return self._forward(
+            *self._check("z", z, context, self.event_shape, self.event_dim)
+        )
 
     def inverse(
         self,
         x: Tensor,  # Data points, shape `(*batch, *event)`
-        context: Tensor | None = None,  # Features, broadcast: `(*batch, context_dim)`
+        # Features, broadcast: `(*batch, context_dim)`
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # `z`, and log|det dz/dx| of shape `(*batch,)`
         """Map data to base points."""
-        shape = None if self.event_shape is None else self.event_shape_out(self.event_shape)
-        return self._inverse(*self._check("x", x, context, shape, self.event_dim_out))
+        shape = (
+            None
+            if self.event_shape is None
+            else self.event_shape_out(self.event_shape)
+        )
+        return self._inverse(
+            *self._check("x", x, context, shape, self.event_dim_out)
+        )
 
     def _check(self, name, value, context, event_shape, event_dim):
         check_event(name, value, self, event_shape, event_dim)
@@ -158,7 +192,8 @@ class Bijection(nn.Module):
 
     def as_transform(
         self,
-        context: Tensor | None = None,  # Fixed context, shape `(*batch, context_dim)`
+        # Fixed context, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
         cache_size: int = 0,  # 1 keeps the last pair and its log-determinant
     ) -> Transform:  # For `TransformedDistribution` of torch and Pyro
         """This bijection as a `torch.distributions` transform."""
@@ -166,7 +201,9 @@ class Bijection(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "any" if self.event_shape is None else self.event_shape
-        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        context = (
+            f", context_dim={self.context_dim}" if self.context_dim else ""
+        )
         return f"event_shape={shape}{context}"
 
 # %% ../nbs/01-change-of-variables.ipynb #bf12a87f
@@ -178,15 +215,21 @@ class Compose(Bijection):
         *bijections: Bijection,  # The one nearest the base first
     ):
         if not bijections:
-            raise ValueError("bijections: Compose expects at least one, got none")
+            raise ValueError(
+                "bijections: Compose expects at least one, got none"
+            )
         shape, known = None, None
         for i, f in enumerate(bijections):
             expects = f"bijections[{i}]: {type(f).__name__} expects events of"
             if i and f.event_dim != bijections[i - 1].event_dim_out:
                 came = bijections[i - 1].event_dim_out
-                raise ValueError(f"{expects} {f.event_dim} dimensions, got {came}")
+                raise ValueError(
+                    f"{expects} {f.event_dim} dimensions, got {came}"
+                )
             if known is not None and f.event_shape not in (None, shape):
-                raise ValueError(f"{expects} shape {f.event_shape}, got {shape}")
+                raise ValueError(
+                    f"{expects} shape {f.event_shape}, got {shape}"
+                )
             if known is None and f.event_shape is not None:
                 known, shape = i, f.event_shape
             shape = None if known is None else f.event_shape_out(shape)
@@ -195,7 +238,9 @@ class Compose(Bijection):
             first = f.event_shape_in(first)
         widths = {f.context_dim for f in bijections} - {0}
         if len(widths) > 1:
-            raise ValueError(f"bijections: expected one context_dim, got {sorted(widths)}")
+            raise ValueError(
+                f"bijections: expected one context_dim, got {sorted(widths)}"
+            )
         super().__init__(first, max(widths, default=0), bijections[0].event_dim)
         self.bijections = nn.ModuleList(bijections)
 
@@ -236,7 +281,8 @@ class Compose(Bijection):
             event_shape = f.event_shape_in(event_shape)
         return event_shape
 
-    # Shape and dtype were checked outside, and every part is made to fit the one before.
+    # Shape and dtype were checked outside, and every part is made to fit the
+    # one before.
     def _forward(self, z, context):
         total = 0.0
         for f in self.bijections:
@@ -308,11 +354,14 @@ def draw(
     sampler,  # `torch.randn` or `torch.rand`
     shape: tuple[int, ...],  # Shape to draw
     like: Tensor,  # The result has this tensor's dtype and device
-    generator: torch.Generator | None = None,  # Source of randomness; None takes torch's global one
+    # Source of randomness; None takes torch's global one
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # Random numbers on the device of `like`
     """Draw on the generator's device, so that one seed gives one sample on every machine."""
     device = like.device if generator is None else generator.device
-    return sampler(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    return sampler(
+        shape, generator=generator, dtype=like.dtype, device=device
+    ).to(like.device)
 
 # %% ../nbs/01-change-of-variables.ipynb #f31074b1
 class Base(nn.Module):
@@ -321,7 +370,8 @@ class Base(nn.Module):
     A subclass writes `_log_prob`, `noise` and `from_noise`.
     """
 
-    has_rsample = True  # whether `from_noise` carries gradients to every parameter
+    # whether `from_noise` carries gradients to every parameter
+    has_rsample = True
 
     def __init__(
         self,
@@ -351,7 +401,9 @@ class Base(nn.Module):
         """Draw points that carry gradients to the parameters."""
         if not self.has_rsample:
             who = type(self).__name__
-            raise ValueError(f"base: {who} has no reparametrised sample; use sample()")
+            raise ValueError(
+                f"base: {who} has no reparametrised sample; use sample()"
+            )
         return self.from_noise(self.noise(shape, generator))
 
     @torch.no_grad()
@@ -367,11 +419,11 @@ class Base(nn.Module):
         self,
         shape: tuple[int, ...] = (),  # Sample shape
         generator: torch.Generator | None = None,  # Source of randomness
-    ) -> (
-        Tensor | tuple[Tensor, ...]
-    ):  # What `from_noise` takes, each tensor of shape `(*shape, ...)`
+    ) -> Tensor | tuple[Tensor, ...]:  # For `from_noise`: `(*shape, ...)`
         """Draw what a sample is made of, free of parameters; by default standard normal numbers."""
-        return draw(torch.randn, (*shape, *self.event_shape), self.loc, generator)
+        return draw(
+            torch.randn, (*shape, *self.event_shape), self.loc, generator
+        )
 
     def from_noise(
         self,
@@ -402,7 +454,8 @@ class StandardNormal(Base):
         event_shape: int | tuple[int, ...],  # Shape of one point
     ):
         super().__init__(event_shape)
-        self.register_buffer("loc", torch.zeros(self.event_shape))  # fixes dtype and device
+        # fixes dtype and device
+        self.register_buffer("loc", torch.zeros(self.event_shape))
 
     def _log_prob(self, z):
         return self._sum(std_normal_log_prob(z))
@@ -415,7 +468,9 @@ def positive(
     """Refuse a scale that is not finite and above zero."""
     value = torch.as_tensor(value, dtype=torch.get_default_dtype())
     if not (value.isfinite() & (value > 0)).all():
-        raise ValueError(f"{name}: expected finite numbers above 0, got {value.tolist()}")
+        raise ValueError(
+            f"{name}: expected finite numbers above 0, got {value.tolist()}"
+        )
     return value
 
 # %% ../nbs/01-change-of-variables.ipynb #f408e875
@@ -444,11 +499,15 @@ class DiagonalGaussian(Base):
     @property
     def scale(self) -> Tensor:
         """Standard deviation of each coordinate."""
-        return F.softplus(self.raw_scale) + torch.finfo(self.raw_scale.dtype).tiny
+        return (
+            F.softplus(self.raw_scale) + torch.finfo(self.raw_scale.dtype).tiny
+        )
 
     def _log_prob(self, z):
         scale = self.scale
-        return self._sum(std_normal_log_prob((z - self.loc) / scale) - scale.log())
+        return self._sum(
+            std_normal_log_prob((z - self.loc) / scale) - scale.log()
+        )
 
     def from_noise(self, noise):
         """Stretch and shift standard normal numbers."""
@@ -463,30 +522,42 @@ class GaussianMixture(Base):
     def __init__(
         self,
         loc: Tensor,  # Means at the start, shape `(components, *event)`
-        scale: float | Tensor = 1.0,  # Standard deviations at the start, broadcast to `loc`
-        weights: Tensor | None = None,  # At the start, `(components,)`, positive; None: equal
+        # Standard deviations at the start, broadcast to `loc`
+        scale: float | Tensor = 1.0,
+        # At the start, `(components,)`, positive; None: equal
+        weights: Tensor | None = None,
     ):
         loc = torch.as_tensor(loc)
         if loc.dim() < 2 or len(loc) == 0:
-            raise ValueError(f"loc: expected shape (components, *event), got {tuple(loc.shape)}")
+            raise ValueError(
+                f"loc: expected shape (components, *event), got {tuple(loc.shape)}"
+            )
         super().__init__(tuple(loc.shape[1:]))
         self.loc = nn.Parameter(loc.to(torch.get_default_dtype()).clone())
         raw = softplus_inverse(positive("scale", scale))
         self.raw_scale = nn.Parameter(raw.expand(loc.shape).clone())
-        weights = positive("weights", torch.ones(len(loc)) if weights is None else weights)
+        weights = positive(
+            "weights", torch.ones(len(loc)) if weights is None else weights
+        )
         if weights.shape != loc.shape[:1]:
-            raise ValueError(f"weights: expected shape ({len(loc)},), got {tuple(weights.shape)}")
+            raise ValueError(
+                f"weights: expected shape ({len(loc)},), got {tuple(weights.shape)}"
+            )
         self.logits = nn.Parameter(weights.log())
 
     @property
     def scale(self) -> Tensor:
         """Standard deviation of each coordinate of each component."""
-        return F.softplus(self.raw_scale) + torch.finfo(self.raw_scale.dtype).tiny
+        return (
+            F.softplus(self.raw_scale) + torch.finfo(self.raw_scale.dtype).tiny
+        )
 
     def _log_prob(self, z):
         scale = self.scale
         z = z.unsqueeze(z.dim() - len(self.event_shape))
-        each = self._sum(std_normal_log_prob((z - self.loc) / scale) - scale.log())
+        each = self._sum(
+            std_normal_log_prob((z - self.loc) / scale) - scale.log()
+        )
         return torch.logsumexp(each + self.logits.log_softmax(0), -1)
 
     def noise(self, shape=(), generator=None):
@@ -497,7 +568,8 @@ class GaussianMixture(Base):
     def from_noise(self, noise):
         """Choose a component, then stretch and shift."""
         u, normal = noise
-        edges = self.logits.softmax(0).cumsum(0)[:-1]  # the last edge is 1 but for rounding
+        # the last edge is 1 but for rounding
+        edges = self.logits.softmax(0).cumsum(0)[:-1]
         k = torch.bucketize(u, edges, right=True)
         return self.loc[k] + self.scale[k] * normal
 
@@ -512,9 +584,14 @@ class Uniform(Base):
         high: float | Tensor = 1.0,  # Upper corner, above `low`
     ):
         super().__init__(event_shape)
-        low, high = (torch.as_tensor(v, dtype=torch.get_default_dtype()) for v in (low, high))
+        low, high = (
+            torch.as_tensor(v, dtype=torch.get_default_dtype())
+            for v in (low, high)
+        )
         if not (low < high).all():
-            raise ValueError(f"high: expected above low = {low.tolist()}, got {high.tolist()}")
+            raise ValueError(
+                f"high: expected above low = {low.tolist()}, got {high.tolist()}"
+            )
         self.register_buffer("low", low.expand(self.event_shape).clone())
         self.register_buffer("high", high.expand(self.event_shape).clone())
 
@@ -531,7 +608,9 @@ class Uniform(Base):
 
     def noise(self, shape=(), generator=None):
         """Uniform numbers in the unit cube."""
-        return draw(torch.rand, (*shape, *self.event_shape), self.low, generator)
+        return draw(
+            torch.rand, (*shape, *self.event_shape), self.low, generator
+        )
 
     def from_noise(self, noise):
         """Stretch the unit cube over the box."""
@@ -543,7 +622,8 @@ class TorchBase(Base):
 
     def __init__(
         self,
-        distribution: Distribution,  # Batch shape `()`; wrap several coordinates in `Independent`
+        # Batch shape `()`; wrap several coordinates in `Independent`
+        distribution: Distribution,
     ):
         if distribution.batch_shape != torch.Size():
             raise ValueError(
@@ -551,7 +631,9 @@ class TorchBase(Base):
                 "wrap it in torch.distributions.Independent, so that an event is one point"
             )
         if not distribution.event_shape:
-            raise ValueError("base: expected events of at least one dimension, got shape ()")
+            raise ValueError(
+                "base: expected events of at least one dimension, got shape ()"
+            )
         super().__init__(tuple(distribution.event_shape))
         self._template = self._take(distribution, "")
 
@@ -565,7 +647,9 @@ class TorchBase(Base):
             elif isinstance(value, Tensor):
                 self.register_buffer(name, value.detach().clone())
                 shell.__dict__[key] = None
-            elif not isinstance(value, (bool, int, float, str, torch.Size, tuple, type(None))):
+            elif not isinstance(
+                value, (bool, int, float, str, torch.Size, tuple, type(None))
+            ):
                 raise ValueError(
                     f"base: {type(distribution).__name__}.{key} is a {type(value).__name__}, which "
                     "cannot move with the flow; put transforms into the bijection"
@@ -599,8 +683,11 @@ class TorchBase(Base):
         sampler = self.distribution.sample
         if generator is None:
             return sampler(torch.Size(shape))
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
-        # torch's distributions know only the global generator, which a seed sets on every device
+        seed = torch.randint(
+            2**62, (), generator=generator, device=generator.device
+        ).item()
+        # torch's distributions know only the global generator, which a seed
+        # sets on every device
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             return sampler(torch.Size(shape))
@@ -609,7 +696,7 @@ class TorchBase(Base):
 def _lies_in(
     support: constraints.Constraint,  # Where points are
     domain: constraints.Constraint,  # Where they are wanted
-) -> bool:  # Whether the support is in the domain; the ends of intervals do not matter
+) -> bool:  # Whether the support is in the domain, but for ends of intervals
     """Compare the kinds and bounds of two constraints; no point is drawn."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
@@ -622,9 +709,15 @@ def _lies_in(
     ends = [
         getattr(constraint, name, missing)
         for constraint in (support, domain)
-        for name, missing in (("lower_bound", -math.inf), ("upper_bound", math.inf))
+        for name, missing in (
+            ("lower_bound", -math.inf),
+            ("upper_bound", math.inf),
+        )
     ]
-    ends = [e if isinstance(e, Tensor) else torch.tensor(e, device="cpu") for e in ends]
+    ends = [
+        e if isinstance(e, Tensor) else torch.tensor(e, device="cpu")
+        for e in ends
+    ]
     if any(e.is_meta for e in ends):
         return True  # tensors on the meta device have no values to compare
     low, high, least, most = (e.detach().cpu() for e in ends)
@@ -642,13 +735,17 @@ class Flow(nn.Module):
         super().__init__()
         if base is None:
             if bijection.event_shape is None:
-                raise ValueError("base: expected one, since the bijection takes any event shape")
+                raise ValueError(
+                    "base: expected one, since the bijection takes any event shape"
+                )
             base = StandardNormal(bijection.event_shape)
         if isinstance(base, Distribution):
             base = TorchBase(base)
         if not isinstance(base, Base):
             came = type(base).__name__
-            raise ValueError(f"base: expected a Base or a torch distribution, got {came}")
+            raise ValueError(
+                f"base: expected a Base or a torch distribution, got {came}"
+            )
         if bijection.event_shape not in (None, base.event_shape):
             raise ValueError(
                 f"base: expected event shape {bijection.event_shape}, got {base.event_shape}"
@@ -673,7 +770,8 @@ class Flow(nn.Module):
 
     def forward(
         self,
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
     ) -> "FlowDistribution":  # Batch shape: the context's
         """The distribution of the data given the context; also `flow(context)`."""
         return FlowDistribution(self, context)
@@ -683,7 +781,8 @@ class Flow(nn.Module):
     def log_prob(
         self,
         x: Tensor,  # Data points, shape `(*batch, *event)`
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
     ) -> Tensor:  # Log-density in nats, shape `(*batch,)`
         """Log-density of data points: one inverse pass."""
         z, ladj = self.bijection.inverse(x, context)
@@ -692,8 +791,10 @@ class Flow(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        shape: int | tuple[int, ...] = (),  # Sample shape; an int draws that many
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
+        # Sample shape; an int draws that many
+        shape: int | tuple[int, ...] = (),
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
         generator: torch.Generator | None = None,  # Source of randomness
     ) -> Tensor:  # Data points, shape `(*shape, *batch, *event)`
         """Draw data points: one forward pass."""
@@ -702,11 +803,14 @@ class Flow(nn.Module):
 
     def rsample_and_log_prob(
         self,
-        shape: int | tuple[int, ...] = (),  # Sample shape; an int draws that many
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
+        # Sample shape; an int draws that many
+        shape: int | tuple[int, ...] = (),
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
         generator: torch.Generator | None = None,  # Source of randomness
-        noise: Tensor | tuple[Tensor, ...] | None = None,  # From `base.noise`, in place of drawing
-    ) -> tuple[Tensor, Tensor]:  # Data points with gradients, and their log-density in nats
+        # From `base.noise`, in place of drawing
+        noise: Tensor | tuple[Tensor, ...] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # Points, their log-density in nats
         """Draw data points and their log-density together: one forward pass."""
         if noise is None:
             z = self.base.rsample(self._shape(shape, context), generator)
@@ -728,15 +832,24 @@ class FlowDistribution(TorchDistribution):
     def __init__(
         self,
         flow: Flow,  # Bijection and base
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
-        batch_shape: torch.Size | None = None,  # None: the context's batch shape
-        validate_args: bool | None = None,  # Check the support; None: torch's default
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
+        # None: the context's batch shape
+        batch_shape: torch.Size | None = None,
+        # Check the support; None: torch's default
+        validate_args: bool | None = None,
     ):
         check_context(context, flow, flow.context_dim)
         if batch_shape is None:
-            batch_shape = torch.Size() if context is None else context.shape[:-1]
+            batch_shape = (
+                torch.Size() if context is None else context.shape[:-1]
+            )
         self.flow, self.context = flow, context
-        super().__init__(batch_shape, torch.Size(flow.event_shape), validate_args=validate_args)
+        super().__init__(
+            batch_shape,
+            torch.Size(flow.event_shape),
+            validate_args=validate_args,
+        )
 
     @property
     def has_rsample(self) -> bool:
@@ -760,7 +873,9 @@ class FlowDistribution(TorchDistribution):
         """Log-density in nats, shape `(*sample, *batch)`; one inverse pass."""
         if self._validate_args:
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        shape = torch.broadcast_shapes(
+            value.shape, self.batch_shape + self.event_shape
+        )
         return self.flow.log_prob(value.expand(shape), self.context)
 
     def rsample(self, sample_shape=torch.Size()):
@@ -789,7 +904,8 @@ class BijectionTransform(Transform):
     def __init__(
         self,
         bijection: Bijection,  # The map
-        context: Tensor | None = None,  # Fixed context, shape `(*batch, context_dim)`
+        # Fixed context, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
         cache_size: int = 0,  # 1 keeps the last pair and its log-determinant
     ):
         super().__init__(cache_size=cache_size)
@@ -834,13 +950,19 @@ class BijectionTransform(Transform):
 
     def forward_shape(self, shape):
         """Shape after `forward`, the context's batch shape included."""
-        return self._shape(shape, self.bijection.event_dim, self.bijection.event_shape_out)
+        return self._shape(
+            shape, self.bijection.event_dim, self.bijection.event_shape_out
+        )
 
     def inverse_shape(self, shape):
         """Shape after `inverse`, the context's batch shape included."""
-        return self._shape(shape, self.bijection.event_dim_out, self.bijection.event_shape_in)
+        return self._shape(
+            shape, self.bijection.event_dim_out, self.bijection.event_shape_in
+        )
 
     def _shape(self, shape, event_dim, event_shape):
         cut = len(shape) - event_dim
         batch = () if self.context is None else self.context.shape[:-1]
-        return torch.broadcast_shapes(shape[:cut], batch) + torch.Size(event_shape(shape[cut:]))
+        return torch.broadcast_shapes(shape[:cut], batch) + torch.Size(
+            event_shape(shape[cut:])
+        )

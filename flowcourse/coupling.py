@@ -39,7 +39,9 @@ def random_half(
 ) -> Tensor:  # Boolean, of the event's shape; true passes through
     """A mask that passes a random half through; of an odd number, the smaller half."""
     shape = as_shape(event_shape, "event_shape")
-    order = torch.randperm(math.prod(shape), generator=generator, device=generator.device)
+    order = torch.randperm(
+        math.prod(shape), generator=generator, device=generator.device
+    )
     return (order < len(order) // 2).reshape(shape).cpu()
 
 # %% ../nbs/06-coupling.ipynb #d72b9e5a
@@ -64,7 +66,9 @@ def _image_shape(event_shape):
     "Three sizes, or an error."
     shape = as_shape(event_shape, "event_shape")
     if len(shape) != 3:
-        raise ValueError(f"event_shape: expected (channels, height, width), got {shape}")
+        raise ValueError(
+            f"event_shape: expected (channels, height, width), got {shape}"
+        )
     return shape
 
 # %% ../nbs/06-coupling.ipynb #5a907572
@@ -93,20 +97,32 @@ def _start_at_zero(layer):
 def residual(
     n_in: int,  # Number of input features
     n_out: int,  # Number of outputs
-    hidden: tuple[int, ...] = (64, 64),  # Inner width of each block; the first is the stem's too
-    activation: type[nn.Module] = nn.SiLU,  # Smooth, so that the flow has second derivatives
-    dropout: float = 0.0,  # Chance that a hidden unit is left out of a training step
+    # Inner width of each block; the first is the stem's too
+    hidden: tuple[int, ...] = (64, 64),
+    # Smooth, so that the flow has second derivatives
+    activation: type[nn.Module] = nn.SiLU,
+    # Chance that a hidden unit is left out of a training step
+    dropout: float = 0.0,
     layer=nn.Linear,  # Or `convolution`, the next cell, for images
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner of residual blocks, which can be deep."""
     width, *_ = as_shape(hidden, "hidden")
     drop = [nn.Dropout(dropout)] if dropout else []
     blocks = [
-        Skip(activation(), layer(width, inner), activation(), *drop, layer(inner, width))
+        Skip(
+            activation(),
+            layer(width, inner),
+            activation(),
+            *drop,
+            layer(inner, width),
+        )
         for inner in as_shape(hidden, "hidden")
     ]
     return nn.Sequential(
-        layer(n_in, width), *blocks, activation(), _start_at_zero(layer(width, n_out))
+        layer(n_in, width),
+        *blocks,
+        activation(),
+        _start_at_zero(layer(width, n_out)),
     )
 
 # %% ../nbs/06-coupling.ipynb #c89a9e17
@@ -123,8 +139,10 @@ def convnet(
     n_in: int,  # Number of input channels
     n_out: int,  # Number of output channels
     hidden: tuple[int, ...] = (64, 64),  # Channels of the hidden layers
-    activation: type[nn.Module] = nn.SiLU,  # Smooth, so that the flow has second derivatives
-    dropout: float = 0.0,  # Chance that a hidden unit is left out of a training step
+    # Smooth, so that the flow has second derivatives
+    activation: type[nn.Module] = nn.SiLU,
+    # Chance that a hidden unit is left out of a training step
+    dropout: float = 0.0,
     kernel: int = 3,  # Height and width of each layer's window, odd
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner for images, which sees `kernel // 2` pixels further with every layer."""
@@ -133,7 +151,9 @@ def convnet(
     for a, b in zip(widths, widths[1:]):
         drop = [nn.Dropout(dropout)] if dropout else []
         layers += [convolution(a, b, kernel), activation(), *drop]
-    return nn.Sequential(*layers, _start_at_zero(convolution(widths[-1], n_out, kernel)))
+    return nn.Sequential(
+        *layers, _start_at_zero(convolution(widths[-1], n_out, kernel))
+    )
 
 # %% ../nbs/06-coupling.ipynb #6243e635
 def _layout(first):
@@ -148,8 +168,13 @@ def _layout(first):
 def _check_scalar_map(scalar_map):
     "Refuse what a coupling cannot use."
     if not getattr(scalar_map, "n_params", 0):
-        raise ValueError(f"scalar_map: expected one with parameters, got {scalar_map}")
-    ends = [getattr(scalar_map, end, constraints.real) for end in ("domain", "codomain")]
+        raise ValueError(
+            f"scalar_map: expected one with parameters, got {scalar_map}"
+        )
+    ends = [
+        getattr(scalar_map, end, constraints.real)
+        for end in ("domain", "codomain")
+    ]
     if any(not isinstance(end, type(constraints.real)) for end in ends):
         raise ValueError(
             "scalar_map: a coupling moves points of the whole line to the whole line, but "
@@ -163,12 +188,20 @@ class Coupling(Bijection):
     def __init__(
         self,
         mask: Tensor,  # Boolean, of the event's shape; true passes through
-        scalar_map=AffineMap(),  # Moves one entry: any map of the line onto itself
-        conditioner=None,  # Makes a network from numbers of inputs and outputs; None: mlp or convnet
+        # Moves one entry: any map of the line onto itself
+        scalar_map=AffineMap(),
+        # Makes a network from numbers of inputs and outputs; None: mlp or
+        # convnet
+        conditioner=None,
         context_dim: int = 0,  # Number of context features
     ):
         mask = torch.as_tensor(mask)
-        if mask.dtype != torch.bool or not mask.dim() or mask.all() or not mask.any():
+        if (
+            mask.dtype != torch.bool
+            or not mask.dim()
+            or mask.all()
+            or not mask.any()
+        ):
             raise ValueError(
                 "mask: expected booleans with at least one true and one false entry, "
                 f"got {mask.tolist()}"
@@ -182,11 +215,16 @@ class Coupling(Bijection):
                 f"conditioner: there is none for events of shape {self.event_shape}, give one"
             )
         self.axes = tuple(range(-self.event_dim, 0))  # of an event
-        self.register_buffer("mask", mask.clone())  # a checkpoint restores the partition
+        # a checkpoint restores the partition
+        self.register_buffer("mask", mask.clone())
         self._read_mask()
         self.scalar_map = scalar_map
-        n_in, self.n_out = (self.n_kept, self.n_moved) if self.by_line else [len(mask)] * 2
-        self.conditioner = conditioner(n_in + context_dim, self.n_out * scalar_map.n_params)
+        n_in, self.n_out = (
+            (self.n_kept, self.n_moved) if self.by_line else [len(mask)] * 2
+        )
+        self.conditioner = conditioner(
+            n_in + context_dim, self.n_out * scalar_map.n_params
+        )
 
     @property
     def forward_cost(self) -> str:
@@ -200,15 +238,22 @@ class Coupling(Bijection):
 
     def _read_mask(self):
         "Find the cheapest way to cut: whole lines of the first axis if the mask does not split any."
-        lines = (self.mask.flatten(1) if self.event_dim > 1 else self.mask[:, None]).cpu()
+        lines = (
+            self.mask.flatten(1) if self.event_dim > 1 else self.mask[:, None]
+        ).cpu()
         self.by_line = bool((lines.all(1) == lines.any(1)).all())
         line = lines[:, 0]
         self.n_kept, self.n_moved = int(line.sum()), int((~line).sum())
-        self.kept_first = not self.by_line or bool(line[0])  # of the two parts of an event
+        # of the two parts of an event
+        self.kept_first = not self.by_line or bool(line[0])
         first = line if line[0] else ~line
         self.layout, self.n_first = _layout(first), int(first.sum())
         self.partition = tuple(first.tolist()) if self.by_line else None
-        order = torch.cat([first.nonzero(), (~first).nonzero()]).squeeze(-1).to(self.mask.device)
+        order = (
+            torch.cat([first.nonzero(), (~first).nonzero()])
+            .squeeze(-1)
+            .to(self.mask.device)
+        )
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("restore", order.argsort(), persistent=False)
 
@@ -223,7 +268,11 @@ class Coupling(Bijection):
             return torch.where(self.mask, point, 0.0), point
         if self.layout == "turns":
             return point.unflatten(axis, (-1, 2)).unbind(axis)
-        point = point.index_select(axis, self.order) if self.layout == "mixed" else point
+        point = (
+            point.index_select(axis, self.order)
+            if self.layout == "mixed"
+            else point
+        )
         return point.tensor_split((self.n_first,), axis)
 
     def _join(self, first, rest):
@@ -234,26 +283,44 @@ class Coupling(Bijection):
         if self.layout == "turns":
             return torch.stack([first, rest], axis).flatten(axis - 1, axis)
         point = torch.cat([first, rest], axis)
-        return point.index_select(axis, self.restore) if self.layout == "mixed" else point
+        return (
+            point.index_select(axis, self.restore)
+            if self.layout == "mixed"
+            else point
+        )
 
     def _theta(self, kept, context):
         "Raw parameters of what moves, along a new last axis."
         axis, n_params = -self.event_dim, self.scalar_map.n_params
         if context is not None:
             planes = context[(..., *[None] * (self.event_dim - 1))]
-            planes = planes.expand(*kept.shape[:axis], -1, *kept.shape[axis:][1:])
+            planes = planes.expand(
+                *kept.shape[:axis], -1, *kept.shape[axis:][1:]
+            )
             kept = torch.cat([kept, planes], axis)
         if self.event_dim == 1:
-            return self.conditioner(kept).to(kept.dtype).unflatten(-1, (self.n_out, n_params))
+            return (
+                self.conditioner(kept)
+                .to(kept.dtype)
+                .unflatten(-1, (self.n_out, n_params))
+            )
         batch = kept.shape[:axis]  # convolutions take one batch dimension
-        theta = self.conditioner(kept.reshape(math.prod(batch), *kept.shape[axis:]))
+        theta = self.conditioner(
+            kept.reshape(math.prod(batch), *kept.shape[axis:])
+        )
         theta = theta.to(kept.dtype)  # autocast makes it half precision
-        return theta.reshape(*batch, self.n_out, n_params, *theta.shape[2:]).movedim(axis, -1)
+        return theta.reshape(
+            *batch, self.n_out, n_params, *theta.shape[2:]
+        ).movedim(axis, -1)
 
     def _move(self, direction, kept, moved, context):
         "The part that moves, afterwards, and its log-slopes."
-        moved, log_slope = getattr(self.scalar_map, direction)(moved, self._theta(kept, context))
-        return moved, log_slope if self.by_line else torch.where(self.mask, 0.0, log_slope)
+        moved, log_slope = getattr(self.scalar_map, direction)(
+            moved, self._theta(kept, context)
+        )
+        return moved, log_slope if self.by_line else torch.where(
+            self.mask, 0.0, log_slope
+        )
 
     def _forward(self, z, context):
         return _through([self], "forward", z, context)
@@ -264,16 +331,22 @@ class Coupling(Bijection):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kept={int(self.mask.sum())}, scalar_map={self.scalar_map}"
 
+
 def _through(couplings, direction, point, context):
     "Couplings that cut alike: the two parts move in turn, and are put together at the end."
     parts, log_slopes = [*couplings[0]._cut(point)], [None, None]
     for f in couplings:
         kept, moved = (0, 1) if f.kept_first else (1, 0)
-        parts[moved], more = f._move(direction, parts[kept], parts[moved], context)
-        log_slopes[moved] = more if log_slopes[moved] is None else log_slopes[moved] + more
-    ladj = sum(each.sum(couplings[0].axes) for each in log_slopes if each is not None)
+        parts[moved], more = f._move(
+            direction, parts[kept], parts[moved], context
+        )
+        log_slopes[moved] = (
+            more if log_slopes[moved] is None else log_slopes[moved] + more
+        )
+    ladj = sum(
+        each.sum(couplings[0].axes) for each in log_slopes if each is not None
+    )
     return couplings[0]._join(*parts), ladj
-
 
 # %% ../nbs/06-coupling.ipynb #673b35a3
 class Couplings(Compose):
@@ -281,25 +354,38 @@ class Couplings(Compose):
 
     def __init__(
         self,
-        dim: int | tuple[int, ...],  # Size of the event, at least 2; or an image's shape
-        scalar_map=AffineMap(),  # Moves one entry: any map of the line onto itself
+        # Size of the event, at least 2; or an image's shape
+        dim: int | tuple[int, ...],
+        # Moves one entry: any map of the line onto itself
+        scalar_map=AffineMap(),
         layers: int = 8,  # Number of couplings
-        hidden: tuple[int, ...] = (64, 64),  # Widths of each conditioner's hidden layers
+        # Widths of each conditioner's hidden layers
+        hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
-        partition=alternating,  # Makes a mask from dim, anew for every second layer
-        conditioner=None,  # mlp, residual, convnet or the like; None: mlp or convnet
-        dropout: float = 0.0,  # In the conditioners, while training; call eval() afterwards
+        # Makes a mask from dim, anew for every second layer
+        partition=alternating,
+        # mlp, residual, convnet or the like; None: mlp or convnet
+        conditioner=None,
+        # In the conditioners, while training; call eval() afterwards
+        dropout: float = 0.0,
     ):
         shape = (dim,) if isinstance(dim, int) else tuple(dim)
         if math.prod(shape) < 2:
-            raise ValueError(f"dim: a coupling needs at least 2 coordinates, got {dim}")
+            raise ValueError(
+                f"dim: a coupling needs at least 2 coordinates, got {dim}"
+            )
         as_shape(layers, "layers")
         network = conditioner or (mlp if len(shape) == 1 else convnet)
         network = partial(network, hidden=hidden, dropout=dropout)
         masks = []
         for i in range(layers):
             masks.append(partition(dim) if i % 2 == 0 else ~masks[-1])
-        super().__init__(*(Coupling(mask, scalar_map, network, context_dim) for mask in masks))
+        super().__init__(
+            *(
+                Coupling(mask, scalar_map, network, context_dim)
+                for mask in masks
+            )
+        )
 
     def _run(self, direction, layers, point, context):
         groups = []  # of layers that cut alike
@@ -326,14 +412,20 @@ class RealNVP(Couplings):
 
     def __init__(
         self,
-        dim: int | tuple[int, ...],  # Size of the event, at least 2; or an image's shape
+        # Size of the event, at least 2; or an image's shape
+        dim: int | tuple[int, ...],
         layers: int = 8,  # Number of couplings
-        hidden: tuple[int, ...] = (64, 64),  # Widths of each conditioner's hidden layers
+        # Widths of each conditioner's hidden layers
+        hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
-        bound: float | None = 3.0,  # Largest size of one layer's log-scale; None for no bound
-        partition=alternating,  # Makes a mask from dim, anew for every second layer
-        dropout: float = 0.0,  # In the conditioners, while training; call eval() afterwards
-        conditioner=None,  # mlp, residual, convnet or the like; None: mlp or convnet
+        # Largest size of one layer's log-scale; None for no bound
+        bound: float | None = 3.0,
+        # Makes a mask from dim, anew for every second layer
+        partition=alternating,
+        # In the conditioners, while training; call eval() afterwards
+        dropout: float = 0.0,
+        # mlp, residual, convnet or the like; None: mlp or convnet
+        conditioner=None,
     ):
         options = hidden, context_dim, partition, conditioner, dropout
         super().__init__(dim, AffineMap(bound), layers, *options)
@@ -346,10 +438,13 @@ class NICE(Compose):
         self,
         dim: int,  # Size of the event, at least 2
         layers: int = 4,  # Number of couplings
-        hidden: tuple[int, ...] = (64, 64),  # Widths of each conditioner's hidden layers
+        # Widths of each conditioner's hidden layers
+        hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
-        partition=alternating,  # Makes a mask from dim, anew for every second layer
-        dropout: float = 0.0,  # In the conditioners, while training; call eval() afterwards
+        # Makes a mask from dim, anew for every second layer
+        partition=alternating,
+        # In the conditioners, while training; call eval() afterwards
+        dropout: float = 0.0,
         conditioner=None,  # mlp, residual or the like; None: mlp
     ):
         options = hidden, context_dim, partition, conditioner, dropout

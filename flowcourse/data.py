@@ -31,7 +31,9 @@ class Table(dict):
     """A dictionary that answers an unknown name with the names it knows."""
 
     def __missing__(self, name):
-        raise ValueError(f"name: expected one of {', '.join(map(repr, self))}, got {name!r}")
+        raise ValueError(
+            f"name: expected one of {', '.join(map(repr, self))}, got {name!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Record:
 
     name: str  # What `load` takes
     about: str  # What one row is, and in which units
-    shapes: dict  # For each split, the shape of `x`; `load` takes the first split by default
+    # For each split, the shape of `x`; `load` takes the first split by default
+    shapes: dict
     source: str  # Where the numbers are from
     licence: str  # Terms of use
     citation: str  # What to cite
@@ -49,7 +52,11 @@ class Record:
 
     def path(self, split):
         """The packaged file of one split."""
-        return resources.files("flowcourse") / "files" / f"{self.name}-{split}.npz.xz"
+        return (
+            resources.files("flowcourse")
+            / "files"
+            / f"{self.name}-{split}.npz.xz"
+        )
 
 # %% ../nbs/90-data.ipynb #37c03291
 _DIGITS = dict(
@@ -89,7 +96,9 @@ _records = (
         source="UCI, doi:10.24432/C50P49 (the test part), as in scikit-learn",
         licence="CC BY 4.0",
         citation="Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits",
-        sha256={"all": "2c5f44b4e481e0e1e2b991cd70b481a63add71a463f2e1efc87cae6738995916"},
+        sha256={
+            "all": "2c5f44b4e481e0e1e2b991cd70b481a63add71a463f2e1efc87cae6738995916"
+        },
     ),
     Record(
         name="old-faithful",
@@ -98,7 +107,9 @@ _records = (
         source="`faithful` in R",
         licence="Facts, not under copyright",
         citation="Azzalini and Bowman 1990, Applied Statistics 39, 357-365",
-        sha256={"all": "3f4d20f03f6483055828fdf034b109b45e816b2ebe704811fd623f3a49ff925f"},
+        sha256={
+            "all": "3f4d20f03f6483055828fdf034b109b45e816b2ebe704811fd623f3a49ff925f"
+        },
         columns=("duration of the eruption", "waiting time to the next"),
     ),
     Record(
@@ -108,8 +119,14 @@ _records = (
         source="UCI, doi:10.24432/C5DW2B, as in scikit-learn",
         licence="CC BY 4.0",
         citation="Wolberg, Mangasarian, Street and Street 1993, Breast Cancer Wisconsin (Diagnostic)",
-        sha256={"all": "6be3097ffb4ee28d4c73504f96570ea8fa9a8b34876788be49b1944ddf942a2b"},
-        columns=tuple(f"{kind} {cell}" for kind in ("mean", "error", "worst") for cell in _CELL),
+        sha256={
+            "all": "6be3097ffb4ee28d4c73504f96570ea8fa9a8b34876788be49b1944ddf942a2b"
+        },
+        columns=tuple(
+            f"{kind} {cell}"
+            for kind in ("mean", "error", "worst")
+            for cell in _CELL
+        ),
     ),
 )
 datasets = Table({record.name: record for record in _records})
@@ -126,19 +143,24 @@ def unpack(
     packed: bytes,  # Contents of a packaged file: an .npz inside xz
 ) -> dict:  # Arrays by name
     """Unpack the arrays of a packaged file."""
-    with np.load(io.BytesIO(lzma.decompress(packed)), allow_pickle=False) as arrays:
+    with np.load(
+        io.BytesIO(lzma.decompress(packed)), allow_pickle=False
+    ) as arrays:
         return dict(arrays)
 
 
 def load(
     name: str,  # A name in `datasets`
-    split: str | None = None,  # "train" or "test" for MNIST; the others have only "all"
+    # "train" or "test" for MNIST; the others have only "all"
+    split: str | None = None,
 ) -> Data:  # Images as uint8, tables in torch's default dtype
     """Load a packaged data set, after a check of its checksum."""
     record = datasets[name]
     split = next(iter(record.shapes)) if split is None else split
     if split not in record.shapes:
-        raise ValueError(f"split: {name!r} has {', '.join(record.shapes)}, got {split!r}")
+        raise ValueError(
+            f"split: {name!r} has {', '.join(record.shapes)}, got {split!r}"
+        )
     packed = record.path(split).read_bytes()
     found = hashlib.sha256(packed).hexdigest()
     if found != record.sha256[split]:
@@ -148,7 +170,9 @@ def load(
         )
     arrays = unpack(packed)
     if "bits" in arrays:
-        x = np.unpackbits(arrays["bits"], axis=-1, count=record.shapes[split][-1])
+        x = np.unpackbits(
+            arrays["bits"], axis=-1, count=record.shapes[split][-1]
+        )
     else:
         x = arrays["x"]
     x = torch.from_numpy(x)
@@ -165,7 +189,8 @@ MNIST_FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
-# Of the compressed file as the mirrors serve it, and of the contents, which outlive a new gzip.
+# Of the compressed file as the mirrors serve it, and of the contents, which
+# outlive a new gzip.
 MNIST_SHA256 = {
     "train-images-idx3-ubyte.gz": (
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -194,10 +219,15 @@ def read_idx(
     try:
         content = gzip.decompress(path.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RuntimeError(f"{path}: not a whole gzip file ({error})") from error
+        raise RuntimeError(
+            f"{path}: not a whole gzip file ({error})"
+        ) from error
     if hashlib.sha256(content).hexdigest() != MNIST_SHA256[path.name][1]:
-        raise RuntimeError(f"{path}: the contents are not those of MNIST's {path.name}")
-    ndim = content[3]  # The header: two zeros, a code for uint8, the number of sizes, the sizes
+        raise RuntimeError(
+            f"{path}: the contents are not those of MNIST's {path.name}"
+        )
+    # The header: two zeros, a code for uint8, the number of sizes, the sizes
+    ndim = content[3]
     shape = np.frombuffer(content, ">i4", count=ndim, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
@@ -207,7 +237,11 @@ def _find_mnist(name):
     import pooch
 
     given = os.environ.get("FLOWCOURSE_DATA")
-    cache = Path(given) / "mnist" if given else pooch.os_cache("flowcourse") / "mnist"
+    cache = (
+        Path(given) / "mnist"
+        if given
+        else pooch.os_cache("flowcourse") / "mnist"
+    )
     for folder in [cache, Path(given)] if given else [cache]:
         if (folder / name).is_file():
             return folder / name
@@ -215,10 +249,17 @@ def _find_mnist(name):
     for mirror in MNIST_MIRRORS:
         try:
             found = pooch.retrieve(
-                mirror + name, "sha256:" + MNIST_SHA256[name][0], name, cache, progressbar=True
+                mirror + name,
+                "sha256:" + MNIST_SHA256[name][0],
+                name,
+                cache,
+                progressbar=True,
             )
             return Path(found)
-        except (OSError, ValueError) as error:  # Not reached, or reached and another checksum
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # Not reached, or reached and another checksum
             failures.append(f"  {mirror}{name}: {error}")
     raise RuntimeError(
         f"{name} of MNIST is not on this machine and could not be downloaded:\n"
@@ -236,7 +277,9 @@ def mnist_grey(
     """Load the original grey images of MNIST from `FLOWCOURSE_DATA`, a cache or a download."""
     if split not in MNIST_FILES:
         raise ValueError(f"split: expected train or test, got {split!r}")
-    images, labels = (read_idx(_find_mnist(name)).copy() for name in MNIST_FILES[split])
+    images, labels = (
+        read_idx(_find_mnist(name)).copy() for name in MNIST_FILES[split]
+    )
     return Data(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 # %% ../nbs/90-data.ipynb #a349c4b1
@@ -248,11 +291,16 @@ def dequantise(
     """Spread each count uniformly over its own cell, `(counts + u) / levels`."""
     if counts.numel() and not 0 <= counts.min() <= counts.max() < levels:
         low, high = counts.min().item(), counts.max().item()
-        raise ValueError(f"counts: expected 0 to {levels - 1}, got {low} to {high}")
+        raise ValueError(
+            f"counts: expected 0 to {levels - 1}, got {low} to {high}"
+        )
     dtype = torch.get_default_dtype()
     where = counts.device if generator is None else generator.device
-    noise = torch.rand(counts.shape, dtype=dtype, device=where, generator=generator)
-    # A hair less than one, or rounding would carry some counts over the edge of their cell.
+    noise = torch.rand(
+        counts.shape, dtype=dtype, device=where, generator=generator
+    )
+    # A hair less than one, or rounding would carry some counts over the edge of
+    # their cell.
     noise = noise.to(counts.device) * (1 - levels * torch.finfo(dtype).eps)
     return (counts + noise) / levels
 
@@ -260,24 +308,28 @@ def dequantise(
 def to_logit(
     p: Tensor,  # Numbers in [0, 1], shape `(*batch, d)`
     alpha: float = 0.01,  # Margin, in (0, 0.5)
-) -> tuple[Tensor, Tensor]:  # `x`, and log|det dx/dp| in nats, shape `(*batch,)`
+) -> tuple[Tensor, Tensor]:  # `x`, and log|det dx/dp|, `(*batch,)`
     """Map the unit cube to the whole space, `logit(alpha + (1 - 2 alpha) p)`."""
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha: expected a number in (0, 0.5), got {alpha}")
     q = alpha + (1 - 2 * alpha) * p
     log_q, log_rest = q.log(), (-q).log1p()
-    return log_q - log_rest, (math.log(1 - 2 * alpha) - log_q - log_rest).sum(-1)
+    return log_q - log_rest, (math.log(1 - 2 * alpha) - log_q - log_rest).sum(
+        -1
+    )
 
 
 def from_logit(
     x: Tensor,  # Any numbers, shape `(*batch, d)`
     alpha: float = 0.01,  # Margin, as given to `to_logit`
-) -> tuple[Tensor, Tensor]:  # `p`, and log|det dp/dx| in nats, shape `(*batch,)`
+) -> tuple[Tensor, Tensor]:  # `p`, and log|det dp/dx|, `(*batch,)`
     """Undo `to_logit`; `p` leaves [0, 1] by up to the margin where `x` is far out."""
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha: expected a number in (0, 0.5), got {alpha}")
     p = (x.sigmoid() - alpha) / (1 - 2 * alpha)
-    log_slope = torch.nn.functional.logsigmoid(x) + torch.nn.functional.logsigmoid(-x)
+    log_slope = torch.nn.functional.logsigmoid(
+        x
+    ) + torch.nn.functional.logsigmoid(-x)
     return p, (log_slope - math.log(1 - 2 * alpha)).sum(-1)
 
 # %% ../nbs/90-data.ipynb #a97132fb
@@ -292,13 +344,18 @@ def bits_per_dim(
 # %% ../nbs/90-data.ipynb #feedab8c
 def split(
     x: Tensor,  # Rows, shape `(n, ...)`
-    sizes: Sequence[int] = (1300, 200, 297),  # Rows in each part; what is left over is dropped
+    # Rows in each part; what is left over is dropped
+    sizes: Sequence[int] = (1300, 200, 297),
     seed: int = 0,  # The same seed and number of rows give the same parts
 ) -> tuple[Tensor, ...]:  # As many parts as sizes
     """Split rows at random, into training, validation and test rows."""
     if min(sizes) < 0 or sum(sizes) > len(x):
-        raise ValueError(f"sizes: expected at most {len(x)} rows together, got {tuple(sizes)}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        raise ValueError(
+            f"sizes: expected at most {len(x)} rows together, got {tuple(sizes)}"
+        )
+    order = torch.randperm(
+        len(x), generator=torch.Generator().manual_seed(seed)
+    )
     parts = order[: sum(sizes)].split(tuple(sizes))
     return tuple(x[rows.to(x.device)] for rows in parts)
 
@@ -312,15 +369,21 @@ class Standardised(NamedTuple):
 
 
 def standardise(
-    train: Tensor,  # Training rows, shape `(n, d)`: the only ones that mean and sd are taken from
+    # Training rows, shape `(n, d)`: the only ones that mean and sd are taken
+    # from
+    train: Tensor,
     *others: Tensor,  # Further rows, moved and scaled by the same numbers
 ) -> Standardised:
     """Give the training rows mean 0 and standard deviation 1, and the others the same map."""
     mean, sd = train.mean(0), train.std(0, correction=0)
     constant = (sd == 0).nonzero().flatten().tolist()
     if constant:
-        raise ValueError(f"train: columns {constant} are constant and cannot be standardised")
-    return Standardised(tuple((x - mean) / sd for x in (train, *others)), mean, sd)
+        raise ValueError(
+            f"train: columns {constant} are constant and cannot be standardised"
+        )
+    return Standardised(
+        tuple((x - mean) / sd for x in (train, *others)), mean, sd
+    )
 
 # %% ../nbs/90-data.ipynb #58abeb66
 class Toy:
@@ -339,13 +402,17 @@ class Toy:
         self,
         n: int,  # Number of points
         generator: torch.Generator | None = None,  # Source of randomness
-        dtype: torch.dtype | None = None,  # Of the points; torch's default when None
-        device: torch.device | str | None = None,  # Of the points; that of `generator` when None
+        # Of the points; torch's default when None
+        dtype: torch.dtype | None = None,
+        # Of the points; that of `generator` when None
+        device: torch.device | str | None = None,
     ) -> Tensor:  # Points, shape `(n, 2)`
         """Draw points."""
         where = device if generator is None else generator.device
         options = dict(generator=generator, dtype=dtype, device=where)
-        x = self._place(torch.rand(n, 2, **options), torch.randn(n, 2, **options))
+        x = self._place(
+            torch.rand(n, 2, **options), torch.randn(n, 2, **options)
+        )
         return x if device is None else x.to(device)
 
     def log_prob(
@@ -354,7 +421,9 @@ class Toy:
     ) -> Tensor:  # Log-density in nats, shape `(*batch,)`
         """Weigh points exactly."""
         if x.shape[-1:] != (2,):
-            raise ValueError(f"x: expected shape (*batch, 2), got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected shape (*batch, 2), got {tuple(x.shape)}"
+            )
         return self._log_prob(x)
 
     def __repr__(self):
@@ -368,7 +437,9 @@ def _circle(angle):
 def _blurred(x, points, log_weights, sd):
     """Log-density at `x` of weighted points plus Gaussian noise."""
     points, log_weights = points.to(x), log_weights.to(x)
-    square = (x[..., :1] - points[:, 0]).square() + (x[..., 1:] - points[:, 1]).square()
+    square = (x[..., :1] - points[:, 0]).square() + (
+        x[..., 1:] - points[:, 1]
+    ).square()
     log_norm = math.log(2 * math.pi * sd**2)
     return (log_weights - square / (2 * sd**2)).logsumexp(-1) - log_norm
 
@@ -377,7 +448,9 @@ def _blurred(x, points, log_weights, sd):
 def _nodes(high, n):
     """Gauss-Legendre nodes and weights on [0, high], in float64."""
     nodes, weights = np.polynomial.legendre.leggauss(n)
-    return torch.from_numpy((nodes + 1) * high / 2), torch.from_numpy(weights * high / 2)
+    return torch.from_numpy((nodes + 1) * high / 2), torch.from_numpy(
+        weights * high / 2
+    )
 
 # %% ../nbs/90-data.ipynb #7cc1db8e
 class EightGaussians(Toy):
@@ -387,7 +460,10 @@ class EightGaussians(Toy):
     radius, sd = 2 * math.sqrt(2), math.sqrt(2) / 4
 
     def _place(self, u, e):
-        return self.radius * _circle((8 * u[:, 0]).floor() * math.pi / 4) + self.sd * e
+        return (
+            self.radius * _circle((8 * u[:, 0]).floor() * math.pi / 4)
+            + self.sd * e
+        )
 
     def _log_prob(self, x):
         centres = self.radius * _circle(torch.arange(8).double() * math.pi / 4)
@@ -402,7 +478,9 @@ class Moons(Toy):
 
     def _curve(self, upper, t):
         sign = torch.where(upper, 1.0, -1.0).to(t)[..., None]
-        centre = torch.tensor([-1.0, -0.2]).to(t) + (1 - sign) * torch.tensor([1.0, 0.5]).to(t)
+        centre = torch.tensor([-1.0, -0.2]).to(t) + (1 - sign) * torch.tensor(
+            [1.0, 0.5]
+        ).to(t)
         return centre + 2 * sign * _circle(t)
 
     def _place(self, u, e):
@@ -411,8 +489,12 @@ class Moons(Toy):
     def _log_prob(self, x):
         t, weights = _nodes(math.pi, 96)
         upper = torch.tensor([[True], [False]])
-        points = self._curve(upper.expand(2, len(t)), t.expand(2, -1)).reshape(-1, 2)
-        return _blurred(x, points, (weights / (2 * math.pi)).log().repeat(2), self.sd)
+        points = self._curve(upper.expand(2, len(t)), t.expand(2, -1)).reshape(
+            -1, 2
+        )
+        return _blurred(
+            x, points, (weights / (2 * math.pi)).log().repeat(2), self.sd
+        )
 
 
 class TwoSpirals(Toy):
@@ -422,7 +504,8 @@ class TwoSpirals(Toy):
     sd, end = 0.1, 3 * math.pi
 
     def _place(self, u, e):
-        # The square root spreads points evenly along the arm, whose length grows as t^2 / 6.
+        # The square root spreads points evenly along the arm, whose length
+        # grows as t^2 / 6.
         t = self.end * u[:, 1].sqrt()
         sign = torch.where(u[:, 0] < 0.5, 1.0, -1.0).to(t)
         return (sign * t / 3)[:, None] * _circle(t) + self.sd * e
@@ -431,7 +514,9 @@ class TwoSpirals(Toy):
         t, weights = _nodes(self.end, 320)
         arm = (t / 3)[:, None] * _circle(t)
         log_weights = (weights * t / self.end**2).log()
-        return _blurred(x, torch.cat([arm, -arm]), log_weights.repeat(2), self.sd)
+        return _blurred(
+            x, torch.cat([arm, -arm]), log_weights.repeat(2), self.sd
+        )
 
 
 class Rings(Toy):
@@ -448,7 +533,9 @@ class Rings(Toy):
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         radii, var = torch.tensor(self.radii).to(x), self.sd**2
         # i0e(a) is exp(-a) I_0(a), which does not overflow.
-        log_terms = torch.special.i0e(r * radii / var).log() - (r - radii).square() / (2 * var)
+        log_terms = torch.special.i0e(r * radii / var).log() - (
+            r - radii
+        ).square() / (2 * var)
         return log_terms.logsumexp(-1) - math.log(4 * 2 * math.pi * var)
 
 
@@ -459,14 +546,23 @@ class Pinwheel(Toy):
     centre, sd, twist = 2.0, (0.6, 0.2), 0.7
 
     def _place(self, u, e):
-        v = e * torch.tensor(self.sd).to(e) + torch.tensor([self.centre, 0.0]).to(e)
-        angle = self.twist * v.norm(dim=-1) + (5 * u[:, 0]).floor() * 2 * math.pi / 5
+        v = e * torch.tensor(self.sd).to(e) + torch.tensor(
+            [self.centre, 0.0]
+        ).to(e)
+        angle = (
+            self.twist * v.norm(dim=-1)
+            + (5 * u[:, 0]).floor() * 2 * math.pi / 5
+        )
         return self._turn(v, angle)
 
     def _log_prob(self, x):
         blades = torch.arange(5).to(x) * 2 * math.pi / 5
-        angle = self.twist * torch.linalg.vector_norm(x, dim=-1, keepdim=True) + blades
-        # Turning by an angle that depends only on the radius preserves areas: ladj is 0.
+        angle = (
+            self.twist * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            + blades
+        )
+        # Turning by an angle that depends only on the radius preserves areas:
+        # ladj is 0.
         v = self._turn(x[..., None, :], -angle)
         a, b = (v[..., 0] - self.centre) / self.sd[0], v[..., 1] / self.sd[1]
         log_norm = math.log(5 * 2 * math.pi * self.sd[0] * self.sd[1])
@@ -488,7 +584,8 @@ class Checkerboard(Toy):
         column, half = (4 * u[:, 0]).floor(), (2 * u[:, 1]).floor()
         corner = torch.stack([column, 2 * half + column % 2], -1)
         inside = torch.stack([4 * u[:, 0] - column, 2 * u[:, 1] - half], -1)
-        # A hair less than one, or rounding would carry some points over the edge of their square.
+        # A hair less than one, or rounding would carry some points over the
+        # edge of their square.
         return 2 * corner - 4 + 2 * inside * (1 - 2**-20)
 
     def _log_prob(self, x):

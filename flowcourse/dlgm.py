@@ -43,7 +43,8 @@ class DLGM(nn.Module):
 
     def __init__(
         self,
-        transform: Bijection | None = None,  # Of the latent, after the Gaussian; None: none
+        # Of the latent, after the Gaussian; None: none
+        transform: Bijection | None = None,
         pixels: int = 784,  # Size of an image
         latent_dim: int = 40,  # Size of the latent
         features: int = 400,  # Outputs of the encoder, and units of the decoder
@@ -52,10 +53,16 @@ class DLGM(nn.Module):
     ):
         super().__init__()
         if decoder not in ("maxout", "linear"):
-            raise ValueError(f"decoder: expected 'maxout' or 'linear', got {decoder!r}")
+            raise ValueError(
+                f"decoder: expected 'maxout' or 'linear', got {decoder!r}"
+            )
         self.encoder = Maxout(pixels, features, window)
-        gaussian = Elementwise(latent_dim, AffineMap(bound=None), features, hidden=())
-        self.posterior = Flow(gaussian if transform is None else Compose(gaussian, transform))
+        gaussian = Elementwise(
+            latent_dim, AffineMap(bound=None), features, hidden=()
+        )
+        self.posterior = Flow(
+            gaussian if transform is None else Compose(gaussian, transform)
+        )
         self.prior = StandardNormal(latent_dim)
         hidden = Maxout(latent_dim, features, window)
         self.decoder = (
@@ -68,10 +75,12 @@ class DLGM(nn.Module):
         self,
         x: Tensor,  # Images of zeros and ones, shape `(*batch, pixels)`
         noise: Tensor,  # Standard normal, shape `(*sample, *batch, latent_dim)`
-    ) -> tuple[Tensor, Tensor]:  # Latents of the shape of `noise`, and log q(z | x)
+    ) -> tuple[Tensor, Tensor]:  # Latents like `noise`, log q(z | x)
         """Draw from the posterior of each image, with its log-density, in one pass."""
         features = self.encoder(x.to(noise.dtype))
-        return self.posterior.rsample_and_log_prob(context=features, noise=noise)
+        return self.posterior.rsample_and_log_prob(
+            context=features, noise=noise
+        )
 
     def log_likelihood(
         self,
@@ -134,7 +143,9 @@ def importance_weights(
     from tqdm.auto import tqdm
 
     found = []
-    for part in tqdm(x.split(100), disable=not progress, unit="batch", leave=False):
+    for part in tqdm(
+        x.split(100), disable=not progress, unit="batch", leave=False
+    ):
         most, left = rows // len(part) or 1, samples
         weights = []
         while left:
@@ -152,7 +163,9 @@ def log_mean_weight(
 ) -> Tensor:  # Mean estimate of log p(x), shape `(n,)`
     """Estimates of log p(x) from so many weights each, averaged over all groups of them."""
     if samples < 1 or len(log_weights) % samples:
-        raise ValueError(f"samples: expected a divisor of {len(log_weights)}, got {samples}")
+        raise ValueError(
+            f"samples: expected a divisor of {len(log_weights)}, got {samples}"
+        )
     groups = log_weights.unflatten(0, (-1, samples))
     return (groups.logsumexp(1) - math.log(samples)).mean(0)
 
@@ -165,7 +178,7 @@ def annealed_importance(
     leapfrog: int = 5,  # Steps of each Hamiltonian move
     generator: torch.Generator | None = None,  # Source of randomness
     progress: bool = False,  # Show a progress bar
-) -> Tensor:  # Estimate of log p(x) in nats, too low in expectation, shape `(n,)`
+) -> Tensor:  # Estimate of log p(x) in nats, too low on average, `(n,)`
     """Annealed importance sampling from the prior, which does not know the model's own posterior."""
     from tqdm.auto import trange
 
@@ -176,20 +189,29 @@ def annealed_importance(
             (slope,) = torch.autograd.grad(log_likelihood.sum(), z)
         return log_likelihood.detach(), slope
 
-    ramp = torch.linspace(-4, 4, temperatures + 1, dtype=torch.float64).sigmoid()
+    ramp = torch.linspace(
+        -4, 4, temperatures + 1, dtype=torch.float64
+    ).sigmoid()
     betas = ((ramp - ramp[0]) / (ramp[-1] - ramp[0])).tolist()
     z = model.prior.noise((chains, len(x)), generator)
     (fit, slope), log_w, size = look(z), 0.0, torch.full_like(z[0, :, :1], 0.1)
-    for k in trange(temperatures, disable=not progress, unit="temperature", leave=False):
+    for k in trange(
+        temperatures, disable=not progress, unit="temperature", leave=False
+    ):
         beta, log_w = betas[k + 1], log_w + (betas[k + 1] - betas[k]) * fit
         place, moved, pull = z, fit, slope
         push = start = model.prior.noise((chains, len(x)), generator)
         for _ in range(leapfrog):
-            push = push + size / 2 * (beta * pull - place)  # the prior pulls to zero
+            # the prior pulls to zero
+            push = push + size / 2 * (beta * pull - place)
             place = place + size * push
             moved, pull = look(place)
             push = push + size / 2 * (beta * pull - place)
-        gain = beta * (moved - fit) + model.prior.log_prob(place) - model.prior.log_prob(z)
+        gain = (
+            beta * (moved - fit)
+            + model.prior.log_prob(place)
+            - model.prior.log_prob(z)
+        )
         gain = gain + model.prior.log_prob(push) - model.prior.log_prob(start)
         accept = draw(torch.rand, gain.shape, gain, generator).log() < gain
         fit, z, slope = (
@@ -197,7 +219,8 @@ def annealed_importance(
             torch.where(accept.unsqueeze(-1), place, z),
             torch.where(accept.unsqueeze(-1), pull, slope),
         )
-        rate = accept.to(size.dtype).mean(0)  # over chains: none steers its own step by much
+        # over chains: none steers its own step by much
+        rate = accept.to(size.dtype).mean(0)
         size = size * (0.1 * (rate - 0.65)).exp().unsqueeze(-1)
     return log_w.logsumexp(0) - math.log(chains)
 
@@ -211,7 +234,8 @@ def active_units(
 ) -> int:  # From 0 to `latent_dim`
     """How many latents have a posterior mean whose variance over the images is above 0.01."""
     noise = model.prior.noise((samples, len(x)), generator)
-    halves = model.infer(x, noise)[0].unflatten(0, (2, -1)).mean(1)  # with independent errors
+    # with independent errors
+    halves = model.infer(x, noise)[0].unflatten(0, (2, -1)).mean(1)
     halves = halves - halves.mean(1, keepdim=True)
     return int((halves.prod(0).mean(0) > 0.01).sum())
 
@@ -223,7 +247,9 @@ def reconstruct(
     generator: torch.Generator | None = None,  # Source of randomness
 ) -> Tensor:  # Chance of ink in each pixel, shape `(n, pixels)`
     """Decode a latent drawn from the posterior of each image."""
-    return model.decoder(model.infer(x, model.prior.noise((len(x),), generator))[0]).sigmoid()
+    return model.decoder(
+        model.infer(x, model.prior.noise((len(x),), generator))[0]
+    ).sigmoid()
 
 
 @torch.no_grad()
@@ -240,5 +266,7 @@ def interpolate(
     for x in (first, last):
         noise = model.prior.noise((samples, len(x)), generator)
         ends.append(model.infer(x, noise)[0].mean(0).unsqueeze(1))
-    way = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)
+    way = torch.linspace(
+        0, 1, steps, dtype=ends[0].dtype, device=ends[0].device
+    )
     return model.decoder(torch.lerp(*ends, way[:, None])).sigmoid()

@@ -29,8 +29,11 @@ def bounded(
     """Squeeze raw parameters, so that no network can ask for a map that rounding would destroy."""
     if bound > 16:
         return sign * bound * torch.tanh(raw / bound)
-    # The same by the sigmoid, tanh(t) = 2 sigmoid(2 t) - 1: quicker, and off by rounding of `bound`.
-    return torch.rsub(torch.sigmoid(raw * (2 / bound)), -sign * bound, alpha=-2 * sign * bound)
+    # The same by the sigmoid, tanh(t) = 2 sigmoid(2 t) - 1: quicker, and off by
+    # rounding of `bound`.
+    return torch.rsub(
+        torch.sigmoid(raw * (2 / bound)), -sign * bound, alpha=-2 * sign * bound
+    )
 
 
 def log_cosh(
@@ -42,11 +45,14 @@ def log_cosh(
 
 def interior(
     t: Tensor,  # Points
-    constraint: constraints.Constraint,  # Where they belong: the line, a half-line or an interval
-) -> Tensor:  # The same points, those on an end moved to its nearest neighbour inside
+    # Where they belong: the line, a half-line or an interval
+    constraint: constraints.Constraint,
+) -> Tensor:  # The same, but for ends: moved to the next number inside
     """Undo rounding onto the end of an open interval, as in `sigmoid(100) == 1`."""
     info = torch.finfo(t.dtype)
-    low, high = (getattr(constraint, f"{end}_bound", None) for end in ("lower", "upper"))
+    low, high = (
+        getattr(constraint, f"{end}_bound", None) for end in ("lower", "upper")
+    )
     if low is not None:
         inside = low + max(abs(low) * info.eps / 2, info.tiny)
         t = torch.where((t >= low) & (t < inside), inside, t)
@@ -67,7 +73,8 @@ class ScalarMap:
     def forward(
         self,
         z: Tensor,  # Points, any shape
-        theta: Tensor | None = None,  # Raw parameters, `(*z.shape, n_params)` or broadcast to it
+        # Raw parameters, `(*z.shape, n_params)` or broadcast to it
+        theta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # `x`, and log dx/dz, both of the shape of `z`
         """Base to data, coordinate by coordinate."""
         raw = () if theta is None else theta.unbind(-1)
@@ -78,7 +85,8 @@ class ScalarMap:
     def inverse(
         self,
         x: Tensor,  # Points, any shape
-        theta: Tensor | None = None,  # Raw parameters, `(*x.shape, n_params)` or broadcast to it
+        # Raw parameters, `(*x.shape, n_params)` or broadcast to it
+        theta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # `z`, and log dz/dx, both of the shape of `x`
         """Data to base, coordinate by coordinate."""
         raw = () if theta is None else theta.unbind(-1)
@@ -87,7 +95,11 @@ class ScalarMap:
         return interior(z, self.domain), -self.log_slope(z, x, *raw)
 
     def __repr__(self) -> str:
-        settings = (f"{k}={v}" for k, v in vars(self).items() if k != "n_params" and k[0] != "_")
+        settings = (
+            f"{k}={v}"
+            for k, v in vars(self).items()
+            if k != "n_params" and k[0] != "_"
+        )
         return f"{type(self).__name__}({', '.join(settings)})"
 
 # %% ../nbs/03-elementwise.ipynb #d6c29b31
@@ -101,7 +113,10 @@ class InverseMap(ScalarMap):
         self.scalar_map = scalar_map
         self.n_params = scalar_map.n_params
         self.reference = scalar_map.reference
-        self.forward_cost, self.inverse_cost = scalar_map.inverse_cost, scalar_map.forward_cost
+        self.forward_cost, self.inverse_cost = (
+            scalar_map.inverse_cost,
+            scalar_map.forward_cost,
+        )
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -167,31 +182,48 @@ class AffineMap(ScalarMap):
 
     def __init__(
         self,
-        bound: float | None = 3.0,  # Of the raw scale, above 0; None leaves it as it comes
-        scale: str = "exp",  # Or "softplus", which grows no faster than the raw scale
+        # Of the raw scale, above 0; None leaves it as it comes
+        bound: float | None = 3.0,
+        # Or "softplus", which grows no faster than the raw scale
+        scale: str = "exp",
     ):
         if bound is not None and not bound > 0:
             raise ValueError(f"bound: expected a number above 0, got {bound}")
         if scale not in ("exp", "softplus"):
-            raise ValueError(f"scale: expected 'exp' or 'softplus', got {scale!r}")
+            raise ValueError(
+                f"scale: expected 'exp' or 'softplus', got {scale!r}"
+            )
         self.bound, self.scale = bound, scale
 
     @property
     def reference(self) -> str:
         """Where the scale is made positive in this way."""
         softplus = self.scale == "softplus"
-        return "Durkan et al. 2020, nflows" if softplus else "Dinh et al. 2017, eq. 4 and 5"
+        return (
+            "Durkan et al. 2020, nflows"
+            if softplus
+            else "Dinh et al. 2017, eq. 4 and 5"
+        )
 
     def _log_slope(self, raw, points, sign):
         "The log-slope of `forward`, times `sign`: 1, or -1 for the way back."
         if self.scale == "exp":
-            log_slope = sign * raw if self.bound is None else bounded(raw, self.bound, sign)
+            log_slope = (
+                sign * raw
+                if self.bound is None
+                else bounded(raw, self.bound, sign)
+            )
         else:
             raw = raw if self.bound is None else bounded(raw, self.bound)
-            raw = raw + math.log(math.e - 1)  # softplus of it is 1 where raw is 0
+            # softplus of it is 1 where raw is 0
+            raw = raw + math.log(math.e - 1)
             low = raw.clamp(min=-15)  # softplus is exp below, to six digits
             log_slope = sign * (F.softplus(low).log() + (raw - low))
-        return log_slope if log_slope.shape == points.shape else log_slope.expand_as(points)
+        return (
+            log_slope
+            if log_slope.shape == points.shape
+            else log_slope.expand_as(points)
+        )
 
     def forward(self, z, theta):
         """Base to data, coordinate by coordinate."""
@@ -213,7 +245,8 @@ class PReLUMap(ScalarMap):
 
     def __init__(
         self,
-        slope: float | None = None,  # Above 0; None learns it, from 1, between exp(-3) and exp(3)
+        # Above 0; None learns it, from 1, between exp(-3) and exp(3)
+        slope: float | None = None,
     ):
         if slope is not None and not slope > 0:
             raise ValueError(f"slope: expected a number above 0, got {slope}")
@@ -222,7 +255,11 @@ class PReLUMap(ScalarMap):
 
     def _log_slope(self, like, raw=None):
         fixed = raw is None
-        return like.new_full((), math.log(self.slope)) if fixed else bounded(raw, 3.0)
+        return (
+            like.new_full((), math.log(self.slope))
+            if fixed
+            else bounded(raw, 3.0)
+        )
 
     def point(self, z, *raw):
         """Base to data."""
@@ -314,19 +351,27 @@ class PowerMap(ScalarMap):
 
     def __init__(
         self,
-        exponent: float | None = None,  # Above 0; None learns it, from 1, between 1/e and e
+        # Above 0; None learns it, from 1, between 1/e and e
+        exponent: float | None = None,
     ):
         if exponent is not None and not exponent > 0:
-            raise ValueError(f"exponent: expected a number above 0, got {exponent}")
+            raise ValueError(
+                f"exponent: expected a number above 0, got {exponent}"
+            )
         self.exponent = exponent
         self.n_params = int(exponent is None)
 
     def _log_power(self, like, raw=None):
         fixed = raw is None
-        return like.new_full((), math.log(self.exponent)) if fixed else bounded(raw, 1.0)
+        return (
+            like.new_full((), math.log(self.exponent))
+            if fixed
+            else bounded(raw, 1.0)
+        )
 
     def _apply(self, t, log_power):
-        sign = torch.where(t < 0, -1, 1)  # abs and sign have no slope at zero, this map has
+        # abs and sign have no slope at zero, this map has
+        sign = torch.where(t < 0, -1, 1)
         return sign * (log_power.exp() * (sign * t).log1p()).expm1()
 
     def point(self, z, *raw):
@@ -411,7 +456,9 @@ class SigmoidMap(ScalarMap):
         temperature: float = 1.0,  # Width of the rise, above 0
     ):
         if not temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+            raise ValueError(
+                f"temperature: expected a number above 0, got {temperature}"
+            )
         self.temperature = temperature
 
     def point(self, z):
@@ -449,13 +496,14 @@ class TanhMap(ScalarMap):
 # %% ../nbs/03-elementwise.ipynb #c28b762a
 def widened(
     t: Tensor,  # Numbers of any format
-) -> Tensor:  # The same in float64; on Apple's GPU, which has none, as they were
+) -> Tensor:  # The same in float64; unchanged on Apple's GPU, without it
     """Numbers for sums that cancel, where float32 would lose too much."""
     return t if t.device.type == "mps" else t.double()
 
 
 def monotone_root(
-    excess,  # From `t` to a number that increases with it and is zero at the root
+    # From `t` to a number that increases with it and is zero at the root
+    excess,
     log_slope,  # From `t` to the logarithm of the slope of `excess`
     low: Tensor,  # A point below the root, or on it
     high: Tensor,  # A point above the root, or on it
@@ -467,28 +515,36 @@ def monotone_root(
         for i in range(1, halvings + 1):
             middle = torch.add(low, width, alpha=0.5**i)
             low = torch.where(excess(middle) < 0, middle, low)
-        width = width * 0.5**halvings  # what is left of the bracket, and a few roundings
+        # what is left of the bracket, and a few roundings
+        width = width * 0.5**halvings
         slack = 4 * torch.finfo(low.dtype).eps * (low.abs() + width)
         low, high = (low - slack).detach(), (low + width + slack).detach()
     t = (low + high) / 2
-    for _ in range(2):  # attached: the first makes gradients right, the second their gradients
+    # attached: the first makes gradients right, the second their gradients
+    for _ in range(2):
         t = t - excess(t) * (-log_slope(t)).clamp(max=80).exp()
-        t = t + (t.detach().clamp(low, high) - t.detach())  # rounding alone can push it out
+        # rounding alone can push it out
+        t = t + (t.detach().clamp(low, high) - t.detach())
     return t
 
 # %% ../nbs/03-elementwise.ipynb #98d97ccb
 def mlp(
     n_in: int,  # Number of input features
     n_out: int,  # Number of outputs
-    hidden: tuple[int, ...] = (64, 64),  # Widths of the hidden layers; `()` for a linear map
-    activation: type[nn.Module] = nn.SiLU,  # Smooth, so that the flow has second derivatives
-    dropout: float = 0.0,  # Chance that a hidden unit is left out of a training step
+    # Widths of the hidden layers; `()` for a linear map
+    hidden: tuple[int, ...] = (64, 64),
+    # Smooth, so that the flow has second derivatives
+    activation: type[nn.Module] = nn.SiLU,
+    # Chance that a hidden unit is left out of a training step
+    dropout: float = 0.0,
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner that starts by returning zeros, so that a coupling starts at the identity."""
     widths = [n_in, *(as_shape(hidden, "hidden") if hidden != () else ())]
     layers = []
     for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b), activation()] + ([nn.Dropout(dropout)] if dropout else [])
+        layers += [nn.Linear(a, b), activation()] + (
+            [nn.Dropout(dropout)] if dropout else []
+        )
     last = nn.Linear(widths[-1], n_out)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -500,27 +556,40 @@ class Conditional(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, ...],  # Shape of the parameters; `()` for a single number
-        context_dim: int = 0,  # Number of context features; 0 for free parameters
-        start: Tensor | None = None,  # Their values at the start; None for zeros
-        hidden: tuple[int, ...] = (32,),  # Widths of the network's hidden layers
-        context_scale: float = 1.0,  # Multiplies the context; a small one makes it learn slowly
+        # Shape of the parameters; `()` for a single number
+        shape: tuple[int, ...],
+        # Number of context features; 0 for free parameters
+        context_dim: int = 0,
+        # Their values at the start; None for zeros
+        start: Tensor | None = None,
+        # Widths of the network's hidden layers
+        hidden: tuple[int, ...] = (32,),
+        # Multiplies the context; a small one makes it learn slowly
+        context_scale: float = 1.0,
     ):
         super().__init__()
         if not context_scale > 0:
-            raise ValueError(f"context_scale: expected a number above 0, got {context_scale}")
+            raise ValueError(
+                f"context_scale: expected a number above 0, got {context_scale}"
+            )
         self.shape, self.context_scale = tuple(shape), context_scale
-        start = torch.zeros(self.shape) if start is None else start.detach().expand(self.shape)
+        start = (
+            torch.zeros(self.shape)
+            if start is None
+            else start.detach().expand(self.shape)
+        )
         if context_dim:
             self.net = mlp(context_dim, start.numel(), hidden)
-            self.net[-1].bias.data.copy_(start.flatten())  # its weights start at zero
+            # its weights start at zero
+            self.net[-1].bias.data.copy_(start.flatten())
         else:
             self.net = None
             self.value = nn.Parameter(start.clone())
 
     def forward(
         self,
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
     ) -> Tensor:  # Shape `(*batch, *shape)`; without context just `shape`
         """The parameters, one set per row of the context."""
         if self.net is None:
@@ -539,23 +608,30 @@ class Elementwise(Bijection):
     def __init__(
         self,
         event_shape: int | tuple[int, ...],  # Shape of one point
-        maps: ScalarMap | Mapping,  # One for all, or `{(start, stop): map}` along the last axis
-        context_dim: int = 0,  # Number of context features; 0 for free parameters
-        hidden: tuple[int, ...] = (32,),  # Widths of the hidden layers, with a context
+        # One for all, or `{(start, stop): map}` along the last axis
+        maps: ScalarMap | Mapping,
+        # Number of context features; 0 for free parameters
+        context_dim: int = 0,
+        # Widths of the hidden layers, with a context
+        hidden: tuple[int, ...] = (32,),
     ):
         super().__init__(event_shape, context_dim)
         *rest, dim = self.event_shape
         maps = maps if isinstance(maps, Mapping) else {(0, dim): maps}
         for m in maps.values():
             if not hasattr(m, "n_params"):
-                raise ValueError(f"maps: expected scalar maps, got {type(m).__name__}")
+                raise ValueError(
+                    f"maps: expected scalar maps, got {type(m).__name__}"
+                )
         self.lengths, self.maps = _fill(maps, dim)
         if context_dim and not any(m.n_params for m in self.maps):
             raise ValueError(
                 f"context_dim: expected 0 for maps without parameters, got {context_dim}"
             )
         self.thetas = nn.ModuleList(
-            Conditional((*rest, n, m.n_params), context_dim, hidden=hidden) if m.n_params else None
+            Conditional((*rest, n, m.n_params), context_dim, hidden=hidden)
+            if m.n_params
+            else None
             for n, m in zip(self.lengths, self.maps)
         )
 
@@ -570,7 +646,9 @@ class Elementwise(Bijection):
         return self._dearest("inverse_cost")
 
     def _dearest(self, name):
-        return max((getattr(m, name, "one pass") for m in self.maps), key=COSTS.index)
+        return max(
+            (getattr(m, name, "one pass") for m in self.maps), key=COSTS.index
+        )
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -584,16 +662,24 @@ class Elementwise(Bijection):
 
     def _side_by_side(self, name):
         ends = [getattr(m, name) for m in self.maps]
-        whole = ends[0] if len(ends) == 1 else constraints.cat(ends, -1, self.lengths)
+        whole = (
+            ends[0]
+            if len(ends) == 1
+            else constraints.cat(ends, -1, self.lengths)
+        )
         return constraints.independent(whole, self.event_dim)
 
     def _apply_maps(self, direction, points, context):
         images, total = [], 0.0
-        for part, scalar_map, theta in zip(points.split(self.lengths, -1), self.maps, self.thetas):
+        for part, scalar_map, theta in zip(
+            points.split(self.lengths, -1), self.maps, self.thetas
+        ):
             raw = () if theta is None else (theta(context),)
             image, log_slope = getattr(scalar_map, direction)(part, *raw)
             images.append(image)
-            total = total + log_slope.expand_as(part).flatten(-self.event_dim).sum(-1)
+            total = total + log_slope.expand_as(part).flatten(
+                -self.event_dim
+            ).sum(-1)
         return torch.cat(images, -1), total
 
     def _forward(self, z, context):
@@ -610,7 +696,9 @@ class Elementwise(Bijection):
 def _fill(maps, dim):
     "Lengths and scalar maps that cover `dim` coordinates, the identity between the ranges."
     lengths, found, end = [], [], 0
-    for (start, stop), scalar_map in sorted(maps.items(), key=lambda item: item[0]):
+    for (start, stop), scalar_map in sorted(
+        maps.items(), key=lambda item: item[0]
+    ):
         if not end <= start < stop <= dim:
             raise ValueError(
                 f"maps: expected ranges (start, stop) within (0, {dim}) that do not overlap, "
@@ -697,20 +785,28 @@ class BatchNorm(Bijection):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # Shape of one point; statistics are per first axis
-        context_dim: int = 0,  # Number of context features, which decide the scale and shift
-        momentum: float = 0.1,  # Weight of each batch but the first in the running statistics
+        # Shape of one point; statistics are per first axis
+        event_shape: int | tuple[int, ...],
+        # Number of context features, which decide the scale and shift
+        context_dim: int = 0,
+        # Weight of each batch but the first in the running statistics
+        momentum: float = 0.1,
         eps: float = 1e-5,  # Added to the variance, above 0
-        hidden: tuple[int, ...] = (32,),  # Widths of the hidden layers, with a context
+        # Widths of the hidden layers, with a context
+        hidden: tuple[int, ...] = (32,),
     ):
         super().__init__(event_shape, context_dim)
         if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
+            raise ValueError(
+                f"momentum: expected a number from 0 to 1, got {momentum}"
+            )
         if not eps > 0:
             raise ValueError(f"eps: expected a number above 0, got {eps}")
         self.momentum, self.eps, self.affine = momentum, eps, AffineMap()
         shape = (self.event_shape[0], *[1] * (self.event_dim - 1))
-        self.theta = Conditional((*shape, self.affine.n_params), context_dim, hidden=hidden)
+        self.theta = Conditional(
+            (*shape, self.affine.n_params), context_dim, hidden=hidden
+        )
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("variance", torch.ones(shape))
         self.register_buffer("initialised", torch.tensor(False))
@@ -727,12 +823,16 @@ class BatchNorm(Bijection):
             )
         axes = [i for i in range(-x.dim(), 0) if i != -self.event_dim]
         variance, mean = torch.var_mean(x, axes, correction=0)
-        variance, mean = variance.view_as(self.variance) + self.eps, mean.view_as(self.mean)
+        variance, mean = (
+            variance.view_as(self.variance) + self.eps,
+            mean.view_as(self.mean),
+        )
         n = x.numel() // mean.numel()
         with torch.no_grad():
             rate = torch.where(self.initialised, self.momentum, 1.0).to(x.dtype)
             self.mean.lerp_(mean, rate)
-            self.variance.lerp_(variance * (n / (n - 1)), rate)  # unbiased, as for new data
+            # unbiased, as for new data
+            self.variance.lerp_(variance * (n / (n - 1)), rate)
             self.initialised.fill_(True)
         return mean, variance
 
@@ -747,7 +847,9 @@ class BatchNorm(Bijection):
     def _inverse(self, x, context):
         mean, variance = self._statistics(x)
         scale = variance.sqrt()
-        z, log_slope = self.affine.inverse((x - mean) / scale, self.theta(context))
+        z, log_slope = self.affine.inverse(
+            (x - mean) / scale, self.theta(context)
+        )
         return z, self._total(log_slope - scale.log(), x)
 
 
@@ -756,13 +858,19 @@ class ActNorm(BatchNorm):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # Shape of one point; statistics are per first axis
-        context_dim: int = 0,  # Number of context features, which decide the scale and shift
+        # Shape of one point; statistics are per first axis
+        event_shape: int | tuple[int, ...],
+        # Number of context features, which decide the scale and shift
+        context_dim: int = 0,
         eps: float = 1e-5,  # Added to the variance, above 0
-        hidden: tuple[int, ...] = (32,),  # Widths of the hidden layers, with a context
+        # Widths of the hidden layers, with a context
+        hidden: tuple[int, ...] = (32,),
     ):
-        super().__init__(event_shape, context_dim, momentum=0.0, eps=eps, hidden=hidden)
+        super().__init__(
+            event_shape, context_dim, momentum=0.0, eps=eps, hidden=hidden
+        )
 
     def _statistics(self, x):
-        super()._statistics(x)  # after the first batch, with momentum 0, it changes nothing
+        # after the first batch, with momentum 0, it changes nothing
+        super()._statistics(x)
         return self.mean, self.variance

@@ -66,20 +66,26 @@ def agrees(
 ) -> bool:  # Whether shapes are equal and values close
     """Whether two results are the same up to rounding."""
     got, want = got.double(), want.double()
-    return got.shape == want.shape and torch.allclose(got, want, rtol=tol, atol=tol)
+    return got.shape == want.shape and torch.allclose(
+        got, want, rtol=tol, atol=tol
+    )
 
 
 def compare(
     name: str,  # What is compared, for the hint
     got: Tensor | float,  # The learner's result
     want: Tensor | float,  # The right result
-    slips: dict[str, Tensor | float] | None = None,  # Hint of each likely mistake, and its result
+    # Hint of each likely mistake, and its result
+    slips: dict[str, Tensor | float] | None = None,
     tol: float = 1e-4,  # Largest difference, relative to 1 + size
 ) -> str | None:  # A hint, or None where `got` is right
     """Compare a result with the right one and with those of likely mistakes."""
     if not isinstance(got, (Tensor, float, int)):
         return f"{name} should be a tensor, got {type(got).__name__}"
-    got, want = torch.as_tensor(got).detach().double(), torch.as_tensor(want).detach().double()
+    got, want = (
+        torch.as_tensor(got).detach().double(),
+        torch.as_tensor(want).detach().double(),
+    )
     if agrees(got, want, tol):
         return None
     for hint, value in (slips or {}).items():
@@ -109,7 +115,8 @@ def compare_pair(
 def broken_promise(
     bijection: Bijection,  # The learner's map
     z: Tensor,  # A batch of base points
-    exempt: dict[str, str] | None = None,  # Promises that do not apply, and why not
+    # Promises that do not apply, and why not
+    exempt: dict[str, str] | None = None,
 ) -> str | None:  # What `check_bijection` complains about, or None
     """Run the contract on a learner's map."""
     try:
@@ -144,7 +151,9 @@ def _noise(*shape):
 
 def _is_nan(answer):
     """Whether a learner's number is none."""
-    return isinstance(answer, (Tensor, float)) and bool(torch.as_tensor(answer).isnan().any())
+    return isinstance(answer, (Tensor, float)) and bool(
+        torch.as_tensor(answer).isnan().any()
+    )
 
 # %% ../nbs/96-exercises.ipynb #f3106ce6
 @exercise("0.2")
@@ -156,15 +165,21 @@ def check_bits(
     per_dim = nats / dim
     want = (math.log(levels) - per_dim) / math.log(2)
     slips = {
-        "these are nats per dimension; divide by ln 2": math.log(levels) - per_dim,
-        "the nats of the density are not bits yet; divide them by ln 2": math.log2(levels)
+        "these are nats per dimension; divide by ln 2": math.log(levels)
         - per_dim,
-        "the cell's volume is in nats; take log2(levels)": math.log(levels) - per_dim / math.log(2),
+        "the nats of the density are not bits yet; divide them by ln 2": math.log2(
+            levels
+        )
+        - per_dim,
+        "the cell's volume is in nats; take log2(levels)": math.log(levels)
+        - per_dim / math.log(2),
         "counts from 0 to levels - 1 have `levels` values and as many cells": (
             math.log2(levels - 1) - per_dim / math.log(2)
         ),
         "a cell's volume counts too: add log2(levels)": -per_dim / math.log(2),
-        "wrong sign: a higher density must cost fewer bits": (math.log(levels) + per_dim)
+        "wrong sign: a higher density must cost fewer bits": (
+            math.log(levels) + per_dim
+        )
         / math.log(2),
         "divide the nats by dim": (math.log(levels) - nats) / math.log(2),
     }
@@ -184,8 +199,12 @@ def check_density(
     base = log_normal((x - 2) / 3)
     slips = {
         "the log-determinant is missing": base,
-        "wrong sign: the map stretches, so the density falls": base + math.log(3),
-        "the base is evaluated at x; it must be at z = (x - 2) / 3": log_normal(x) - math.log(3),
+        "wrong sign: the map stretches, so the density falls": base
+        + math.log(3),
+        "the base is evaluated at x; it must be at z = (x - 2) / 3": log_normal(
+            x
+        )
+        - math.log(3),
         "the base is evaluated at f(x); x is data, so go back: z = (x - 2) / 3": (
             log_normal(3 * x + 2) - math.log(3)
         ),
@@ -217,12 +236,16 @@ def check_mean_of_long(
         "this is the mean of the waiting times": torch.tensor(86.0),
         "longer than, not as long as": torch.tensor(4.5),
         "these are the rows that wait less": torch.tensor(8.5 / 3),
-        "divide by the number of rows that count, not by all": torch.tensor(8.5 / 5),
+        "divide by the number of rows that count, not by all": torch.tensor(
+            8.5 / 5
+        ),
         "one number, the mean of the first column": torch.tensor([4.25, 86.0]),
     }
     got = answer(drawn, 80)
     if isinstance(got, Tensor) and got.isnan().all():
-        return "this is the mean of no rows; the waiting time is the second column"
+        return (
+            "this is the mean of no rows; the waiting time is the second column"
+        )
     return compare("the mean duration", got, torch.tensor(4.25), slips)
 
 # %% ../nbs/96-exercises.ipynb #7bf8ef3a
@@ -235,18 +258,33 @@ def check_no_noise(
     values = torch.arange(17.0)
     for sd in (0.5, 0.1, 1e-4):
         bumps = torch.distributions.Normal(values, sd).log_prob(n[:, None])
-        variances = torch.distributions.Normal(values, sd**0.5).log_prob(n[:, None])
+        variances = torch.distributions.Normal(values, sd**0.5).log_prob(
+            n[:, None]
+        )
         want = bumps.logsumexp(-1) - math.log(17)
         got = answer(n, sd)
-        if isinstance(got, Tensor) and got.shape == want.shape and got.isinf().any():
+        if (
+            isinstance(got, Tensor)
+            and got.shape == want.shape
+            and got.isinf().any()
+        ):
             return "exp underflows far from the bumps: add them up with torch.logsumexp"
         slips = {
             "each of the 17 bumps has weight 1/17": bumps.logsumexp(-1),
             "this is the density; return its logarithm": want.exp(),
-            "sum the densities of the bumps, not their logarithms": bumps.sum(-1) - math.log(17),
-            "average the densities of the bumps, not their logarithms": bumps.mean(-1),
-            "sd is a standard deviation, not a variance": variances.logsumexp(-1) - math.log(17),
-            "a narrow bump is high: the factor 1/sd is missing": want + math.log(sd),
+            "sum the densities of the bumps, not their logarithms": bumps.sum(
+                -1
+            )
+            - math.log(17),
+            "average the densities of the bumps, not their logarithms": bumps.mean(
+                -1
+            ),
+            "sd is a standard deviation, not a variance": variances.logsumexp(
+                -1
+            )
+            - math.log(17),
+            "a narrow bump is high: the factor 1/sd is missing": want
+            + math.log(sd),
             "return one log-density per element of n, not their mean": want.mean(),
         }
         hint = compare(f"the log-density at sd = {sd}", got, want, slips)
@@ -260,20 +298,33 @@ def check_class_mixture(
     answer,  # From `x`, `means`, `covariances` and `weights` to log-densities
 ):
     """Check the log-density of a mixture of Gaussians."""
-    x, means = torch.cat([_noise(6, 3), torch.full((1, 3), 200.0)]), _noise(2, 3) + 1
+    x, means = (
+        torch.cat([_noise(6, 3), torch.full((1, 3), 200.0)]),
+        _noise(2, 3) + 1,
+    )
     root = _noise(2, 3, 3)
     covariances = root @ root.mT + torch.eye(3)
     weights = torch.tensor([0.2, 0.8])
-    each = torch.distributions.MultivariateNormal(means, covariances).log_prob(x[:, None])
+    each = torch.distributions.MultivariateNormal(means, covariances).log_prob(
+        x[:, None]
+    )
     want = (each + weights.log()).logsumexp(-1)
     got = answer(x, means, covariances, weights)
-    if isinstance(got, Tensor) and got.shape == want.shape and got.isinf().any():
+    if (
+        isinstance(got, Tensor)
+        and got.shape == want.shape
+        and got.isinf().any()
+    ):
         return "exp underflows far from the means: add up with torch.logsumexp"
     slips = {
         "the weights are missing": each.logsumexp(-1),
-        "this averages logarithms; average the densities": (each * weights).sum(-1),
+        "this averages logarithms; average the densities": (each * weights).sum(
+            -1
+        ),
         "add the logarithm of the weights": (each + weights).logsumexp(-1),
-        "a weight multiplies the density, not its logarithm": (each * weights).logsumexp(-1),
+        "a weight multiplies the density, not its logarithm": (
+            each * weights
+        ).logsumexp(-1),
         "this is the density; return its logarithm": want.exp(),
         "this is only the nearest component": (each + weights.log()).amax(-1),
     }
@@ -306,10 +357,18 @@ def check_square(
     slips = {
         "wrong sign: dz/dx is the inverse map's derivative, 1 / (2 sqrt(x))": -want,
         "this is the density; return its logarithm": want.exp(),
-        "this is dx/dz; the density has dz/dx, and its logarithm": (-want).exp(),
-        "the derivative 2z is taken at z = x instead of z = sqrt(x)": -torch.log(2 * x),
-        "the derivative 2z is taken at z = x, and has the wrong sign": torch.log(2 * x),
-        "this is the base's log-density; the ladj is missing": torch.zeros_like(x),
+        "this is dx/dz; the density has dz/dx, and its logarithm": (
+            -want
+        ).exp(),
+        "the derivative 2z is taken at z = x instead of z = sqrt(x)": -torch.log(
+            2 * x
+        ),
+        "the derivative 2z is taken at z = x, and has the wrong sign": torch.log(
+            2 * x
+        ),
+        "this is the base's log-density; the ladj is missing": torch.zeros_like(
+            x
+        ),
         "the factor 2 of the derivative is missing": -0.5 * torch.log(x),
     }
     return compare("the log-density", answer(x), want, slips)
@@ -332,7 +391,9 @@ def check_affine(
         "the sum over the coordinates is missing": log_scale.expand(8, 3),
         "one number for each point is needed, so expand it to the batch": log_scale.sum(),
         "this is the determinant; return its logarithm": ladj.exp(),
-        "this sums the scales; sum their logarithms": log_scale.exp().sum().expand(8),
+        "this sums the scales; sum their logarithms": log_scale.exp()
+        .sum()
+        .expand(8),
     }
     hint = compare_pair(
         "forward", f.forward(z), x, ladj,
@@ -377,7 +438,10 @@ def check_prediction(
         },
         tol=0.01,
     )  # fmt: skip
-    if not hint and answer["float32 can hold the determinant of forward"] is not False:
+    if (
+        not hint
+        and answer["float32 can hold the determinant of forward"] is not False
+    ):
         hint = "the determinant is 1e-100, and the smallest positive float32 about 1e-45"
     hint = hint or compare(
         "log_prob at x = 0", answer["log_prob at x = 0"], base - shrink,
@@ -402,7 +466,11 @@ def check_chain(
     answer,  # From `x`, a list of bijections and a base to the log-density
 ):
     """Check the repaired log-density of a chain."""
-    maps, base, x = [_Sinh(2), _DoublePlusOne(2)], StandardNormal(2), 2 * _noise(8, 2)
+    maps, base, x = (
+        [_Sinh(2), _DoublePlusOne(2)],
+        StandardNormal(2),
+        2 * _noise(8, 2),
+    )
 
     def value(order, at_data=False, sign=1):
         z, total = x, 0.0
@@ -418,10 +486,14 @@ def check_chain(
         "nothing is repaired yet; which map touched x last?": value(maps, True),
         order: value(maps),
         at_data: value(backwards, True),
-        "wrong sign: these ladj come from inverse, so they are added": value(backwards, sign=-1),
+        "wrong sign: these ladj come from inverse, so they are added": value(
+            backwards, sign=-1
+        ),
         "the ladj are missing": value(backwards, sign=0),
     }
-    return compare("the log-density", answer(x, maps, base), value(backwards), slips)
+    return compare(
+        "the log-density", answer(x, maps, base), value(backwards), slips
+    )
 
 # %% ../nbs/96-exercises.ipynb #761e7e4f
 class _OffSinh(_Sinh):
@@ -440,14 +512,22 @@ def check_ladj_gap(
     inverse, at_z = f.inverse(x)[1], f.inverse(z)[1]
     gap = forward + inverse
     slips = {
-        "inverse is called at z; call it at x = f(z)": (forward + at_z).abs().max(),
+        "inverse is called at z; call it at x = f(z)": (forward + at_z)
+        .abs()
+        .max(),
         "take the absolute value before the largest": gap.max(),
         "this is the smallest, not the largest": gap.abs().min(),
         "this is the mean, not the largest": gap.abs().mean(),
-        "the two ladj cancel in the sum, not in the difference": (forward - inverse).abs().max(),
+        "the two ladj cancel in the sum, not in the difference": (
+            forward - inverse
+        )
+        .abs()
+        .max(),
         "one number is asked for: the largest over the batch": gap.abs(),
     }
-    hint = compare("the gap of a broken map", answer(f, z), gap.abs().max(), slips)
+    hint = compare(
+        "the gap of a broken map", answer(f, z), gap.abs().max(), slips
+    )
     return hint or compare("the gap of a right map", answer(_Sinh(2), z), 0.0)
 
 # %% ../nbs/96-exercises.ipynb #37d100d1
@@ -480,7 +560,9 @@ def check_triangle(
         "the ladj is that of x1 alone; add that of x2": -x1,
         "this is the density; return its logarithm": log_prob(x).exp(),
     }
-    hint = compare("the log-density", Flow(f, Uniform(2)).log_prob(x), log_prob(x), slips)
+    hint = compare(
+        "the log-density", Flow(f, Uniform(2)).log_prob(x), log_prob(x), slips
+    )
     if hint:
         return hint
     e1, e2 = torch.log1p(-z).neg().unbind(-1)
@@ -511,7 +593,9 @@ class _Stretch(Bijection):
         self.inverted = 0
 
     def _forward(self, z, context):
-        return self.loc + self.log_scale.exp() * z, self.log_scale.sum().expand(z.shape[:-1])
+        return self.loc + self.log_scale.exp() * z, self.log_scale.sum().expand(
+            z.shape[:-1]
+        )
 
     def _inverse(self, x, context):
         self.inverted += 1
@@ -524,20 +608,28 @@ def check_nll(
     nll,  # The learner's `nll(x, loc, log_scale)`
 ):
     """The loss of a Gaussian: a mean over rows of a sum over coordinates."""
-    x, loc, log_scale = _noise(7, 3), torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.3, -0.4, 1.0])
+    x, loc, log_scale = (
+        _noise(7, 3),
+        torch.tensor([0.5, -1.0, 2.0]),
+        torch.tensor([0.3, -0.4, 1.0]),
+    )
     z = (x - loc) * (-log_scale).exp()
     half = 0.5 * math.log(2 * math.pi)
     each = 0.5 * z.square() + half + log_scale
     wide = 0.5 * ((x - loc) * log_scale.exp()).square() + half
     slips = {
-        "this is the log-likelihood; a loss to minimise needs a minus": -each.sum(-1).mean(),
+        "this is the log-likelihood; a loss to minimise needs a minus": -each.sum(
+            -1
+        ).mean(),
         "a mean over rows and coordinates; the coordinates of one row are summed": each.mean(),
         "a sum over the rows; take their mean": each.sum(),
         "one number for each row; take their mean": each.sum(-1),
         "the term log(2 pi) / 2 is missing": (each - half).sum(-1).mean(),
         "the ladj is missing: add log_scale": (each - log_scale).sum(-1).mean(),
         "the ladj has the wrong sign": (each - 2 * log_scale).sum(-1).mean(),
-        "z is (x - loc) / exp(log_scale): divide, do not multiply": (wide + log_scale)
+        "z is (x - loc) / exp(log_scale): divide, do not multiply": (
+            wide + log_scale
+        )
         .sum(-1)
         .mean(),
         "divide by exp(log_scale), not by log_scale": (
@@ -561,7 +653,8 @@ def check_reverse_kl(
     flow, z = Flow(_Stretch()), _noise(50, 2)
 
     def log_target(x):
-        return -x.abs().sum(-1)  # unlike the base, so that no two slips give the same number
+        # unlike the base, so that no two slips give the same number
+        return -x.abs().sum(-1)
 
     x, ladj = flow.bijection.forward(z)
     base, target = flow.base.log_prob(z), log_target(x)
@@ -570,11 +663,15 @@ def check_reverse_kl(
         "the ladj of forward is subtracted: where the map stretches, the density falls": (
             base + ladj - target
         ).mean(),
-        "the ladj is missing: log q(x) is not the base's density": (base - target).mean(),
+        "the ladj is missing: log q(x) is not the base's density": (
+            base - target
+        ).mean(),
         "the signs are exchanged; it is log q minus log target": -want,
         "a sum; take the mean over the draws": want * len(z),
         "one number for each draw; take their mean": base - ladj - target,
-        "the target is evaluated at z; it belongs at x": (base - ladj - log_target(z)).mean(),
+        "the target is evaluated at z; it belongs at x": (
+            base - ladj - log_target(z)
+        ).mean(),
         "the base density is evaluated at x; it belongs at z": (
             flow.base.log_prob(x) - ladj - target
         ).mean(),
@@ -590,9 +687,7 @@ def check_reverse_kl(
             if g is None or not agrees(g, w):
                 hint = "the value is right, but its gradient is not: were the draws or the ladj detached?"
     if hint is None and flow.bijection.inverted:
-        hint = (
-            "right, but it calls the inverse: log q(x) follows from base, z and the ladj of forward"
-        )
+        hint = "right, but it calls the inverse: log q(x) follows from base, z and the ladj of forward"
     return hint
 
 # %% ../nbs/96-exercises.ipynb #8fce9d0e
@@ -604,14 +699,22 @@ def check_gradient_rise(
     for nats, d in ((3.0, 1), (6.0, 3), (5.0, 30)):
         slips = {
             "each nat is shared by all d widths: divide by d": math.exp(nats),
-            "each nat is shared by all d widths: divide by d, do not multiply": math.exp(nats * d),
+            "each nat is shared by all d widths: divide by d, do not multiply": math.exp(
+                nats * d
+            ),
             "this is the logarithm of the factor": nats / d,
-            "the gradient grows as the width shrinks: the other sign": math.exp(-nats / d),
-            "the gradient grows like 1 / width, not like its square": math.exp(2 * nats / d),
-            "a loss in nats goes with exp, not with powers of 2": 2.0 ** (nats / d),
+            "the gradient grows as the width shrinks: the other sign": math.exp(
+                -nats / d
+            ),
+            "the gradient grows like 1 / width, not like its square": math.exp(
+                2 * nats / d
+            ),
+            "a loss in nats goes with exp, not with powers of 2": 2.0
+            ** (nats / d),
         }
         if d == 1:
-            slips = dict(list(slips.items())[2:])  # with one direction the others are right
+            # with one direction the others are right
+            slips = dict(list(slips.items())[2:])
         hint = compare(
             f"the factor for {nats:g} nats and d = {d}",
             gradient_rise(nats, d),
@@ -656,13 +759,20 @@ def check_count_noise(
     if agrees(u, u[:1].expand_as(u)) or agrees(u, u[:, :1].expand_as(u)):
         return "entries share their noise: draw one number for each entry, with the shape of counts"
     sorted_u = u.flatten().double().sort().values
-    gap = (sorted_u - torch.linspace(0, 1, len(sorted_u), dtype=torch.float64)).abs().max()
-    if gap > 0.03:  # Kolmogorov-Smirnov: uniform numbers exceed it twice in ten thousand times
+    gap = (
+        (sorted_u - torch.linspace(0, 1, len(sorted_u), dtype=torch.float64))
+        .abs()
+        .max()
+    )
+    # Kolmogorov-Smirnov: uniform numbers exceed it twice in ten thousand times
+    if gap > 0.03:
         return "the noise does not fill the cell evenly: torch.rand does, randn and powers do not"
     return None
 
 # %% ../nbs/96-exercises.ipynb #459e6e90
-def _reference_steps(x, clip, forget_zero=False, clip_late=False, by_value=False):
+def _reference_steps(
+    x, clip, forget_zero=False, clip_late=False, by_value=False
+):
     """Two steps by the book, or with a mistake: losses, norms and the parameters after each."""
     flow, out = Flow(_Stretch()), []
     optimizer = torch.optim.SGD(flow.parameters(), lr=0.1)
@@ -675,7 +785,9 @@ def _reference_steps(x, clip, forget_zero=False, clip_late=False, by_value=False
             optimizer.step()
         if by_value:
             torch.nn.utils.clip_grad_value_(flow.parameters(), clip)
-        norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), math.inf if by_value else clip)
+        norm = torch.nn.utils.clip_grad_norm_(
+            flow.parameters(), math.inf if by_value else clip
+        )
         if not clip_late:
             optimizer.step()
         after = torch.cat([p.detach().clone() for p in flow.parameters()])
@@ -710,12 +822,19 @@ def check_train_step(
             piles: piled[k][2],
             f"{late}; and {piles}": both[k][2],
             "they did not move: optimizer.zero_grad() between backward and step wipes the gradient": before,
-            "clip_grad_value_ clips each entry; clip the norm, with clip_grad_norm_": each[k][2],
+            "clip_grad_value_ clips each entry; clip the norm, with clip_grad_norm_": each[
+                k
+            ][2],
         }
         hint = (
-            compare(f"the parameters after step {k + 1}", after, right[k][2], slips)
+            compare(
+                f"the parameters after step {k + 1}", after, right[k][2], slips
+            )
             or compare(
-                "the loss", got[0], right[k][0], {"this is the loss after the step": loss_after}
+                "the loss",
+                got[0],
+                right[k][0],
+                {"this is the loss after the step": loss_after},
             )
             or compare(
                 "the gradient norm",
@@ -753,7 +872,9 @@ def check_mass_inside(
         "this is what is lost": 1 - inside,
     }
     hint = compare("mass_tanh", mass_tanh, inside, slips, tol=5e-3)
-    slips = {"softplus is positive, and so it never reaches half of the base": 1.0}
+    slips = {
+        "softplus is positive, and so it never reaches half of the base": 1.0
+    }
     hint = hint or compare("mass_softplus", mass_softplus, 0.5, slips, tol=5e-3)
     slips = {"arcsinh grows slowly, but it reaches every number": inside}
     return hint or compare("mass_arcsinh", mass_arcsinh, 1.0, slips, tol=5e-3)
@@ -781,7 +902,9 @@ def check_sigmoid(
     got = None if hint else answer(far)[1]
     if hint is None and not got.isfinite().all():
         return "in float32, at z = 100 and -100, the ladj is infinite: x is rounded there, z is not"
-    return hint or compare("the ladj at z = 100 and -100", got, torch.tensor([-100.0, -100.0]))
+    return hint or compare(
+        "the ladj at z = 100 and -100", got, torch.tensor([-100.0, -100.0])
+    )
 
 # %% ../nbs/96-exercises.ipynb #8e9e5668
 @exercise("3.3")
@@ -810,10 +933,17 @@ def check_exponential(
     )  # fmt: skip
     if hint:
         return hint
-    far = torch.tensor([9.0])  # 1 - Phi(9) is zero in float32, and 1.1e-19 in truth
+    # 1 - Phi(9) is zero in float32, and 1.1e-19 in truth
+    far = torch.tensor([9.0])
     want = -torch.special.log_ndtr(-far.double()) / rate
-    hint = compare("x at z = 9 in float32", answer(far, rate)[0], want, tol=1e-3)
-    return hint and hint + " (1 - Phi(z) rounds to zero; torch.special.log_ndtr does not)"
+    hint = compare(
+        "x at z = 9 in float32", answer(far, rate)[0], want, tol=1e-3
+    )
+    return (
+        hint
+        and hint
+        + " (1 - Phi(z) rounds to zero; torch.special.log_ndtr does not)"
+    )
 
 # %% ../nbs/96-exercises.ipynb #a97e6820
 @exercise("3.4")
@@ -883,8 +1013,12 @@ def check_softsign_map(
     answer: type,  # A `ScalarMap`
 ):
     """Check the softsign, alone and inside a bijection."""
-    # not issubclass: the lesson that defines ScalarMap checks maps built on its own class
-    if not all(hasattr(answer, name) for name in ("point", "back", "log_slope", "codomain")):
+    # not issubclass: the lesson that defines ScalarMap checks maps built on its
+    # own class
+    if not all(
+        hasattr(answer, name)
+        for name in ("point", "back", "log_slope", "codomain")
+    ):
         return "expected a class made from ScalarMap"
     h, t = answer(), torch.linspace(-4, 4, 17, dtype=torch.float64)
     hint = compare("point at z", h.point(t), t / (1 + t.abs()))
@@ -904,7 +1038,9 @@ def check_softsign_map(
         return "log_slope is infinite at z = 1e8 in float32: x is rounded to 1 there, z is not"
     if hint:
         return hint
-    low, high = (getattr(h.codomain, f"{end}_bound", None) for end in ("lower", "upper"))
+    low, high = (
+        getattr(h.codomain, f"{end}_bound", None) for end in ("lower", "upper")
+    )
     if (low, high) != (-1, 1):
         return "say where it goes: codomain = constraints.interval(-1.0, 1.0)"
     reason = {"identity": "a fixed map"}
@@ -914,13 +1050,18 @@ def check_softsign_map(
 @exercise("4.1")
 def check_signs(
     mirrors: float,  # Determinant of a product of 7 reflections
-    shuffle: float,  # Determinant of the permutation matrix of the order 1, 2, 0
+    # Determinant of the permutation matrix of the order 1, 2, 0
+    shuffle: float,
     numbers: int,  # Raw numbers of `PLU(5)` without bias
 ):
     """Check the predictions about determinants and parameters."""
-    slips = {"each mirror turns one direction round: it has determinant -1": 1.0}
+    slips = {
+        "each mirror turns one direction round: it has determinant -1": 1.0
+    }
     hint = compare("det_of_seven", mirrors, -1.0, slips)
-    slips = {"going round three places is two exchanges, and each exchange turns the sign": -1.0}
+    slips = {
+        "going round three places is two exchanges, and each exchange turns the sign": -1.0
+    }
     hint = hint or compare("det_of_shuffle", shuffle, 1.0, slips)
     slips = {
         "the ones on the diagonals of both triangles are fixed": 30,
@@ -930,7 +1071,11 @@ def check_signs(
     }
     hint = hint or compare("free_numbers", numbers, 25, slips)
     bare = hint and hint.endswith("25 is right")
-    return hint + ": two triangles without their diagonals, and one diagonal" if bare else hint
+    return (
+        hint + ": two triangles without their diagonals, and one diagonal"
+        if bare
+        else hint
+    )
 
 # %% ../nbs/96-exercises.ipynb #23a663b7
 @exercise("4.2")
@@ -939,13 +1084,19 @@ def check_substitution(
 ):
     """Check a triangular solve."""
     lower = (
-        _noise(5, 5).double().tril(-1) + torch.tensor([2.0, -0.5, 1.0, 3.0, -1.5]).double().diag()
+        _noise(5, 5).double().tril(-1)
+        + torch.tensor([2.0, -0.5, 1.0, 3.0, -1.5]).double().diag()
     )
     z = _noise(5).double()
     x, log_diagonal = lower @ z, lower.diagonal().abs().log().sum()
     unit = lower.tril(-1) + torch.eye(5)
     got = answer(lower, x)
-    if isinstance(got, tuple) and len(got) == 2 and _is_nan(got[1]) and not _is_nan(got[0]):
+    if (
+        isinstance(got, tuple)
+        and len(got) == 2
+        and _is_nan(got[1])
+        and not _is_nan(got[0])
+    ):
         return "the ladj is not a number: the diagonal may be negative, and only its size counts"
     return compare_pair(
         "my_solve", got, z, -log_diagonal,
@@ -969,10 +1120,14 @@ def check_determinant_lemma(
     d = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.5, -0.7]).double()
     u, v = _noise(6, 2).double(), _noise(2, 6).double().T
     want = torch.linalg.slogdet(d.diag() + u @ v.T).logabsdet
-    small = torch.linalg.slogdet(torch.eye(2) + v.T @ (u / d[:, None])).logabsdet
+    small = torch.linalg.slogdet(
+        torch.eye(2) + v.T @ (u / d[:, None])
+    ).logabsdet
     plain = torch.linalg.slogdet(torch.eye(2) + v.T @ u).logabsdet
     slips = {
-        "the diagonal enters twice: in front, and within the small matrix": d.abs().log().sum()
+        "the diagonal enters twice: in front, and within the small matrix": d.abs()
+        .log()
+        .sum()
         + plain,
         "the determinant of the diagonal itself is missing": small,
         "wrong sign of the diagonal's part": small - d.abs().log().sum(),
@@ -998,7 +1153,10 @@ def check_pixels(
 ):
     """Check the repaired 1×1 convolution."""
     z, weight = _noise(4, 3, 2, 5).double(), _noise(3, 3).double()
-    x, each = torch.einsum("ij,njhw->nihw", weight, z), torch.linalg.slogdet(weight).logabsdet
+    x, each = (
+        torch.einsum("ij,njhw->nihw", weight, z),
+        torch.linalg.slogdet(weight).logabsdet,
+    )
     return compare_pair(
         "pixels", answer(z, weight), x, (10 * each).expand(4),
         {
@@ -1020,7 +1178,10 @@ def check_circulant(
 ):
     """Check a periodic convolution on a line, at an even and at an odd length."""
     for n in (8, 7):
-        z, kernel = _noise(3, n).double(), torch.tensor([1.0, -0.6, 0.3]).double()
+        z, kernel = (
+            _noise(3, n).double(),
+            torch.tensor([1.0, -0.6, 0.3]).double(),
+        )
         x = sum(k * z.roll(j, -1) for j, k in enumerate(kernel))
         other_way = sum(k * z.roll(-j, -1) for j, k in enumerate(kernel))
         size = torch.fft.fft(kernel, n=n).abs().log()
@@ -1054,17 +1215,27 @@ def check_row_order(
     swap, cycle = torch.eye(2)[[1, 0]], torch.eye(4)[[1, 2, 3, 0]]
     shy = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     negative = -torch.eye(3) - torch.ones(3, 3)
-    for name, a in (("the exchange of two", swap), ("a cycle of four", cycle),
-                    ("a matrix with a second minor of zero", shy), ("a dense matrix", negative)):  # fmt: skip
+    for name, a in (
+        ("the exchange of two", swap),
+        ("a cycle of four", cycle),
+        # fmt: skip
+        ("a matrix with a second minor of zero", shy),
+        ("a dense matrix", negative),
+    ):
         a, n = a.double(), len(a)
         order = torch.as_tensor(answer(a.clone()))
-        if order.is_floating_point() or sorted(order.flatten().tolist()) != list(range(n)):
+        if order.is_floating_point() or sorted(
+            order.flatten().tolist()
+        ) != list(range(n)):
             return f"for {name}, expected each of 0 to {n - 1} once, got {order.tolist()}"
         for k in range(1, n + 1):
             if torch.linalg.det(a[order][:k, :k]).abs() < 1e-9:
                 hint = "" if k > 1 else "; a pivot must not be zero"
                 inverse = order.argsort()
-                minors = [torch.linalg.det(a[inverse][:j, :j]).abs() for j in range(1, n + 1)]
+                minors = [
+                    torch.linalg.det(a[inverse][:j, :j]).abs()
+                    for j in range(1, n + 1)
+                ]
                 if min(minors) > 1e-9:
                     hint = "; you return the inverse order: `a[order]` should do it"
                 return f"for {name}, the leading minor of size {k} of a[order] is zero{hint}"
@@ -1080,8 +1251,13 @@ def check_uniform_to_exponential(
     x = -(-u).log1p() / rate
     ladj = -math.log(rate) - (-u).log1p()
     mirrored = -u.log() / rate
-    if isinstance(got := answer(u, rate), tuple) and len(got) == 2 and agrees(got[0], mirrored):
-        # 1 - U is uniform as well: a right answer that falls where this one rises.
+    if (
+        isinstance(got := answer(u, rate), tuple)
+        and len(got) == 2
+        and agrees(got[0], mirrored)
+    ):
+        # 1 - U is uniform as well: a right answer that falls where this one
+        # rises.
         return compare("ladj", got[1], -math.log(rate) - u.log())
     return compare_pair(
         "exponential", got, x, ladj,
@@ -1106,7 +1282,12 @@ def check_logistic_bound(
 
     def corrected(w, u, steepest, power=2, outside=None):
         product = w @ u
-        m = torch.nn.functional.softplus(steepest * product + math.log(math.e - 1)) - 1
+        m = (
+            torch.nn.functional.softplus(
+                steepest * product + math.log(math.e - 1)
+            )
+            - 1
+        )
         return u + (m / (outside or steepest) - product) * w / w.norm() ** power
 
     w = torch.tensor([2.0, -1.0, 0.5])
@@ -1119,8 +1300,12 @@ def check_logistic_bound(
             "this is the bound of tanh, w'û > -1; the logistic slope is at most 1/4": corrected(
                 w, u, 1.0
             ),
-            "L belongs inside m too: m(L w'u) / L": corrected(w, u, 1.0, outside=0.25),
-            "divide by L as well: m(L w'u) / L": corrected(w, u, 0.25, outside=1.0),
+            "L belongs inside m too: m(L w'u) / L": corrected(
+                w, u, 1.0, outside=0.25
+            ),
+            "divide by L as well: m(L w'u) / L": corrected(
+                w, u, 0.25, outside=1.0
+            ),
             "divide by the square of the norm": corrected(w, u, 0.25, 1),
             "this leaves u as it is, and w'u may be below -4": u,
         }
@@ -1167,13 +1352,21 @@ def check_batch_norm_ladj(
     answer,  # From `v`, `gamma` and `eps` to a number
 ):
     """Check the log-determinant of batch normalisation, data to base."""
-    v, gamma, eps = torch.tensor([4.0, 0.25, 9.0]), torch.tensor([0.5, -2.0, 1.5]), 0.1
+    v, gamma, eps = (
+        torch.tensor([4.0, 0.25, 9.0]),
+        torch.tensor([0.5, -2.0, 1.5]),
+        0.1,
+    )
     terms = gamma.abs().log() - 0.5 * (v + eps).log()
     slips = {
         "wrong sign: on the way from data to base gamma multiplies, and the root of v + eps divides": -terms.sum(),
         "sum over the coordinates": terms,
-        "the square root halves the logarithm": (gamma.abs().log() - (v + eps).log()).sum(),
-        "eps is inside the square root, beside v": (gamma.abs().log() - 0.5 * v.log()).sum(),
+        "the square root halves the logarithm": (
+            gamma.abs().log() - (v + eps).log()
+        ).sum(),
+        "eps is inside the square root, beside v": (
+            gamma.abs().log() - 0.5 * v.log()
+        ).sum(),
         "gamma scales too": -0.5 * (v + eps).log().sum(),
         "a mean instead of a sum": terms.mean(),
     }
@@ -1206,7 +1399,9 @@ def check_radial_root(
     }  # fmt: skip
     error = (got / r - 1).abs()
     if not error.max() < 0.05:
-        return compare("r", got, r, slips) or "r is off by more than 5 % somewhere"
+        return (
+            compare("r", got, r, slips) or "r is off by more than 5 % somewhere"
+        )
     row = int(error.argmax())
     if error[row] > 1e-5:
         where = f"r_out = {r_out[row]:g}, alpha = {alpha[row]:g}, beta = {beta[row]:g}"
@@ -1231,7 +1426,8 @@ def _check_net(d):
 # %% ../nbs/96-exercises.ipynb #968c4b8c
 @exercise("6.1")
 def check_reach(
-    layers: int,  # Least number of layers after which every output depends on every input
+    # Least number of layers after which every output depends on every input
+    layers: int,
     rank: int,  # Largest rank of J - I of the first layer
 ):
     """Check the two predictions about couplings in 7 dimensions with the mask `half`."""
@@ -1320,7 +1516,8 @@ def check_densest(
     """Check the predictions about volume."""
     peak = 1 / (2 * math.pi)
     slips = {
-        "this is the peak on the line; in the plane it is its square": peak**0.5,
+        "this is the peak on the line; in the plane it is its square": peak
+        ** 0.5,
         "this is its logarithm": math.log(peak),
         "this is the factor of the change; the height is that of the base": 1.0,
         "there is a limit: where every volume is kept, a density keeps its heights": math.inf,
@@ -1330,16 +1527,21 @@ def check_densest(
         "where the volume grows by 3/2, the density falls": 1.5 * peak,
         "this is still the base; the factors change the volume by 1/2 times 3": peak,
         "the product of the factors counts, not one of them": 2 * peak,
-        "the product of the factors counts, not one of them; stretching by 3 is in it": peak / 3,
+        "the product of the factors counts, not one of them; stretching by 3 is in it": peak
+        / 3,
         "multiply the factors, do not add them": peak / 3.5,
     }
-    return hint or compare("densest_stretched", stretched, peak / 1.5, slips, tol=2e-3)
+    return hint or compare(
+        "densest_stretched", stretched, peak / 1.5, slips, tol=2e-3
+    )
 
 # %% ../nbs/96-exercises.ipynb #8718c739
 def _image_net(channels):
     """A small random convolution with twice the channels, the same every time."""
     generator = torch.Generator().manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.Tanh())
+    net = nn.Sequential(
+        nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.Tanh()
+    )
     for parameter in net.parameters():
         parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
     return net.requires_grad_(False)
@@ -1393,21 +1595,37 @@ def check_partition(
     generator = torch.Generator().manual_seed(3)
     tries = {
         "": (1.0, 0.0),
-        "only with columns of different widths: use correlations, not covariances": (1.0, 2.0),
-        "only where correlations are negative: -0.9 binds as much as 0.9": (-1.0, 0.0),
+        "only with columns of different widths: use correlations, not covariances": (
+            1.0,
+            2.0,
+        ),
+        "only where correlations are negative: -0.9 binds as much as 0.9": (
+            -1.0,
+            0.0,
+        ),
     }
     for when, (sign, widths) in tries.items():
         for dim in (2, 12, 20):
             pairs = torch.randn(2000, dim // 2, 2, generator=generator)
             rho = torch.linspace(0.6, 0.9, dim // 2)
-            pairs[..., 1] = sign * rho * pairs[..., 0] + (1 - rho**2).sqrt() * pairs[..., 1]
+            pairs[..., 1] = (
+                sign * rho * pairs[..., 0] + (1 - rho**2).sqrt() * pairs[..., 1]
+            )
             order = torch.randperm(dim, generator=generator)
             scale = (widths * torch.randn(dim, generator=generator)).exp()
             x = 3 + scale * pairs.flatten(1)[:, order]
             mask = answer(x)
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (dim,):
+            if (
+                not isinstance(mask, Tensor)
+                or mask.dtype != torch.bool
+                or mask.shape != (dim,)
+            ):
                 got = getattr(mask, "dtype", type(mask).__name__)
-                shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+                shape = (
+                    f" of shape {tuple(mask.shape)}"
+                    if isinstance(mask, Tensor)
+                    else ""
+                )
                 return f"the mask should be a boolean tensor of shape ({dim},), got {got}{shape}"
             sides = mask[order.argsort()].view(-1, 2)
             uncut = int((sides[:, 0] == sides[:, 1]).sum())
@@ -1513,9 +1731,9 @@ def check_search(
 ):
     """Check the repaired search for bins."""
     knots = _noise(3, 5, 6).double().sort(-1).values
-    inside = knots[..., :1] + (knots[..., -1:] - knots[..., :1]) * torch.linspace(
-        0.01, 0.99, 7, dtype=torch.float64
-    )
+    inside = knots[..., :1] + (
+        knots[..., -1:] - knots[..., :1]
+    ) * torch.linspace(0.01, 0.99, 7, dtype=torch.float64)
     tries = {
         "between the knots": inside.movedim(-1, 0),
         "at a knot, the bin to its right": knots.movedim(-1, 0)[:-1],
@@ -1524,9 +1742,14 @@ def check_search(
         ),
     }
     tries = {where: t.contiguous() for where, t in tries.items()}
-    every = {where: knots.expand(*t.shape, 6).contiguous() for where, t in tries.items()}
+    every = {
+        where: knots.expand(*t.shape, 6).contiguous()
+        for where, t in tries.items()
+    }
     stub = [(t.unsqueeze(-1) > knots[..., 1:]).sum() for t in tries.values()]
-    answers = [torch.as_tensor(answer(t, every[where])) for where, t in tries.items()]
+    answers = [
+        torch.as_tensor(answer(t, every[where])) for where, t in tries.items()
+    ]
     if all(map(torch.equal, answers, stub)):
         raise NotImplementedError  # all faults are still there
     for (where, t), got in zip(tries.items(), answers):
@@ -1556,15 +1779,20 @@ def check_search(
 # %% ../nbs/96-exercises.ipynb #a107b2e9
 @exercise("7.5")
 def check_hermite(
-    answer: type,  # A subclass of `SplineMap` with `limit`, `point` and `log_slope`
+    # A subclass of `SplineMap` with `limit`, `point` and `log_slope`
+    answer: type,
 ):
     """Check cubic pieces with free slopes, alone and in a spline."""
     scalar_map = answer(4)
-    a = torch.tensor([0.01, 0.5, 1.0, 3.0, 20.0, 400.0], dtype=torch.float64)[:, None]
+    a = torch.tensor([0.01, 0.5, 1.0, 3.0, 20.0, 400.0], dtype=torch.float64)[
+        :, None
+    ]
     b, u = a.flip(0), torch.linspace(0, 1, 9, dtype=torch.float64)
     want = 3 * (1 - (-a / 3).exp())
     slips = {
-        "this clamps; where it does, the slope has no gradient": a.clamp(max=3.0),
+        "this clamps; where it does, the slope has no gradient": a.clamp(
+            max=3.0
+        ),
         "divide by 3 inside the exponential": 3 * (1 - (-a).exp()),
         "the factor 3 is missing": 1 - (-a / 3).exp(),
         "a comes back as it is; beyond 3 the curve turns back": a,
@@ -1588,15 +1816,23 @@ def check_hermite(
     if hint:
         return hint
     got, unlimited = scalar_map.log_slope(u, a, b), hermite(a, b)[1].log()
-    if got.shape == unlimited.shape and torch.allclose(got.double(), unlimited, equal_nan=True):
+    if got.shape == unlimited.shape and torch.allclose(
+        got.double(), unlimited, equal_nan=True
+    ):
         return "log_slope: a and b are not limited, and where the curve turns back this is nan"
     hint = compare(
-        "log_slope", got, slope.log(), {"this is the slope; return its logarithm": slope}
+        "log_slope",
+        got,
+        slope.log(),
+        {"this is the slope; return its logarithm": slope},
     )
     return hint or broken_promise(
         Elementwise(1, scalar_map),
         _noise(8, 1),
-        {"identity": "the limit of 1 is less than 1", "mass": "the density jumps at the knots"},
+        {
+            "identity": "the limit of 1 is less than 1",
+            "mass": "the density jumps at the knots",
+        },
     )
 
 # %% ../nbs/96-exercises.ipynb #ab651275
@@ -1610,11 +1846,15 @@ def check_circle_map(
         return f"n_params should be 2, got {getattr(h, 'n_params', None)}"
     z = torch.linspace(-3.1, 3.1, 12, dtype=torch.float64)
     zero = torch.zeros(12, 2, dtype=torch.float64)
-    hint = compare_pair("forward at theta = 0", h.forward(z, zero), z, torch.zeros_like(z))
+    hint = compare_pair(
+        "forward at theta = 0", h.forward(z, zero), z, torch.zeros_like(z)
+    )
     if hint:
         return hint + " (theta = 0 must be the identity)"
     rho = _noise(12, 2).double()
-    omega = torch.view_as_complex(0.9 * rho / (1 + rho.square().sum(-1, keepdim=True)).sqrt())
+    omega = torch.view_as_complex(
+        0.9 * rho / (1 + rho.square().sum(-1, keepdim=True)).sqrt()
+    )
 
     def moebius(omega, t=z):
         zeta = torch.polar(torch.ones_like(t), t)
@@ -1652,8 +1892,12 @@ def _masked_net(d):
 
     def net(x):
         if x.shape[-1] != d:
-            raise ValueError(f"net expects all {d} coordinates, got {x.shape[-1]}")
-        return (x @ a.T.to(x) + c.to(x)).tanh(), (x @ b.T.to(x)).sin() + c.flip(0).to(x)
+            raise ValueError(
+                f"net expects all {d} coordinates, got {x.shape[-1]}"
+            )
+        return (x @ a.T.to(x) + c.to(x)).tanh(), (x @ b.T.to(x)).sin() + c.flip(
+            0
+        ).to(x)
 
     return net
 
@@ -1679,20 +1923,31 @@ def check_pass_counts(
     iaf_density: int,  # For the density of given points under an IAF
 ):
     """Check the costs of 3 autoregressive layers in 10 dimensions."""
-    count = "count the layers, and how often each evaluates its network for this"
-    slips = {"a MAF knows all of its data at once: one pass a layer": 30, "that is one layer": 1}
-    hint = _instead(compare("maf_density", maf_density, 3, slips), f"maf_density: {count}")
+    count = (
+        "count the layers, and how often each evaluates its network for this"
+    )
+    slips = {
+        "a MAF knows all of its data at once: one pass a layer": 30,
+        "that is one layer": 1,
+    }
+    hint = _instead(
+        compare("maf_density", maf_density, 3, slips), f"maf_density: {count}"
+    )
     slips = {
         "that is one layer; each of the three waits for all of the layer before": 10,
         "a sample needs one pass for each coordinate": 3,
         "a layer begins when the one before it has finished: their costs add up": 1000,
     }
-    hint = hint or _instead(compare("maf_sample", maf_sample, 30, slips), f"maf_sample: {count}")
+    hint = hint or _instead(
+        compare("maf_sample", maf_sample, 30, slips), f"maf_sample: {count}"
+    )
     slips = {
         "its samples are that cheap; a point from elsewhere must first be led back": 3,
         "that is one layer": 10,
     }
-    return hint or _instead(compare("iaf_density", iaf_density, 30, slips), f"iaf_density: {count}")
+    return hint or _instead(
+        compare("iaf_density", iaf_density, 30, slips), f"iaf_density: {count}"
+    )
 
 # %% ../nbs/96-exercises.ipynb #f7dde09b
 @exercise("9.2")
@@ -1700,7 +1955,10 @@ def check_degrees(
     answer,  # From `dim` and degrees to two masks
 ):
     """Check the masks of a network with one hidden layer."""
-    for dim, degree in ((3, torch.tensor([1, 2, 2, 1])), (5, torch.tensor([4, 1, 0, 3, 2, 4]))):
+    for dim, degree in (
+        (3, torch.tensor([1, 2, 2, 1])),
+        (5, torch.tensor([4, 1, 0, 3, 2, 4])),
+    ):
         place = torch.arange(1, dim + 1)
         first, last = degree[:, None] >= place, place[:, None] > degree
         masks = answer(dim, degree)
@@ -1845,9 +2103,16 @@ def check_block_slope(
     )  # fmt: skip
     if hint:
         told_number = "ladj" in hint and "is right" in hint
-        return f"{hint}; the slope of phi is 1 - rho tanh^2" if told_number else hint
+        return (
+            f"{hint}; the slope of phi is 1 - rho tanh^2"
+            if told_number
+            else hint
+        )
     far = answer(x, w - 60, b, v - 60, rho)[1]
-    if not (far.isfinite().all() and agrees(far, answer(x, w - 30, b, v - 30, rho)[1] - 60, 1e-3)):
+    if not (
+        far.isfinite().all()
+        and agrees(far, answer(x, w - 30, b, v - 30, rho)[1] - 60, 1e-3)
+    ):
         return "for tiny weights the slope underflows: stay in logarithms, with logsumexp"
     return None
 
@@ -1896,8 +2161,13 @@ def check_tails(
 ):
     """Check log-odds of a mixture, near zero and far out."""
     w = _noise(4, 3).softmax(-1)
-    for name, u in (("near zero", 2 * _noise(4, 3)), ("far out", 100 * _noise(4, 3).sign() + _noise(4, 3)),
-                    ("at u = 200", torch.full((4, 3), 200.0)), ("at u = -200", torch.full((4, 3), -200.0))):  # fmt: skip
+    for name, u in (
+        ("near zero", 2 * _noise(4, 3)),
+        ("far out", 100 * _noise(4, 3).sign() + _noise(4, 3)),
+        # fmt: skip
+        ("at u = 200", torch.full((4, 3), 200.0)),
+        ("at u = -200", torch.full((4, 3), -200.0)),
+    ):
         log_w, logsigmoid = w.double().log(), torch.nn.functional.logsigmoid
         below = (log_w + logsigmoid(u.double())).logsumexp(-1)
         above = (log_w + logsigmoid(-u.double())).logsumexp(-1)
@@ -1916,9 +2186,7 @@ def check_tails(
             },
         )  # fmt: skip
         if hint and name != "near zero" and hint.endswith("is right"):
-            hint += (
-                "; clamping p only hides its rounding: sum the sigmoid(-u) for 1 - p, in logarithms"
-            )
+            hint += "; clamping p only hides its rounding: sum the sigmoid(-u) for 1 - p, in logarithms"
         if hint:
             return hint
     return None
@@ -1929,7 +2197,9 @@ def check_root_derivatives(
     answer,  # From five partial derivatives to the two derivatives of the root
 ):
     """Check the implicit first and second derivative."""
-    h_z, h_t, h_zz, h_zt, h_tt = (t.double() for t in (_noise(5).exp(), *(_noise(4, 5) + 0.1)))
+    h_z, h_t, h_zz, h_zt, h_tt = (
+        t.double() for t in (_noise(5).exp(), *(_noise(4, 5) + 0.1))
+    )
     first = -h_t / h_z
 
     def second(cross=2.0, bend=1.0):
@@ -1980,53 +2250,87 @@ def check_largest_bump(
 # %% ../nbs/96-exercises.ipynb #30e35534
 @exercise("8.5")
 def check_lukacs(
-    answer: type,  # A class with `n_params`, `read`, `inside` and `slope_inside`
+    # A class with `n_params`, `read`, `inside` and `slope_inside`
+    answer: type,
 ):
     """Check the map with squares weighted by 1 and 1 - t^2, alone and in its contract."""
     h = answer()
-    if not hasattr(h, "bracket") or h.n_params != 7:  # the lesson defines a BoxedMap of its own
+    # the lesson defines a BoxedMap of its own
+    if not hasattr(h, "bracket") or h.n_params != 7:
         return "LukacsMap should be a BoxedMap with 7 raw parameters"
     z, bound = torch.linspace(-1, 1, 9, dtype=torch.float64) * h.bound, h.bound
 
-    def slope(z, theta, floor=0.01, weighted=True, p0=1.0, q0=1.0, over=bound, squeeze=True):
+    def slope(
+        z,
+        theta,
+        floor=0.01,
+        weighted=True,
+        p0=1.0,
+        q0=1.0,
+        over=bound,
+        squeeze=True,
+    ):
         raw, t = 2 * torch.tanh(theta / 2) if squeeze else theta, z / over
         p = p0 * t + raw[0] + raw[1] * t + raw[2] * t**2
         q = q0 + raw[3] + raw[4] * t + raw[5] * t**2
-        return (1 - floor) * (p**2 + (1 - t**2 if weighted else 1) * q**2) + floor
+        return (1 - floor) * (
+            p**2 + (1 - t**2 if weighted else 1) * q**2
+        ) + floor
 
     def integral(f):
         fine = torch.linspace(0, 1, 2001, dtype=torch.float64)
         return z * torch.trapezoid(f(z[:, None] * fine), fine)
 
-    for name, theta in (("at theta = 0", torch.zeros(7)), ("at a random theta", _noise(7))):
+    for name, theta in (
+        ("at theta = 0", torch.zeros(7)),
+        ("at a random theta", _noise(7)),
+    ):
         theta = theta.double()
         shape = h.read(theta[:, None])
         want = slope(z, theta)
         slips = {
-            "the second square is weighted by 1 - t^2": slope(z, theta, weighted=False),
-            "scale by 0.99 and add 0.01, so that no slope is zero": slope(z, theta, floor=0.0),
+            "the second square is weighted by 1 - t^2": slope(
+                z, theta, weighted=False
+            ),
+            "scale by 0.99 and add 0.01, so that no slope is zero": slope(
+                z, theta, floor=0.0
+            ),
             "scale by 0.99, and then add the floor of 0.01": want - 0.01,
-            "add 0.01 to 0.99 of the squares, not to all of them": (want - 0.01) / 0.99 + 0.01,
+            "add 0.01 to 0.99 of the squares, not to all of them": (want - 0.01)
+            / 0.99
+            + 0.01,
             "p starts as t and q as 1: add them to what theta says": slope(
                 z, theta, p0=0.0, q0=0.0
             ),
             "p starts as t: add it to what theta says": slope(z, theta, p0=0.0),
             "q starts as 1: add it to what theta says": slope(z, theta, q0=0.0),
-            "p and q take t = z / bound, and the method is given z": slope(z, theta, over=1.0),
-            "squeeze the six coefficients by bounded(raw, 2.0)": slope(z, theta, squeeze=False),
+            "p and q take t = z / bound, and the method is given z": slope(
+                z, theta, over=1.0
+            ),
+            "squeeze the six coefficients by bounded(raw, 2.0)": slope(
+                z, theta, squeeze=False
+            ),
             "this is the logarithm; the slope itself is wanted": want.log(),
         }
-        hint = compare(f"slope_inside {name}", h.slope_inside(z, *shape), want, slips, 1e-6)
+        hint = compare(
+            f"slope_inside {name}", h.slope_inside(z, *shape), want, slips, 1e-6
+        )
         area = integral(lambda z, theta=theta: slope(z, theta))
         slips = {
-            "integrate over z, not over t: a factor of the bound is missing": theta[6]
+            "integrate over z, not over t: a factor of the bound is missing": theta[
+                6
+            ]
             + area / bound,
             "the shift is missing": area,
             "p and q take t = z / bound, and the method is given z": theta[6]
             + integral(lambda z, theta=theta: slope(z, theta, over=1.0)),
-            "the integral starts at 0, where x is the shift": theta[6] + area - area[0],
+            "the integral starts at 0, where x is the shift": theta[6]
+            + area
+            - area[0],
         }
-        hint = hint or compare(f"inside {name}", h.inside(z, *shape), theta[6] + area, slips, 1e-4)
+        hint = hint or compare(
+            f"inside {name}", h.inside(z, *shape), theta[6] + area, slips, 1e-4
+        )
         if hint:
             return hint
     return broken_promise(Elementwise(3, h), _noise(8, 3))
@@ -2105,7 +2409,9 @@ def check_hastings(
         },
     )  # fmt: skip
     far = answer(zero - 1e5, zero - 1e5 - 1, zero, zero)
-    return hint or compare("log_accept of densities that underflow", far, zero - 1)
+    return hint or compare(
+        "log_accept of densities that underflow", far, zero - 1
+    )
 
 # %% ../nbs/96-exercises.ipynb #v10-wts
 @exercise("10.3")
@@ -2118,7 +2424,9 @@ def check_weights(
         n, log_sum = len(log_w), log_w.logsumexp(0)
         got = answer(log_w)
         if not (isinstance(got, tuple) and len(got) == 2):
-            return f"from_weights should return a pair, got {type(got).__name__}"
+            return (
+                f"from_weights should return a pair, got {type(got).__name__}"
+            )
         hint = compare(
             f"log_z of {name} weights", got[0], log_sum - math.log(n),
             {
@@ -2147,7 +2455,11 @@ def check_weights(
                 "square the sum, not each weight twice": 1 / n,
             },
         )  # fmt: skip
-        if hint and name != "small" and ("nan" in hint or hint.endswith("is right")):
+        if (
+            hint
+            and name != "small"
+            and ("nan" in hint or hint.endswith("is right"))
+        ):
             hint += "; subtract the largest log-weight first"
         if hint:
             return hint
@@ -2162,12 +2474,21 @@ def check_annealing_repair(
     log_q, energy = _noise(2, 9).double()
 
     def loss(beta, all_of_it=False):
-        return (beta * log_q + beta * energy if all_of_it else log_q + beta * energy).mean()
+        return (
+            beta * log_q + beta * energy if all_of_it else log_q + beta * energy
+        ).mean()
 
-    steps = {"step 0": (0, 0.01), "step 4900": (4900, 0.5), "step 30 000": (30_000, 1.0)}
+    steps = {
+        "step 0": (0, 0.01),
+        "step 4900": (4900, 0.5),
+        "step 30 000": (30_000, 1.0),
+    }
     got = [answer(log_q, energy, step) for step, _ in steps.values()]
     stub = [loss(0.01 + step / 1e4, True) for step, _ in steps.values()]
-    if all(isinstance(v, Tensor) and agrees(v, s) for v, s in zip(got, stub, strict=True)):
+    if all(
+        isinstance(v, Tensor) and agrees(v, s)
+        for v, s in zip(got, stub, strict=True)
+    ):
         raise NotImplementedError  # both faults are still there
     for value, (name, (step, beta)) in zip(got, steps.items(), strict=True):
         growing = 0.01 + step / 1e4
@@ -2185,7 +2506,9 @@ def check_annealing_repair(
         if hint:
             return hint
     return compare(
-        "the loss with start 0.5 and steps 10", answer(log_q, energy, 2, 0.5, 10), loss(0.7)
+        "the loss with start 0.5 and steps 10",
+        answer(log_q, energy, 2, 0.5, 10),
+        loss(0.7),
     )
 
 # %% ../nbs/96-exercises.ipynb #v10-path
@@ -2252,12 +2575,20 @@ def check_planar_head(
             answer(features, dim, length),
             (features + 1) * length * (2 * dim + 1),
             {
-                "each output has a bias as well": features * length * (2 * dim + 1),
+                "each output has a bias as well": features
+                * length
+                * (2 * dim + 1),
                 "that is a static flow's: here each number is a linear function of the features": (
                     length * (2 * dim + 1)
                 ),
-                "a layer has w, u and one number b": (features + 1) * length * 3 * dim,
-                "a layer has a b besides w and u": (features + 1) * length * 2 * dim,
+                "a layer has w, u and one number b": (features + 1)
+                * length
+                * 3
+                * dim,
+                "a layer has a b besides w and u": (features + 1)
+                * length
+                * 2
+                * dim,
             },
         )
         if hint:
@@ -2267,7 +2598,8 @@ def check_planar_head(
 # %% ../nbs/96-exercises.ipynb #9de3ad87
 @exercise("11.2")
 def check_log_evidence(
-    answer,  # From log-weights of shape `(samples, n)` to estimates of shape `(n,)`
+    # From log-weights of shape `(samples, n)` to estimates of shape `(n,)`
+    answer,
 ):
     """Check the logarithm of a mean of weights, for weights far below what a float holds."""
     for name, log_w in (
@@ -2282,7 +2614,9 @@ def check_log_evidence(
                 "this is the mean of the logarithms, the bound; the estimate is the logarithm of "
                 "the mean": log_w.mean(0),
                 "divide by the number of samples": log_w.logsumexp(0),
-                "the samples are the first axis": (log_w.logsumexp(1) - math.log(log_w.shape[1])),
+                "the samples are the first axis": (
+                    log_w.logsumexp(1) - math.log(log_w.shape[1])
+                ),
                 "weights this small are 0 in floating point: stay in logarithms, with logsumexp": (
                     log_w.exp().mean(0).log()
                 ),
@@ -2315,7 +2649,8 @@ def check_gap(
                 width.log() + 1 / (2 * width**2) - 0.5
             ),
             "the entropy of q takes 1/2 away": want + 0.5,
-            "the normalisers of the two densities differ by log(width)": want - width.log(),
+            "the normalisers of the two densities differ by log(width)": want
+            - width.log(),
             "a gap is never negative: the sign is turned round": -want,
         },
     )
@@ -2323,7 +2658,9 @@ def check_gap(
 # %% ../nbs/96-exercises.ipynb #fc3a0452
 def _latent_problem():
     """Images, noise, and an encoder and decoder without hidden units, with weights to train."""
-    inward, outward = ((0.3 * _noise(*shape)).requires_grad_() for shape in ((6, 4), (2, 6)))
+    inward, outward = (
+        (0.3 * _noise(*shape)).requires_grad_() for shape in ((6, 4), (2, 6))
+    )
     x, noise = (_noise(5, 6) > 0).float(), _noise(5, 2)
 
     def encode(x):
@@ -2335,7 +2672,17 @@ def _latent_problem():
     return x, noise, encode, decode, (inward, outward)
 
 
-def _free_energy(x, noise, encode, decode, beta=1.0, on_q=1.0, width=-1.0, prior=1.0, mean=False):
+def _free_energy(
+    x,
+    noise,
+    encode,
+    decode,
+    beta=1.0,
+    on_q=1.0,
+    width=-1.0,
+    prior=1.0,
+    mean=False,
+):
     """The free energy by the book, or with a mistake."""
     loc, log_width = encode(x)
     z = loc + log_width.exp() * noise
@@ -2344,7 +2691,9 @@ def _free_energy(x, noise, encode, decode, beta=1.0, on_q=1.0, width=-1.0, prior
     logits = decode(z)
     pixels = x * logits - torch.nn.functional.softplus(logits)
     likelihood = pixels.mean(-1) if mean else pixels.sum(-1)
-    return on_q * log_q - beta * (likelihood + prior * (log_normal - z**2 / 2).sum(-1))
+    return on_q * log_q - beta * (
+        likelihood + prior * (log_normal - z**2 / 2).sum(-1)
+    )
 
 
 @exercise("11.4")
@@ -2361,13 +2710,19 @@ def check_free_energy(
         {
             "beta is ignored": _free_energy(*case),
             "beta weighs log p(x, z), not log q": _free_energy(*case, 1.0, 0.3),
-            "beta weighs log p(x, z) alone, without log q": _free_energy(*case, 0.3, 0.3),
-            "beta weighs the prior too": _free_energy(*case, 0.3, prior=1 / 0.3),
+            "beta weighs log p(x, z) alone, without log q": _free_energy(
+                *case, 0.3, 0.3
+            ),
+            "beta weighs the prior too": _free_energy(
+                *case, 0.3, prior=1 / 0.3
+            ),
             "the prior is missing": _free_energy(*case, 0.3, prior=0.0),
             "log q is that of the noise: subtract the log-widths": _free_energy(
                 *case, 0.3, width=0.0
             ),
-            "log q falls when the width grows": _free_energy(*case, 0.3, width=1.0),
+            "log q falls when the width grows": _free_energy(
+                *case, 0.3, width=1.0
+            ),
             "sum over the pixels; a mean makes the image count for nothing": _free_energy(
                 *case, 0.3, mean=True
             ),
@@ -2389,7 +2744,9 @@ def check_latent_step(
         "the sign of the log-widths in log q is turned round": _free_energy(
             x, noise, encode, decode, width=1.0
         ).mean(),
-        "the prior of z is missing": _free_energy(x, noise, encode, decode, prior=0.0).mean(),
+        "the prior of z is missing": _free_energy(
+            x, noise, encode, decode, prior=0.0
+        ).mean(),
         "both the log-widths and the prior are wrong": _free_energy(
             x, noise, encode, decode, width=1.0, prior=0.0
         ).mean(),

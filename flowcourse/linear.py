@@ -24,17 +24,21 @@ class Linear(Bijection):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
+        # A dimension, or `(channels, height, width)`
+        event_shape: int | tuple[int, ...],
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
-        start: Tensor | None = None,  # Raw parameters of `A` to begin with; None for zeros
+        # Raw parameters of `A` to begin with; None for zeros
+        start: Tensor | None = None,
     ):
         super().__init__(event_shape, context_dim)
         self.size = self.event_shape[0]
         start = torch.zeros(self._count(self.size)) if start is None else start
         self.n_params = len(start)
         start = torch.cat([start, torch.zeros(self.size if bias else 0)])
-        self.raw = Conditional(start.shape, context_dim, start) if len(start) else None
+        self.raw = (
+            Conditional(start.shape, context_dim, start) if len(start) else None
+        )
 
     @staticmethod
     def _count(size):
@@ -51,7 +55,8 @@ class Linear(Bijection):
 
     def _forward(self, z, context):
         theta, bias = self._theta_and_bias(z, context)
-        with torch.autocast(z.device.type, enabled=False):  # half precision would not invert
+        # half precision would not invert
+        with torch.autocast(z.device.type, enabled=False):
             columns, ladj = self._multiply(self._columns(z, theta), theta)
         return self._events(columns + bias, ladj, z, theta)
 
@@ -63,19 +68,24 @@ class Linear(Bijection):
 
     def _theta_and_bias(self, t, context):
         raw = t.new_zeros(0) if self.raw is None else self.raw(context)
-        theta, bias = raw.split([self.n_params, raw.shape[-1] - self.n_params], -1)
+        theta, bias = raw.split(
+            [self.n_params, raw.shape[-1] - self.n_params], -1
+        )
         return theta, bias.unsqueeze(-1) if bias.shape[-1] else 0.0
 
     def _columns(self, t, theta):
         axis = t.dim() - self.event_dim
-        if theta.dim() == 1:  # one matrix for all points: one product with many columns
+        # one matrix for all points: one product with many columns
+        if theta.dim() == 1:
             return t.movedim(axis, 0).reshape(self.size, -1)
         return t.reshape(*t.shape[: axis + 1], math.prod(self.event_shape[1:]))
 
     def _events(self, columns, ladj, like, theta):
         axis = like.dim() - self.event_dim
         if theta.dim() == 1:
-            points = columns.reshape(like.movedim(axis, 0).shape).movedim(0, axis)
+            points = columns.reshape(like.movedim(axis, 0).shape).movedim(
+                0, axis
+            )
         else:
             points = columns.reshape(like.shape)
         ladj = ladj * math.prod(self.event_shape[1:])
@@ -87,7 +97,8 @@ class Permutation(Linear):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
+        # A dimension, or `(channels, height, width)`
+        event_shape: int | tuple[int, ...],
         order: Tensor,  # Coordinate `i` of `x` is coordinate `order[i]` of `z`
         context_dim: int = 0,  # Number of context features, for the bias
         bias: bool = False,  # Whether to add `b`
@@ -95,9 +106,13 @@ class Permutation(Linear):
         super().__init__(event_shape, context_dim, bias)
         order = torch.as_tensor(order)
         if order.tolist() != order.argsort().argsort().tolist():
-            raise ValueError(f"order: expected a permutation of 0 to n - 1, got {order.tolist()}")
+            raise ValueError(
+                f"order: expected a permutation of 0 to n - 1, got {order.tolist()}"
+            )
         if len(order) != self.size:
-            raise ValueError(f"order: expected {self.size} indices, got {len(order)}")
+            raise ValueError(
+                f"order: expected {self.size} indices, got {len(order)}"
+            )
         self.register_buffer("order", order)
         self.register_buffer("restore", order.argsort())
 
@@ -139,7 +154,11 @@ def strict_lower(
     """The matrix with these entries, over `sqrt(size)`, below its diagonal and zeros elsewhere."""
     entries = entries / size**0.5
     i = torch.arange(size, device=entries.device)
-    index = torch.where(i < i[:, None], i[:, None] * (i[:, None] - 1) // 2 + i, entries.shape[-1])
+    index = torch.where(
+        i < i[:, None],
+        i[:, None] * (i[:, None] - 1) // 2 + i,
+        entries.shape[-1],
+    )
     return F.pad(entries, (0, 1))[..., index]
 
 
@@ -147,16 +166,21 @@ def plus_identity(
     matrix: Tensor,  # Shape `(*batch, size, size)`
 ) -> Tensor:  # The same shape
     """`I + matrix`."""
-    return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return matrix + torch.eye(
+        matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
+    )
 
 
 def solve_unit(
-    matrix: Tensor,  # Triangular with a unit diagonal, shape `(*batch, size, size)`
+    # Triangular with a unit diagonal, shape `(*batch, size, size)`
+    matrix: Tensor,
     columns: Tensor,  # Shape `(*batch, size, n)`
     upper: bool = False,  # On which side of the diagonal the entries are
 ) -> Tensor:  # Shape of `columns`
     """Substitution, row after row."""
-    return torch.linalg.solve_triangular(matrix, columns, upper=upper, unitriangular=True)
+    return torch.linalg.solve_triangular(
+        matrix, columns, upper=upper, unitriangular=True
+    )
 
 # %% ../nbs/04-linear.ipynb #9ab675c8
 class Triangular(Linear):
@@ -164,7 +188,8 @@ class Triangular(Linear):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
+        # A dimension, or `(channels, height, width)`
+        event_shape: int | tuple[int, ...],
         upper: bool = False,  # Whether the entries are above the diagonal
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
@@ -187,7 +212,9 @@ class Triangular(Linear):
 
     def _solve(self, x, theta):
         matrix, log_scale = self._factors(theta)
-        return stretch(solve_unit(matrix, x, self.upper), -log_scale), log_scale.sum(-1)
+        return stretch(
+            solve_unit(matrix, x, self.upper), -log_scale
+        ), log_scale.sum(-1)
 
 # %% ../nbs/04-linear.ipynb #7866f53e
 class Orthogonal(Linear):
@@ -205,26 +232,41 @@ class Orthogonal(Linear):
 
 # %% ../nbs/04-linear.ipynb #612dd7af
 def reflections(
-    raw: Tensor,  # Shape `(*batch, count * (size - 1))`, at least one reflection
+    # Shape `(*batch, count * (size - 1))`, at least one reflection
+    raw: Tensor,
     size: int,  # Number of rows, at least 2
 ) -> Tensor:  # Orthogonal, shape `(*batch, size, size)`
     """The product of Householder reflections along the vectors `(1, raw)`, none of them zero."""
     v = F.pad(raw.unflatten(-1, (-1, size - 1)), (1, 0), value=1.0)
     gram = v @ v.mT
-    corner = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
-    return plus_identity(-v.mT @ torch.linalg.solve_triangular(corner, v, upper=True))
+    corner = gram.triu(1) + torch.diag_embed(
+        gram.diagonal(dim1=-2, dim2=-1) / 2
+    )
+    return plus_identity(
+        -v.mT @ torch.linalg.solve_triangular(corner, v, upper=True)
+    )
 
 
 def mirror_pairs(
-    event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
-    count: int | None,  # Number of reflections; None is as many as every rotation needs
+    # A dimension, or `(channels, height, width)`
+    event_shape: int | tuple[int, ...],
+    # Number of reflections; None is as many as every rotation needs
+    count: int | None,
 ) -> Tensor:  # Raw parameters for `reflections`, one after another
     """Random reflections in pairs that cancel; if their number is odd, one is left alone."""
     size = as_shape(event_shape, "event_shape")[0]
     if size < 2:
-        raise ValueError(f"event_shape: reflections need at least 2 coordinates, got {size}")
-    count = size // 2 * 2 if count is None else as_shape(count, "reflections")[0]
-    return torch.randn((count + 1) // 2, size - 1).repeat_interleave(2, 0)[:count].flatten()
+        raise ValueError(
+            f"event_shape: reflections need at least 2 coordinates, got {size}"
+        )
+    count = (
+        size // 2 * 2 if count is None else as_shape(count, "reflections")[0]
+    )
+    return (
+        torch.randn((count + 1) // 2, size - 1)
+        .repeat_interleave(2, 0)[:count]
+        .flatten()
+    )
 
 
 class Householder(Orthogonal):
@@ -232,8 +274,10 @@ class Householder(Orthogonal):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension of 2 or more, or that of an image
-        reflections: int | None = None,  # Any number; None is as many as every rotation needs
+        # A dimension of 2 or more, or that of an image
+        event_shape: int | tuple[int, ...],
+        # Any number; None is as many as every rotation needs
+        reflections: int | None = None,
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
     ):
@@ -262,7 +306,8 @@ class MatrixExponential(Linear):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
+        # A dimension, or `(channels, height, width)`
+        event_shape: int | tuple[int, ...],
         orthogonal: bool = False,  # Whether `M` is antisymmetric
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
@@ -276,7 +321,9 @@ class MatrixExponential(Linear):
         if self.orthogonal:
             lower = strict_lower(theta.asinh(), self.size)
             return lower - lower.mT
-        return theta.asinh().unflatten(-1, (self.size, self.size)) / self.size**0.5
+        return (
+            theta.asinh().unflatten(-1, (self.size, self.size)) / self.size**0.5
+        )
 
     def _multiply(self, z, theta):
         m = self._generator(theta)
@@ -310,7 +357,9 @@ class Full(Linear):
 
     def _solve(self, x, theta):
         matrix = self._matrix(theta)
-        return torch.linalg.solve(matrix, x), torch.linalg.slogdet(matrix).logabsdet
+        return torch.linalg.solve(matrix, x), torch.linalg.slogdet(
+            matrix
+        ).logabsdet
 
 # %% ../nbs/04-linear.ipynb #f90b308a
 def ldu(
@@ -321,7 +370,11 @@ def ldu(
     matrix = raw.asinh().unflatten(-1, (size, size))
     log_scale = matrix.diagonal(dim1=-2, dim2=-1)
     matrix = matrix / size**0.5
-    return plus_identity(matrix.tril(-1)), log_scale, plus_identity(matrix.triu(1))
+    return (
+        plus_identity(matrix.tril(-1)),
+        log_scale,
+        plus_identity(matrix.triu(1)),
+    )
 
 
 class PLU(Linear):
@@ -329,8 +382,10 @@ class PLU(Linear):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
-        order: Tensor | None = None,  # Row `i` of `A` is row `order[i]` of `L D U`; None: `P = I`
+        # A dimension, or `(channels, height, width)`
+        event_shape: int | tuple[int, ...],
+        # Row `i` of `A` is row `order[i]` of `L D U`; None: `P = I`
+        order: Tensor | None = None,
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
     ):
@@ -350,7 +405,9 @@ class PLU(Linear):
     def _solve(self, x, theta):
         lower, log_scale, upper = ldu(theta, self.size)
         x = solve_unit(lower, self.permutation._solve(x, theta)[0])
-        return solve_unit(upper, stretch(x, -log_scale), upper=True), log_scale.sum(-1)
+        return solve_unit(
+            upper, stretch(x, -log_scale), upper=True
+        ), log_scale.sum(-1)
 
 # %% ../nbs/04-linear.ipynb #c3730c7c
 class QR(Linear):
@@ -358,8 +415,10 @@ class QR(Linear):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension of 2 or more, or that of an image
-        reflections: int | None = None,  # Any number; None is as many as every rotation needs
+        # A dimension of 2 or more, or that of an image
+        event_shape: int | tuple[int, ...],
+        # Any number; None is as many as every rotation needs
+        reflections: int | None = None,
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
     ):
@@ -389,8 +448,10 @@ class SVD(Linear):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension of 2 or more, or that of an image
-        reflections: int | None = None,  # In each turn; None is as many as every rotation needs
+        # A dimension of 2 or more, or that of an image
+        event_shape: int | tuple[int, ...],
+        # In each turn; None is as many as every rotation needs
+        reflections: int | None = None,
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
     ):
@@ -418,7 +479,8 @@ class LowRank(Linear):
 
     def __init__(
         self,
-        event_shape: int | tuple[int, ...],  # A dimension, or `(channels, height, width)`
+        # A dimension, or `(channels, height, width)`
+        event_shape: int | tuple[int, ...],
         rank: int = 1,  # Columns of `U` and `V`, at most the dimension
         context_dim: int = 0,  # Number of context features
         bias: bool = True,  # Whether to add `b`
@@ -427,18 +489,24 @@ class LowRank(Linear):
         if not 1 <= rank <= size:
             raise ValueError(f"rank: expected 1 to {size}, got {rank}")
         self.sizes = [size, rank * size, rank**2, rank * (size - rank)]
-        start = torch.cat([torch.zeros(sum(self.sizes[:3])), torch.randn(self.sizes[3])])
+        start = torch.cat(
+            [torch.zeros(sum(self.sizes[:3])), torch.randn(self.sizes[3])]
+        )
         super().__init__(event_shape, context_dim, bias, start)
         self.rank = rank
 
     def _factors(self, theta):
         log_scale, w, raw, rest = theta.asinh().split(self.sizes, -1)
-        w, rest = (t.unflatten(-1, (-1, self.rank)) / self.size**0.5 for t in (w, rest))
+        w, rest = (
+            t.unflatten(-1, (-1, self.rank)) / self.size**0.5 for t in (w, rest)
+        )
         eye = torch.eye(self.rank, dtype=theta.dtype, device=theta.device)
-        v = torch.cat([eye.expand(*rest.shape[:-2], -1, -1), rest], -2)  # of full rank
+        # of full rank
+        v = torch.cat([eye.expand(*rest.shape[:-2], -1, -1), rest], -2)
         lower, log_c, upper = ldu(raw, self.rank)
         c = lower @ stretch(upper, log_c)
-        u = w + v @ torch.linalg.solve(v.mT @ v, c - eye - v.mT @ w)  # so that I + V'U = C
+        # so that I + V'U = C
+        u = w + v @ torch.linalg.solve(v.mT @ v, c - eye - v.mT @ w)
         return log_scale, u, v, (lower, log_c, upper)
 
     def _multiply(self, z, theta):
@@ -448,8 +516,12 @@ class LowRank(Linear):
 
     def _solve(self, x, theta):
         log_scale, u, v, (lower, log_c, upper) = self._factors(theta)
-        inner = solve_unit(upper, stretch(solve_unit(lower, v.mT @ x), -log_c), upper=True)
-        return stretch(x - u @ inner, -log_scale), log_scale.sum(-1) + log_c.sum(-1)
+        inner = solve_unit(
+            upper, stretch(solve_unit(lower, v.mT @ x), -log_c), upper=True
+        )
+        return stretch(x - u @ inner, -log_scale), log_scale.sum(
+            -1
+        ) + log_c.sum(-1)
 
 # %% ../nbs/04-linear.ipynb #decf7291
 def dominated(
@@ -467,9 +539,13 @@ def check_image(
     """Raise a `ValueError` unless a convolution can act on such images."""
     shape = as_shape(event_shape, "event_shape")
     if len(shape) != 3:
-        raise ValueError(f"event_shape: expected (channels, height, width), got {shape}")
+        raise ValueError(
+            f"event_shape: expected (channels, height, width), got {shape}"
+        )
     if kernel_size < 3 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size: expected 3 or a larger odd number, got {kernel_size}")
+        raise ValueError(
+            f"kernel_size: expected 3 or a larger odd number, got {kernel_size}"
+        )
     return shape[0], kernel_size // 2
 
 # %% ../nbs/04-linear.ipynb #247d637e
@@ -487,23 +563,44 @@ class MaskedConv(Linear):
         bias: bool = True,  # Whether to add `b`, one number for each channel
     ):
         channels, reach = check_image(event_shape, kernel_size)
-        offsets = [(a, b) for a in range(reach + 1) for b in range(-reach, reach + 1)]
+        offsets = [
+            (a, b) for a in range(reach + 1) for b in range(-reach, reach + 1)
+        ]
         offsets = [offset for offset in offsets if offset > (0, 0)]
-        sizes = [channels, channels * (channels - 1) // 2, channels**2 * len(offsets)]
-        super().__init__(event_shape, context_dim, bias, torch.zeros(sum(sizes)))
-        self.reverse, self.reach, self.offsets, self.sizes = reverse, reach, offsets, sizes
+        sizes = [
+            channels,
+            channels * (channels - 1) // 2,
+            channels**2 * len(offsets),
+        ]
+        super().__init__(
+            event_shape, context_dim, bias, torch.zeros(sum(sizes))
+        )
+        self.reverse, self.reach, self.offsets, self.sizes = (
+            reverse,
+            reach,
+            offsets,
+            sizes,
+        )
 
     def _factors(self, theta):
         log_scale, own, others = theta.split(self.sizes, -1)
         own = strict_lower(own, self.size)
-        others = others.unflatten(-1, (self.size, len(self.offsets) * self.size))
+        others = others.unflatten(
+            -1, (self.size, len(self.offsets) * self.size)
+        )
         filters = dominated(torch.cat([own, others], -1))
-        return log_scale.asinh(), filters[..., : self.size], filters[..., self.size :]
+        return (
+            log_scale.asinh(),
+            filters[..., : self.size],
+            filters[..., self.size :],
+        )
 
     def _grid(self, columns):
         """Columns as images `(..., channels, n, height, width)`, in the order of seeing."""
         _, height, width = self.event_shape
-        grid = columns.unflatten(-1, (columns.shape[-1] // (height * width), height, width))
+        grid = columns.unflatten(
+            -1, (columns.shape[-1] // (height * width), height, width)
+        )
         return grid.flip(-4, -2, -1) if self.reverse else grid
 
     def _flat(self, grid):
@@ -515,9 +612,16 @@ class MaskedConv(Linear):
         z = self._grid(z)
         r, (height, width) = self.reach, z.shape[-2:]
         wide = F.pad(z, (r, r, r, r))
-        seen = [wide[..., r - a : r - a + height, r - b : r - b + width] for a, b in self.offsets]
-        x = plus_identity(own) @ z.flatten(-3) + others @ torch.cat(seen, -4).flatten(-3)
-        return stretch(self._flat(x.reshape(z.shape)), log_scale), log_scale.sum(-1)
+        seen = [
+            wide[..., r - a : r - a + height, r - b : r - b + width]
+            for a, b in self.offsets
+        ]
+        x = plus_identity(own) @ z.flatten(-3) + others @ torch.cat(
+            seen, -4
+        ).flatten(-3)
+        return stretch(
+            self._flat(x.reshape(z.shape)), log_scale
+        ), log_scale.sum(-1)
 
     def _solve(self, x, theta):
         log_scale, own, others = self._factors(theta)
@@ -526,16 +630,22 @@ class MaskedConv(Linear):
         grid = self._grid(stretch(x, -log_scale))
         x = solve_unit(own, grid.flatten(-3)).reshape(grid.shape)
         height, width = x.shape[-2:]
-        lag = self.reach + 1  # at time j + lag * i all that pixel (i, j) sees is known
+        # at time j + lag * i all that pixel (i, j) sees is known
+        lag = self.reach + 1
         i = torch.arange(height, device=x.device)[:, None]
         j = torch.arange(width + lag * (height - 1), device=x.device) - lag * i
         inside = (j >= 0) & (j < width)
         wave = x[..., i, j.clamp(0, width - 1)] * inside
         done = [torch.zeros_like(wave[..., 0])] * (lag * lag)
         for t in range(wave.shape[-1]):
-            seen = [F.pad(done[-b - lag * a], (a, 0))[..., :height] for a, b in self.offsets]
+            seen = [
+                F.pad(done[-b - lag * a], (a, 0))[..., :height]
+                for a, b in self.offsets
+            ]
             seen = others @ torch.cat(seen, -3).flatten(-2)
-            done.append((wave[..., t] - seen.reshape(wave.shape[:-1])) * inside[:, t])
+            done.append(
+                (wave[..., t] - seen.reshape(wave.shape[:-1])) * inside[:, t]
+            )
         times = torch.arange(width, device=x.device) + lag * i
         z = torch.stack(done[lag * lag :], -1)[..., i, times]
         return self._flat(z), log_scale.sum(-1)
@@ -552,7 +662,9 @@ class EmergingConv(Compose):
         bias: bool = True,  # Whether to add `b`, one number for each channel
     ):
         super().__init__(
-            MaskedConv(event_shape, kernel_size, False, context_dim, bias=False),
+            MaskedConv(
+                event_shape, kernel_size, False, context_dim, bias=False
+            ),
             MaskedConv(event_shape, kernel_size, True, context_dim, bias),
         )
 
@@ -580,34 +692,55 @@ class PeriodicConv(Linear):
         filters = filters.unflatten(-1, (self.size, -1))
 
         def waves(n, frequencies):
-            offset = torch.arange(-self.reach, self.reach + 1, device=theta.device)
-            turns = (offset[:, None] * torch.arange(frequencies, device=theta.device)) % n
+            offset = torch.arange(
+                -self.reach, self.reach + 1, device=theta.device
+            )
+            turns = (
+                offset[:, None] * torch.arange(frequencies, device=theta.device)
+            ) % n
             angle = turns.to(theta.dtype) * (-2 * math.pi / n)
             return torch.complex(angle.cos(), angle.sin())
 
         down, right = waves(height, height), waves(width, width // 2 + 1)
-        phase = (down[:, None, :, None] * right[:, None]).flatten(0, 1).flatten(1)
-        spectrum = torch.einsum("...ijo,of->...fij", filters.to(phase.dtype), phase)
+        phase = (
+            (down[:, None, :, None] * right[:, None]).flatten(0, 1).flatten(1)
+        )
+        spectrum = torch.einsum(
+            "...ijo,of->...fij", filters.to(phase.dtype), phase
+        )
         frequency = torch.arange(right.shape[1], device=theta.device)
-        single = (frequency == 0) | (2 * frequency == width)  # the others stand for a pair
-        weight = torch.where(single, 1.0, 2.0).to(theta.dtype) / (height * width)
+        # the others stand for a pair
+        single = (frequency == 0) | (2 * frequency == width)
+        weight = torch.where(single, 1.0, 2.0).to(theta.dtype) / (
+            height * width
+        )
         return log_scale.asinh(), plus_identity(spectrum), weight.repeat(height)
 
     def _filter(self, spectrum, columns):
         if columns.numel() == 0:
             return columns  # some FFTs refuse an empty batch
         _, height, width = self.event_shape
-        grid = columns.unflatten(-1, (columns.shape[-1] // (height * width), height, width))
+        grid = columns.unflatten(
+            -1, (columns.shape[-1] // (height * width), height, width)
+        )
         waves = torch.fft.rfft2(grid)
         out = torch.einsum("...fij,...jnf->...inf", spectrum, waves.flatten(-2))
-        return torch.fft.irfft2(out.reshape(waves.shape), s=(height, width)).flatten(-3)
+        return torch.fft.irfft2(
+            out.reshape(waves.shape), s=(height, width)
+        ).flatten(-3)
 
     def _multiply(self, z, theta):
         log_scale, spectrum, weight = self._spectrum(theta)
-        ladj = log_scale.sum(-1) + (torch.linalg.slogdet(spectrum).logabsdet * weight).sum(-1)
+        ladj = log_scale.sum(-1) + (
+            torch.linalg.slogdet(spectrum).logabsdet * weight
+        ).sum(-1)
         return stretch(self._filter(spectrum, z), log_scale), ladj
 
     def _solve(self, x, theta):
         log_scale, spectrum, weight = self._spectrum(theta)
-        ladj = log_scale.sum(-1) + (torch.linalg.slogdet(spectrum).logabsdet * weight).sum(-1)
-        return self._filter(torch.linalg.inv(spectrum), stretch(x, -log_scale)), ladj
+        ladj = log_scale.sum(-1) + (
+            torch.linalg.slogdet(spectrum).logabsdet * weight
+        ).sum(-1)
+        return self._filter(
+            torch.linalg.inv(spectrum), stretch(x, -log_scale)
+        ), ladj

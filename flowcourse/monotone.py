@@ -20,7 +20,9 @@ from .elementwise import ScalarMap, bounded, monotone_root
 # %% ../nbs/08-monotone.ipynb #2d8cc0fe
 def _at_least(name, value, least):
     if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+        raise ValueError(
+            f"{name}: expected a whole number of at least {least}, got {value}"
+        )
 
 
 def _above_zero(name, value):
@@ -46,7 +48,9 @@ def _tails(w, u, axis):
     "Terms of the mixture's two tails, over the largest of each, and the logarithms of those."
     left = F.logsigmoid(u)
     right = left - u  # the logarithm of sigmoid(-u)
-    most_left, most_right = (t.detach().amax(axis, keepdim=True) for t in (left, right))
+    most_left, most_right = (
+        t.detach().amax(axis, keepdim=True) for t in (left, right)
+    )
     left, right = (left - most_left).exp(), (right - most_right).exp()
     return left, right, most_left.squeeze(axis), most_right.squeeze(axis)
 
@@ -58,7 +62,12 @@ def mix_log_odds(
 ) -> Tensor:  # Log-odds of the mixture, without the axis
     """`logit(sum(w * sigmoid(u)))` with no probability in between, so that far out it is right too."""
     left, right, most_left, most_right = _tails(w, u, axis)
-    return (w * left).sum(axis).log() - (w * right).sum(axis).log() + most_left - most_right
+    return (
+        (w * left).sum(axis).log()
+        - (w * right).sum(axis).log()
+        + most_left
+        - most_right
+    )
 
 
 def mix_slope(
@@ -69,7 +78,9 @@ def mix_slope(
 ) -> Tensor:  # Slope of the mixture's log-odds, without the axis
     """A weighted sum of the components' slopes: each counts by its shares of both tails."""
     left, right, *_ = _tails(w, u, axis)
-    return (w * left * right * du).sum(axis) / ((w * left).sum(axis) * (w * right).sum(axis))
+    return (w * left * right * du).sum(axis) / (
+        (w * left).sum(axis) * (w * right).sum(axis)
+    )
 
 # %% ../nbs/08-monotone.ipynb #89c1c6e7
 class MonotoneMap(ScalarMap):
@@ -80,8 +91,9 @@ class MonotoneMap(ScalarMap):
 
     def read(
         self,
-        raw: Tensor,  # Raw parameters along the first axis, `(n_params, *batch)`
-    ) -> tuple:  # What they mean: the arguments of the other methods after the first
+        # Raw parameters along the first axis, `(n_params, *batch)`
+        raw: Tensor,
+    ) -> tuple:  # What they mean: arguments of the other methods
         """From raw parameters to those of the formula, done once however long the root takes."""
         raise NotImplementedError
 
@@ -115,11 +127,13 @@ class LogisticMixtureMap(MonotoneMap):
     def __init__(
         self,
         components: int = 8,  # Number of logistic distributions, at least 2
-        apart: float = 1.0,  # Their places at theta = 0 go from minus this to this
+        # Their places at theta = 0 go from minus this to this
+        apart: float = 1.0,
     ):
         _at_least("components", components, 2)
         self.components, self.apart = components, apart
-        self.n_params = 3 * components + 2  # raw weights, places, log-widths; log-scale, shift
+        # raw weights, places, log-widths; log-scale, shift
+        self.n_params = 3 * components + 2
 
     def read(self, raw):
         """Weights, places and log-widths of the components; log-scale and shift."""
@@ -154,24 +168,41 @@ class DeepSigmoidalMap(MonotoneMap):
         self,
         units: int = 5,  # Width of the hidden layers, at least 2
         layers: int = 2,  # Number of layers, the last one straight; at least 2
-        apart: float = 1.0,  # The first units' places at theta = 0 go from minus this to this
+        # The first units' places at theta = 0 go from minus this to this
+        apart: float = 1.0,
     ):
         _at_least("units", units, 2)
         _at_least("layers", layers, 2)
         self.units, self.layers, self.apart = units, layers, apart
         ends = zip([1] + [units] * (layers - 1), [units] * (layers - 1) + [1])
-        # For each layer: raw log-slopes, places, weights of inputs, and of mixtures.
-        self._sizes = [(n, n, n * m * (m > 1), n * n * (n > 1)) for m, n in ends]
+        # For each layer: raw log-slopes, places, weights of inputs, and of
+        # mixtures.
+        self._sizes = [
+            (n, n, n * m * (m > 1), n * n * (n > 1)) for m, n in ends
+        ]
         self.n_params = sum(map(sum, self._sizes))
 
     def read(self, raw):
         """For each layer slopes, places, and weights of inputs and of mixtures or None."""
-        layers, parts = [], iter(raw.split([n for sizes in self._sizes for n in sizes]))
+        layers, parts = (
+            [],
+            iter(raw.split([n for sizes in self._sizes for n in sizes])),
+        )
         for n, *_ in self._sizes:
-            slope, place = bounded(next(parts), 2.0).exp(), bounded(next(parts), 8.0)
+            slope, place = (
+                bounded(next(parts), 2.0).exp(),
+                bounded(next(parts), 8.0),
+            )
             if not layers:
                 place = place + _column(spread(n, self.apart), raw[0])
-            layers.append((slope, place, self._rows(next(parts), n), self._rows(next(parts), n)))
+            layers.append(
+                (
+                    slope,
+                    place,
+                    self._rows(next(parts), n),
+                    self._rows(next(parts), n),
+                )
+            )
         return layers
 
     def _rows(self, raw, n):
@@ -180,7 +211,10 @@ class DeepSigmoidalMap(MonotoneMap):
             return None
         rows = bounded(raw, 4.0).unflatten(0, (n, -1))
         if rows.shape[1] == n:
-            rows = rows + 2 * torch.eye(n).to(rows)[(...,) + (None,) * (rows.dim() - 2)]
+            rows = (
+                rows
+                + 2 * torch.eye(n).to(rows)[(...,) + (None,) * (rows.dim() - 2)]
+            )
         return rows.softmax(1)
 
     def point(self, z, *layers):
@@ -189,7 +223,11 @@ class DeepSigmoidalMap(MonotoneMap):
         for slope, place, inputs, mixtures in layers:
             h = h if inputs is None else (inputs * h.unsqueeze(0)).sum(1)
             h = slope * h + place
-            h = h if mixtures is None else mix_log_odds(mixtures, h.unsqueeze(0), 1)
+            h = (
+                h
+                if mixtures is None
+                else mix_log_odds(mixtures, h.unsqueeze(0), 1)
+            )
         return h.squeeze(0)
 
     def log_slope(self, z, *layers):
@@ -201,7 +239,10 @@ class DeepSigmoidalMap(MonotoneMap):
             h, dh = slope * h + place, slope * dh
             if mixtures is not None:
                 u = h.unsqueeze(0)
-                h, dh = mix_log_odds(mixtures, u, 1), mix_slope(mixtures, u, dh.unsqueeze(0), 1)
+                h, dh = (
+                    mix_log_odds(mixtures, u, 1),
+                    mix_slope(mixtures, u, dh.unsqueeze(0), 1),
+                )
         return dh.squeeze(0).log()
 
     def bracket(self, x, *layers):
@@ -218,13 +259,21 @@ class NonlinearSquaredMap(MonotoneMap):
 
     n_params = 5  # raw log a, b, raw share of the largest c, raw log d, raw g
     reference = "Ziegler and Rush 2019, sec. 4.3"
-    most = 8 * math.sqrt(3) / 9  # |c| d / a stays below this where the slope is positive
+    # |c| d / a stays below this where the slope is positive
+    most = 8 * math.sqrt(3) / 9
 
     def read(self, raw):
         """Logarithm of `a`, `b`, share of the largest `c`, logarithm of `d`, and `g`."""
         a, b, share, d, g = raw
-        # At g = 0 the bump is symmetric, and symmetric data would never move it.
-        return bounded(a, 3.0), b, 0.95 * share.tanh(), bounded(d, 2.0), 1 + bounded(g, 8.0)
+        # At g = 0 the bump is symmetric, and symmetric data would never move
+        # it.
+        return (
+            bounded(a, 3.0),
+            b,
+            0.95 * share.tanh(),
+            bounded(d, 2.0),
+            1 + bounded(g, 8.0),
+        )
 
     def point(self, z, a, b, share, d, g):
         """Base to data."""
@@ -240,7 +289,9 @@ class NonlinearSquaredMap(MonotoneMap):
     def bracket(self, x, a, b, share, d, g):
         """The bump lies between 0 and `c`."""
         c, scale = self._height(a, share, d), (-a).exp()
-        return (x - b - c.clamp(min=0)) * scale, (x - b - c.clamp(max=0)) * scale
+        return (x - b - c.clamp(min=0)) * scale, (
+            x - b - c.clamp(max=0)
+        ) * scale
 
     def _height(self, a, share, d):
         "The bump's height `c`."
@@ -259,16 +310,24 @@ class BoxedMap(MonotoneMap):
         "Where the box's ends go, the slopes there, and what the parameters mean."
         shape = super().shape(theta, points)
         like = theta[(None,) * (points.dim() + 1 - theta.dim())][..., 0]
-        sides = [torch.full_like(like, side) for side in (-self.bound, self.bound)]
-        ends = [(self.inside(t, *shape), self.slope_inside(t, *shape)) for t in sides]
+        sides = [
+            torch.full_like(like, side) for side in (-self.bound, self.bound)
+        ]
+        ends = [
+            (self.inside(t, *shape), self.slope_inside(t, *shape))
+            for t in sides
+        ]
         return ends, *shape
 
     def point(self, z, ends, *shape):
         """Base to data."""
         (_, left), (_, right) = ends
         x = self.inside(z.clamp(-self.bound, self.bound), *shape)
-        # relu, and not clamp, because at 0 its slope is 0: on an end only one of the two counts
-        return x + right * F.relu(z - self.bound) - left * F.relu(-self.bound - z)
+        # relu, and not clamp, because at 0 its slope is 0: on an end only one
+        # of the two counts
+        return (
+            x + right * F.relu(z - self.bound) - left * F.relu(-self.bound - z)
+        )
 
     def log_slope(self, z, ends, *shape):
         """log dx/dz; outside that of the nearer end."""
@@ -279,7 +338,9 @@ class BoxedMap(MonotoneMap):
         (least, left), (most, right) = ends
         low = (x - least).clamp(max=0) / left - self.bound
         high = (x - most).clamp(min=0) / right + self.bound
-        return torch.where(x > most, self.bound, low), torch.where(x < least, -self.bound, high)
+        return torch.where(x > most, self.bound, low), torch.where(
+            x < least, -self.bound, high
+        )
 
 # %% ../nbs/08-monotone.ipynb #4e78a1b2
 class SumOfSquaresMap(BoxedMap):
@@ -287,29 +348,38 @@ class SumOfSquaresMap(BoxedMap):
 
     reference = "Jaini et al. 2019, SOS flows"
     floor = 0.01  # the square of a third, constant polynomial: the least slope
-    awake = 0.2  # the second polynomial's start: from zero no gradient would lead away
+    # the second polynomial's start: from zero no gradient would lead away
+    awake = 0.2
 
     def __init__(
         self,
-        degree: int = 4,  # Of the two polynomials, at least 1; the map has degree 2 degree + 1
+        # Of the two polynomials, at least 1; the map has degree 2 degree + 1
+        degree: int = 4,
         bound: float = 3.0,  # Where straight lines take over, above 0
     ):
         _at_least("degree", degree, 1)
         _above_zero("bound", bound)
         self.degree, self.bound = degree, bound
-        self.n_params = 2 * (degree + 1) + 1  # coefficients from the constant upwards, shift
+        # coefficients from the constant upwards, shift
+        self.n_params = 2 * (degree + 1) + 1
 
     def read(self, raw):
         """Coefficients of both polynomials in powers of `z / bound`; those of the integral."""
         first, second = bounded(raw[:-1], 2.0).unflatten(0, (2, -1)).unbind(0)
-        first = first + _column([math.sqrt(1 - self.floor)] + [0.0] * self.degree, raw[0])
-        second = second + _column([0.0, self.awake] + [0.0] * (self.degree - 1), raw[0])
+        first = first + _column(
+            [math.sqrt(1 - self.floor)] + [0.0] * self.degree, raw[0]
+        )
+        second = second + _column(
+            [0.0, self.awake] + [0.0] * (self.degree - 1), raw[0]
+        )
         squares = [self.floor] + [0.0] * (2 * self.degree)
         for p in (first, second):
             for i in range(self.degree + 1):
                 for j in range(self.degree + 1):
                     squares[i + j] = squares[i + j] + p[i] * p[j]
-        integral = [raw[-1]] + [self.bound * c / (k + 1) for k, c in enumerate(squares)]
+        integral = [raw[-1]] + [
+            self.bound * c / (k + 1) for k, c in enumerate(squares)
+        ]
         return first.unbind(0), second.unbind(0), integral
 
     def inside(self, t, first, second, integral):
@@ -319,7 +389,11 @@ class SumOfSquaresMap(BoxedMap):
     def slope_inside(self, t, first, second, integral):
         """dx/dz, from the squares, which rounding cannot make negative."""
         t = t / self.bound
-        return _horner(first, t).square() + _horner(second, t).square() + self.floor
+        return (
+            _horner(first, t).square()
+            + _horner(second, t).square()
+            + self.floor
+        )
 
 
 def _horner(coefficients, t):
@@ -334,7 +408,8 @@ class MonotoneNetworkMap(BoxedMap):
     """The integral of exp of a small network, whose weights are the parameters."""
 
     reference = "Wehenkel and Louppe 2019"
-    panels, nodes = 16, 6  # pieces of the box, and nodes of Gauss's rule on a piece
+    # pieces of the box, and nodes of Gauss's rule on a piece
+    panels, nodes = 16, 6
     halvings = 24  # of a single piece
 
     def __init__(
@@ -345,9 +420,13 @@ class MonotoneNetworkMap(BoxedMap):
         _at_least("units", units, 2)
         _above_zero("bound", bound)
         self.units, self.bound = units, bound
-        self.n_params = 3 * units + 2  # raw output weights, steepness, places; log-scale, shift
+        # raw output weights, steepness, places; log-scale, shift
+        self.n_params = 3 * units + 2
         nodes, weights = np.polynomial.legendre.leggauss(self.nodes)
-        self._nodes, self._weights = ((nodes + 1) / 2).tolist(), (weights / 2).tolist()
+        self._nodes, self._weights = (
+            ((nodes + 1) / 2).tolist(),
+            (weights / 2).tolist(),
+        )
 
     @property
     def _width(self):
@@ -358,11 +437,17 @@ class MonotoneNetworkMap(BoxedMap):
         n = self.units
         out, steep, place, scale, shift = raw.split([n, n, n, 1, 1])
         steep = bounded(steep, 1.0).exp() * (2 / self.bound)
-        place = _column(spread(n, 0.75 * self.bound), raw[0]) + bounded(place, self.bound)
+        place = _column(spread(n, 0.75 * self.bound), raw[0]) + bounded(
+            place, self.bound
+        )
         net = bounded(out, 1.0), steep, place, bounded(scale[0], 2.0)
         starts = [k * self._width - self.bound for k in range(self.panels)]
-        pieces = self._integral(_column(starts, raw[0]), self._width,
-                                *(part.unsqueeze(-raw.dim()) for part in net))  # fmt: skip
+        pieces = self._integral(
+            _column(starts, raw[0]),
+            self._width,
+            # fmt: skip
+            *(part.unsqueeze(-raw.dim()) for part in net),
+        )
         sums = torch.cat([torch.zeros_like(pieces[:1]), pieces.cumsum(0)])
         return net, shift[0] + sums - sums[self.panels // 2]
 
@@ -372,14 +457,23 @@ class MonotoneNetworkMap(BoxedMap):
 
     def _integral(self, start, width, out, steep, place, scale):
         "Of exp of the network over a width from `start`, by Gauss's rule."
-        nodes, weights = _column(self._nodes, start), _column(self._weights, start)
+        nodes, weights = (
+            _column(self._nodes, start),
+            _column(self._weights, start),
+        )
         out, steep, place = (part.unsqueeze(1) for part in (out, steep, place))
-        slopes = self._net(start + width * nodes, out, steep, place, scale).exp()
+        slopes = self._net(
+            start + width * nodes, out, steep, place, scale
+        ).exp()
         return width * (weights * slopes).sum(0)
 
     def inside(self, t, net, sums):
         """Base to data: the pieces before, and a part of one."""
-        piece = ((t.detach() + self.bound) / self._width).floor().clamp(0, self.panels - 1)
+        piece = (
+            ((t.detach() + self.bound) / self._width)
+            .floor()
+            .clamp(0, self.panels - 1)
+        )
         start = piece * self._width - self.bound
         before = _pick(sums, piece.long())
         return before + self._integral(start, t - start, *net)
@@ -393,7 +487,9 @@ class MonotoneNetworkMap(BoxedMap):
         low, high = super().bracket(x, ends)
         start = (x >= sums[1:-1]).sum(0).to(x.dtype) * self._width - self.bound
         boxed = (x >= sums[0]) & (x <= sums[-1])
-        return torch.where(boxed, start, low), torch.where(boxed, start + self._width, high)
+        return torch.where(boxed, start, low), torch.where(
+            boxed, start + self._width, high
+        )
 
 
 def _pick(table, index):

@@ -19,7 +19,8 @@ from .core import Bijection, as_shape
 from .elementwise import Conditional, monotone_root, widened
 
 # %% ../nbs/05-planar.ipynb #ad297c6e
-IDENTITY = math.log(math.e - 1)  # softplus is 1 there, so that u = 0 gives the identity
+# softplus is 1 there, so that u = 0 gives the identity
+IDENTITY = math.log(math.e - 1)
 
 # %% ../nbs/05-planar.ipynb #ee2a1e86
 def softplus(
@@ -33,7 +34,8 @@ def log_softplus(
     s: Tensor,  # Any real numbers
 ) -> Tensor:  # log(log(1 + exp(s)))
     """The logarithm of softplus, finite where softplus itself is zero."""
-    low = s.clamp(min=-37.0)  # below, softplus is exp to the last digit of float64
+    # below, softplus is exp to the last digit of float64
+    low = s.clamp(min=-37.0)
     return softplus(low).log() + (s - low)
 
 
@@ -42,8 +44,12 @@ def above_minus_one(
     offset: float = IDENTITY,  # 0 for the paper's m
 ) -> tuple[Tensor, Tensor]:  # m(p), above -1, and log(1 + m(p))
     """The map `m(p) = softplus(p + offset) - 1` from the line to the numbers above -1."""
-    at_zero, slope = math.log1p(math.exp(offset)) - 1, 1 / (1 + math.exp(-offset))
-    near = at_zero + (slope * p.clamp(-1, 1).expm1()).log1p()  # no digit lost where m is small
+    at_zero, slope = (
+        math.log1p(math.exp(offset)) - 1,
+        1 / (1 + math.exp(-offset)),
+    )
+    # no digit lost where m is small
+    near = at_zero + (slope * p.clamp(-1, 1).expm1()).log1p()
     s = p + offset
     return torch.where(p.abs() < 1, near, softplus(s) - 1), log_softplus(s)
 
@@ -56,7 +62,8 @@ def log_add_square(
     zero = t == 0
     log_square = 2 * t.masked_fill(zero, 1.0).abs().log()
     relative = t * (v.clamp(min=-80) * -0.5).exp()
-    around_zero = torch.addcmul(v, relative, relative)  # has the right curvature
+    # has the right curvature
+    around_zero = torch.addcmul(v, relative, relative)
     return torch.where(zero, around_zero, torch.logaddexp(log_square, v))
 
 # %% ../nbs/05-planar.ipynb #63b6feaf
@@ -88,7 +95,9 @@ class TanhUnit:
     ) -> Tensor:  # log(1 + m h'(a) / max h'), finite everywhere
         """Log-slope of `a + m h(a) / max h'`."""
         steepest = log_steepest + 2 * math.log(2)
-        return log_add_square(a.tanh(), torch.sub(steepest, torch.logaddexp(a, -a), alpha=2))
+        return log_add_square(
+            a.tanh(), torch.sub(steepest, torch.logaddexp(a, -a), alpha=2)
+        )
 
     def solve(
         self,
@@ -128,7 +137,8 @@ class LogisticUnit(TanhUnit):
 class LeakyUnit:
     """The hidden unit that is `a` above zero and `slope a` below."""
 
-    max_slope = 1.25  # more than the true 1, so that no half of space is squeezed by more than 5
+    # more than the true 1, so that no half of space is squeezed by more than 5
+    max_slope = 1.25
     inverse_cost = "one pass"
 
     def __init__(
@@ -136,7 +146,9 @@ class LeakyUnit:
         slope: float = 0.1,  # Below zero, between 0 and 1
     ):
         if not 0 < slope < 1:
-            raise ValueError(f"slope: expected a number between 0 and 1, got {slope}")
+            raise ValueError(
+                f"slope: expected a number between 0 and 1, got {slope}"
+            )
         self.slope = slope
 
     def __call__(
@@ -177,17 +189,22 @@ class LeakyUnit:
 # %% ../nbs/05-planar.ipynb #d4f44076
 def substitute(
     y: Tensor,  # Right-hand sides, shape `(*batch, n)`
-    products: Tensor,  # Shape `(*batch, n, n)`; only what lies below the diagonal counts
+    # Shape `(*batch, n, n)`; only what lies below the diagonal counts
+    products: Tensor,
     unit: TanhUnit | LeakyUnit,  # h
-    gain: Tensor | None = None,  # Factors c, shape `(*batch, n)`; None for zeros
-    log_steepest: Tensor | None = None,  # Of the same shape, where `gain` is given
+    # Factors c, shape `(*batch, n)`; None for zeros
+    gain: Tensor | None = None,
+    # Of the same shape, where `gain` is given
+    log_steepest: Tensor | None = None,
 ) -> Tensor:  # a, shape `(*batch, n)`
     """Solve `a_k + c_k h(a_k) = y_k + Σ_{j<k} G_kj h(a_j)`, one `k` after another."""
     found = []
     for k, column in enumerate(products.unbind(-1)):
         a, y = y.split([1, y.shape[-1] - 1], -1)
         if gain is not None:
-            a = unit.solve(a, gain[..., k : k + 1], log_steepest[..., k : k + 1])
+            a = unit.solve(
+                a, gain[..., k : k + 1], log_steepest[..., k : k + 1]
+            )
         y = torch.addcmul(y, unit(a), column[..., k + 1 :])
         found.append(a)
     return torch.cat(found, -1)
@@ -195,14 +212,17 @@ def substitute(
 
 def substitute_back(
     y: Tensor,  # Right-hand sides, shape `(*batch, n)`
-    products: Tensor,  # Shape `(*batch, n, n)`; only what lies above the diagonal counts
+    # Shape `(*batch, n, n)`; only what lies above the diagonal counts
+    products: Tensor,
     unit: TanhUnit | LeakyUnit,  # h
     gain: Tensor,  # Factors c, shape `(*batch, n)`
     log_steepest: Tensor,  # Of the same shape
 ) -> Tensor:  # a, shape `(*batch, n)`
     """Solve `a_k + c_k h(a_k) = y_k - Σ_{j>k} G_kj h(a_j)`, the last `k` first."""
     flipped = (t.flip(-1) for t in (gain, log_steepest))
-    return substitute(y.flip(-1), -products.flip(-1, -2), unit, *flipped).flip(-1)
+    return substitute(y.flip(-1), -products.flip(-1, -2), unit, *flipped).flip(
+        -1
+    )
 
 
 def times(
@@ -221,7 +241,8 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(z, w, u, b, unit):
         a = F.linear(z, w, b) if w.dim() == 2 else times(z, w.mT) + b
-        products = (u @ w.mT).triu(1)  # row j: what layer j adds to those after it
+        # row j: what layer j adds to those after it
+        products = (u @ w.mT).triu(1)
         for a_j, row in zip(a.split(1, -1), products.unbind(-2)):
             a.addcmul_(unit(a_j), row)
         return z + times(unit(a), u), a, products
@@ -235,17 +256,26 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_x, g_a, _):
         z, w, u, a, products = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for second derivatives, with a graph to `w` and `u`
+        # for second derivatives, with a graph to `w` and `u`
+        if torch.is_grad_enabled():
             products = u @ w.mT
         h, slope = ctx.unit(a), ctx.unit.derivative(a)
         y = torch.addcmul(g_a, slope, times(g_x, u.mT)).unsqueeze(-1)
         system = products * -slope.unsqueeze(-1)  # and ones on the diagonal
-        g = torch.linalg.solve_triangular(system, y, upper=True, unitriangular=True).squeeze(-1)
+        g = torch.linalg.solve_triangular(
+            system, y, upper=True, unitriangular=True
+        ).squeeze(-1)
         g_z = g_x + times(g, w)
         if w.dim() == 2:  # one set of layers for all points
             z, h, g_x, g = (t.reshape(-1, t.shape[-1]) for t in (z, h, g_x, g))
             mixed = (g.mT @ h).tril(-1)
-            return g_z, g.mT @ z + mixed @ u, h.mT @ g_x + mixed.mT @ w, g.sum(0), None
+            return (
+                g_z,
+                g.mT @ z + mixed @ u,
+                h.mT @ g_x + mixed.mT @ w,
+                g.sum(0),
+                None,
+            )
         mixed = (g.unsqueeze(-1) * h.unsqueeze(-2)).tril(-1)
         g_w = torch.addcmul(mixed @ u, g.unsqueeze(-1), z.unsqueeze(-2))
         g_u = torch.addcmul(mixed.mT @ w, h.unsqueeze(-1), g_x.unsqueeze(-2))
@@ -253,15 +283,28 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, z, w, u, b, unit):
-        # the new dimension comes first, and the points decide how many there are in all
+        # the new dimension comes first, and the points decide how many there
+        # are in all
         z_dim, *dims, _ = in_dims
-        z = z.expand(info.batch_size, *z.shape) if z_dim is None else z.movedim(z_dim, 0)
+        z = (
+            z.expand(info.batch_size, *z.shape)
+            if z_dim is None
+            else z.movedim(z_dim, 0)
+        )
         if all(dim is None for dim in dims):  # the same layers for all
             return _Block.apply(z, w, u, b, unit), (0, 0, None)
         layers = []
         for t, dim, own in zip((w, u, b), dims, (2, 2, 1)):
-            t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            layers.append(t.reshape(len(t), *[1] * (z.dim() - 1 + own - t.dim()), *t.shape[1:]))
+            t = (
+                t.expand(info.batch_size, *t.shape)
+                if dim is None
+                else t.movedim(dim, 0)
+            )
+            layers.append(
+                t.reshape(
+                    len(t), *[1] * (z.dim() - 1 + own - t.dim()), *t.shape[1:]
+                )
+            )
         return _Block.apply(z, *layers, unit), 0
 
 # %% ../nbs/05-planar.ipynb #aa5af011
@@ -278,13 +321,15 @@ def length_of(
 def last_digits(
     z: Tensor,  # Nearly the point that goes to `x`, shape `(*batch, d)`
     x: Tensor,  # Where it should go
-    ahead,  # The layers: from a point to its image and its activations, shape `(*batch, n)`
+    # The layers: from a point to its image and its activations, shape `(*batch,
+    # n)`
+    ahead,
     w: Tensor,  # Weights into the units, shape `(*batch, n, d)` or `(n, d)`
     u: Tensor,  # Weights out of them, of the same shape
     products: Tensor,  # `w u'`; only what lies above the diagonal counts
     unit: TanhUnit | LeakyUnit,  # h
     log_steepest: Tensor,  # log(1 + m) of each unit
-) -> tuple[Tensor, Tensor]:  # What is missing from `z`, and the activations with it
+) -> tuple[Tensor, Tensor]:  # What `z` lacks, and the activations with it
     """Newton's step `J^-1 (x - f(z))` on the point, without a graph, where it comes nearer."""
     image, a = ahead(z)
     slope = unit.derivative(a)
@@ -294,7 +339,8 @@ def last_digits(
     da = torch.linalg.solve_triangular(jacobian, y, upper=True).squeeze(-1)
     missing = x - image - times(slope * da, u)
     next_image, next_a = ahead(z + missing)
-    nearer = (length_of(x - next_image) < length_of(x - image)).unsqueeze(-1)  # no kink between
+    # no kink between
+    nearer = (length_of(x - next_image) < length_of(x - image)).unsqueeze(-1)
     return torch.where(nearer, missing, 0.0), torch.where(nearer, next_a, a)
 
 # %% ../nbs/05-planar.ipynb #5d7e212c
@@ -307,18 +353,27 @@ class Planar(Bijection):
         length: int = 1,  # Number of layers
         context_dim: int = 0,  # Number of context features
         unit: TanhUnit | LeakyUnit = TanhUnit(),  # The hidden unit h
-        offset: float = IDENTITY,  # Of m(p) = softplus(p + offset) - 1; 0 for the paper's
+        # Of m(p) = softplus(p + offset) - 1; 0 for the paper's
+        offset: float = IDENTITY,
         block: int = 40,  # Layers that are computed together
-        hidden: tuple[int, ...] = (32,),  # Widths of the context network's hidden layers
-        context_scale: float = 1.0,  # Multiplies the context; a small one makes it learn slowly
+        # Widths of the context network's hidden layers
+        hidden: tuple[int, ...] = (32,),
+        # Multiplies the context; a small one makes it learn slowly
+        context_scale: float = 1.0,
     ):
         super().__init__(dim, context_dim)
-        self.length, self.block = as_shape(length, "length")[0], as_shape(block, "block")[0]
+        self.length, self.block = (
+            as_shape(length, "length")[0],
+            as_shape(block, "block")[0],
+        )
         self.unit, self.offset = unit, offset
-        w = torch.randn(length, dim) / dim**0.5  # so that w'z is about as large as one entry of z
+        # so that w'z is about as large as one entry of z
+        w = torch.randn(length, dim) / dim**0.5
         start = torch.cat([w, torch.zeros(length, dim + 1)], -1)
         # Rows of w, u, b.
-        self.raw = Conditional(start.shape, context_dim, start, hidden, context_scale)
+        self.raw = Conditional(
+            start.shape, context_dim, start, hidden, context_scale
+        )
 
     @property
     def inverse_cost(self) -> str:
@@ -327,31 +382,50 @@ class Planar(Bijection):
 
     def layers(
         self,
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
-        dtype: torch.dtype | None = None,  # To compute in; None: that of the raw parameters
-    ) -> tuple[Tensor, ...]:  # w, û, b, w'û and log(1 + max h' w'û), all with one row per layer
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
+        # To compute in; None: that of the raw parameters
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, ...]:  # w, û, b, w'û, log(1 + max h' w'û), by layer
         """The parameters of each layer, those that make it invertible included."""
         dim = self.event_shape[0]
         w, u, b = self.raw(context).to(dtype).split([dim, dim, 1], -1)
-        product, square = (w * u).sum(-1, keepdim=True), w.square().sum(-1, keepdim=True)
+        product, square = (
+            (w * u).sum(-1, keepdim=True),
+            w.square().sum(-1, keepdim=True),
+        )
         flat = square < torch.finfo(w.dtype).tiny  # w = 0 leaves u as it is
-        m, log_steepest = above_minus_one(self.unit.max_slope * product, self.offset)
+        m, log_steepest = above_minus_one(
+            self.unit.max_slope * product, self.offset
+        )
         gain = (m / self.unit.max_slope).masked_fill(flat, 0.0)
         log_steepest = log_steepest.masked_fill(flat, 0.0)
-        u = torch.addcmul(u, (gain - product) / square.masked_fill(flat, 1.0), w)
+        u = torch.addcmul(
+            u, (gain - product) / square.masked_fill(flat, 1.0), w
+        )
         return w, u, b.squeeze(-1), gain.squeeze(-1), log_steepest.squeeze(-1)
 
     def _forward(self, z, context):
         w, u, b, _, log_steepest = self.layers(context)
         activations = []
-        blocks = w.split(self.block, -2), u.split(self.block, -2), b.split(self.block, -1)
-        # without gradients and transforms there is no need for what `apply` arranges
-        arranged = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        blocks = (
+            w.split(self.block, -2),
+            u.split(self.block, -2),
+            b.split(self.block, -1),
+        )
+        # without gradients and transforms there is no need for what `apply`
+        # arranges
+        arranged = (
+            torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+        )
         ahead = _Block.apply if arranged else _Block.forward
         for layers in zip(*blocks):
             z, a, _ = ahead(z, *layers, self.unit)
             activations.append(a)
-        return z, self.unit.log_slope(torch.cat(activations, -1), log_steepest).sum(-1)
+        return z, self.unit.log_slope(
+            torch.cat(activations, -1), log_steepest
+        ).sum(-1)
 
     def _ahead(self, z, w, u, b, products):
         "The plain way through a block of layers: where it takes a point, and its activations."
@@ -359,24 +433,41 @@ class Planar(Bijection):
         return z + times(self.unit(a), u), a
 
     def _inverse(self, given, context):
-        x = widened(given)  # in float32, the ladj of single points would lose all digits
+        # in float32, the ladj of single points would lose all digits
+        x = widened(given)
         w, u, b, gain, log_steepest = self.layers(context, x.dtype)
         ladj = 0.0
         for part in self._blocks()[::-1]:
             layers = w[..., part, :], u[..., part, :]
-            products, root = layers[0] @ layers[1].mT, (gain[..., part], log_steepest[..., part])
-            a = substitute_back(times(x, layers[0].mT) + b[..., part], products, self.unit, *root)
+            products, root = (
+                layers[0] @ layers[1].mT,
+                (gain[..., part], log_steepest[..., part]),
+            )
+            a = substitute_back(
+                times(x, layers[0].mT) + b[..., part],
+                products,
+                self.unit,
+                *root,
+            )
             z = x - times(self.unit(a), layers[1])
             ahead = partial(
-                self._ahead, w=layers[0], u=layers[1], b=b[..., part], products=products
+                self._ahead,
+                w=layers[0],
+                u=layers[1],
+                b=b[..., part],
+                products=products,
             )
-            missing, found = last_digits(z, x, ahead, *layers, products, self.unit, root[1])
+            missing, found = last_digits(
+                z, x, ahead, *layers, products, self.unit, root[1]
+            )
             x, a = z + missing, a + (found - a).detach()
             ladj = ladj - self.unit.log_slope(a, root[1]).sum(-1)
         return x.to(given.dtype), ladj.to(given.dtype)
 
     def _blocks(self):
-        return [slice(i, i + self.block) for i in range(0, self.length, self.block)]
+        return [
+            slice(i, i + self.block) for i in range(0, self.length, self.block)
+        ]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, length={self.length}, unit={self.unit}"
@@ -390,17 +481,22 @@ class Radial(Bijection):
         dim: int,  # Size of the event
         length: int = 1,  # Number of layers
         context_dim: int = 0,  # Number of context features
-        hidden: tuple[int, ...] = (32,),  # Widths of the context network's hidden layers
+        # Widths of the context network's hidden layers
+        hidden: tuple[int, ...] = (32,),
     ):
         super().__init__(dim, context_dim)
         self.length = as_shape(length, "length")[0]
-        start = torch.cat([torch.randn(length, dim), torch.zeros(length, 2)], -1)
-        self.raw = Conditional(start.shape, context_dim, start, hidden)  # rows of z0, raw α, raw β
+        start = torch.cat(
+            [torch.randn(length, dim), torch.zeros(length, 2)], -1
+        )
+        # rows of z0, raw α, raw β
+        self.raw = Conditional(start.shape, context_dim, start, hidden)
 
     def layers(
         self,
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
-    ) -> tuple[Tensor, Tensor, Tensor]:  # z0, α and α + β, with one row per layer
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # z0, α, α + β, by layer
         """The centre of each layer, α above 0, and α + β, above 0 as well."""
         raw = self.raw(context)
         alpha, grown = softplus(raw[..., -2:] + IDENTITY).unbind(-1)
@@ -421,7 +517,10 @@ class Radial(Bijection):
     def _inwards(r_out, alpha, total):
         # r² + (α + β - R) r - α R = 0; the root without cancellation.
         half = total - r_out
-        far = torch.where(half > 0, half, -half) + (half.square() + 4 * alpha * r_out).sqrt()
+        far = (
+            torch.where(half > 0, half, -half)
+            + (half.square() + 4 * alpha * r_out).sqrt()
+        )
         r = torch.where(half > 0, 2 * alpha * r_out / far, far / 2)
         return r, (r + alpha) / (r + total)
 
@@ -471,34 +570,49 @@ class Sylvester(Bijection):
     def __init__(
         self,
         dim: int,  # Size of the event
-        units: int | None = None,  # Hidden units of a layer, at most `dim`; None: `dim`
+        # Hidden units of a layer, at most `dim`; None: `dim`
+        units: int | None = None,
         length: int = 1,  # Number of layers
         context_dim: int = 0,  # Number of context features
-        variant: str = "orthogonal",  # How Q is made: "orthogonal", "householder", "triangular"
+        # How Q is made: "orthogonal", "householder", "triangular"
+        variant: str = "orthogonal",
         reflections: int = 4,  # Of the Householder variant, in each layer
         unit: TanhUnit | LeakyUnit = TanhUnit(),  # The hidden unit h
         offset: float = IDENTITY,  # Of m(p) = softplus(p + offset) - 1
-        hidden: tuple[int, ...] = (32,),  # Widths of the context network's hidden layers
-        context_scale: float = 1.0,  # Multiplies the context; a small one makes it learn slowly
+        # Widths of the context network's hidden layers
+        hidden: tuple[int, ...] = (32,),
+        # Multiplies the context; a small one makes it learn slowly
+        context_scale: float = 1.0,
     ):
         super().__init__(dim, context_dim)
         self.length, self.units = as_shape(length, "length")[0], units or dim
         if self.units > dim or (variant == "triangular" and self.units < dim):
             wanted = dim if variant == "triangular" else f"at most {dim}"
-            raise ValueError(f"units: Sylvester ({variant}) expects {wanted}, got {units}")
+            raise ValueError(
+                f"units: Sylvester ({variant}) expects {wanted}, got {units}"
+            )
         frames = {
             "orthogonal": dim * self.units,
             "householder": as_shape(reflections, "reflections")[0] * dim,
             "triangular": 0,
         }
         if variant not in frames:
-            raise ValueError(f"variant: expected one of {', '.join(frames)}, got {variant!r}")
+            raise ValueError(
+                f"variant: expected one of {', '.join(frames)}, got {variant!r}"
+            )
         self.variant, self.unit, self.offset = variant, unit, offset
         n = self.units
-        self.sizes = [n * n, n, n, frames[variant]]  # R and R̃ off its diagonal, diagonal of R̃, b, Q
-        start = [torch.zeros(length, n * n), torch.ones(length, n), torch.zeros(length, n)]
+        # R and R̃ off its diagonal, diagonal of R̃, b, Q
+        self.sizes = [n * n, n, n, frames[variant]]
+        start = [
+            torch.zeros(length, n * n),
+            torch.ones(length, n),
+            torch.zeros(length, n),
+        ]
         start = torch.cat([*start, torch.randn(length, frames[variant])], -1)
-        self.raw = Conditional(start.shape, context_dim, start, hidden, context_scale)
+        self.raw = Conditional(
+            start.shape, context_dim, start, hidden, context_scale
+        )
 
     @property
     def inverse_cost(self) -> str:
@@ -507,13 +621,16 @@ class Sylvester(Bijection):
 
     def layers(
         self,
-        context: Tensor | None = None,  # Features, shape `(*batch, context_dim)`
-    ) -> tuple[Tensor, ...]:  # Q, R, R̃, b, the diagonal of R̃R, log(1 + max h' of it)
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # Q, R, R̃, b, diagonal of R̃R, its bound
         """The matrices of each layer, and what makes it invertible."""
         square, inner, b, frame = self.raw(context).split(self.sizes, -1)
         square = square.unflatten(-1, (self.units, self.units))
         outer = square.diagonal(dim1=-2, dim2=-1)
-        m, log_steepest = above_minus_one(self.unit.max_slope * inner * outer, self.offset)
+        m, log_steepest = above_minus_one(
+            self.unit.max_slope * inner * outer, self.offset
+        )
         zero = inner == 0  # as for w = 0 in a planar layer
         gain = torch.where(zero, 0.0, m / self.unit.max_slope)
         log_steepest = torch.where(zero, 0.0, log_steepest)
@@ -529,16 +646,24 @@ class Sylvester(Bijection):
         if self.variant == "householder":
             return reflect(raw.unflatten(-1, (-1, dim)), self.units)
         eye = torch.eye(dim, dtype=raw.dtype, device=raw.device)
-        return torch.stack([eye if k % 2 == 0 else eye.flip(0) for k in range(self.length)])
+        return torch.stack(
+            [eye if k % 2 == 0 else eye.flip(0) for k in range(self.length)]
+        )
 
     def _forward(self, z, context):
         q, r, r_inner, b, _, log_steepest = self.layers(context)
         ladj = 0.0
         for k in range(self.length):
             z, a = self._ahead(
-                z, q[..., k, :, :], r[..., k, :, :], r_inner[..., k, :, :], b[..., k, :]
+                z,
+                q[..., k, :, :],
+                r[..., k, :, :],
+                r_inner[..., k, :, :],
+                b[..., k, :],
             )
-            ladj = ladj + self.unit.log_slope(a, log_steepest[..., k, :]).sum(-1)
+            ladj = ladj + self.unit.log_slope(a, log_steepest[..., k, :]).sum(
+                -1
+            )
         return z, ladj
 
     def _ahead(self, z, q, r, r_inner, b):
@@ -550,15 +675,24 @@ class Sylvester(Bijection):
         q, r, r_inner, b, gain, log_steepest = self.layers(context)
         ladj = 0.0
         for k in range(self.length)[::-1]:
-            q_k, r_k, inner_k = q[..., k, :, :], r[..., k, :, :], r_inner[..., k, :, :]
+            q_k, r_k, inner_k = (
+                q[..., k, :, :],
+                r[..., k, :, :],
+                r_inner[..., k, :, :],
+            )
             layer = {"q": q_k, "r": r_k, "r_inner": inner_k, "b": b[..., k, :]}
-            products, root = inner_k @ r_k, (gain[..., k, :], log_steepest[..., k, :])
+            products, root = (
+                inner_k @ r_k,
+                (gain[..., k, :], log_steepest[..., k, :]),
+            )
             y = times(times(x, q_k), inner_k.mT) + b[..., k, :]
             a = substitute_back(y, products, self.unit, *root)
             z = x - times(times(self.unit(a), r_k.mT), q_k.mT)
             w, u = inner_k @ q_k.mT, (q_k @ r_k).mT
             ahead = partial(self._ahead, **layer)
-            missing, found = last_digits(z, x, ahead, w, u, products, self.unit, root[1])
+            missing, found = last_digits(
+                z, x, ahead, w, u, products, self.unit, root[1]
+            )
             x, a = z + missing, a + (found - a).detach()
             ladj = ladj - self.unit.log_slope(a, root[1]).sum(-1)
         return x, ladj

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/91-plots.ipynb #ef4d77b4
-COLORS = {"base": "#0072B2", "data": "#D55E00", "model": "#009E73", "neutral": "#666666"}
+COLORS = {
+    "base": "#0072B2",
+    "data": "#D55E00",
+    "model": "#009E73",
+    "neutral": "#666666",
+}
 MARKERS = {"base": "o", "data": "^", "model": "s", "neutral": "D"}
 
 
@@ -39,7 +44,9 @@ def use_style():
 # %% ../nbs/91-plots.ipynb #bb7b54c6
 def _color(role):
     if role not in COLORS:
-        raise ValueError(f"role: expected one of {', '.join(COLORS)}, got {role!r}")
+        raise ValueError(
+            f"role: expected one of {', '.join(COLORS)}, got {role!r}"
+        )
     return COLORS[role]
 
 
@@ -58,71 +65,96 @@ def _plane(ax, role="data"):
 def scatter2d(
     points: Tensor,  # Points in the plane, shape `(n, 2)`
     ax=None,  # `Axes` to draw on; None: the current ones
-    role: str = "data",  # "base", "data", "model" or "neutral": gives colour and marker
+    # "base", "data", "model" or "neutral": gives colour and marker
+    role: str = "data",
     label: str | None = None,  # Name in the legend
     **kwargs,  # Passed on to `Axes.scatter`
 ):  # The `Axes` drawn on
     """Draw a cloud of points in the colour and with the marker of its role."""
     if points.ndim != 2 or points.shape[-1] != 2:
-        raise ValueError(f"points: expected shape (n, 2), got {tuple(points.shape)}")
+        raise ValueError(
+            f"points: expected shape (n, 2), got {tuple(points.shape)}"
+        )
     color = _color(role)
     ax = _plane(ax, role)
     # Large clouds get small, faint points, so that dense regions still show.
     size = min(max(3000 / max(len(points), 1), 2.0), 16.0)
-    style = dict(s=size, alpha=0.5, linewidths=0, color=color, marker=MARKERS[role])
+    style = dict(
+        s=size, alpha=0.5, linewidths=0, color=color, marker=MARKERS[role]
+    )
     x, y = points.detach().cpu().unbind(-1)
     ax.scatter(x.numpy(), y.numpy(), label=label, **(style | kwargs))
     return ax
 
 # %% ../nbs/91-plots.ipynb #32f8a47e
 def grid_points(
-    low: float | tuple[float, float] = -4.0,  # Lower edge of the window, one number or one per axis
+    # Lower edge of the window, one number or one per axis
+    low: float | tuple[float, float] = -4.0,
     high: float | tuple[float, float] = 4.0,  # Upper edge, likewise
     bins: int = 200,  # Cells along each axis
-    dtype: torch.dtype | None = None,  # Of the points; torch's default when None
+    # Of the points; torch's default when None
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,  # Of the points
-) -> Tensor:  # Points, shape `(bins, bins, 2)`: rows are the second coordinate, upwards
+) -> Tensor:  # Points, `(bins, bins, 2)`: rows go up the second coordinate
     """Centres of the cells of a regular grid on a window of the plane."""
     options = dict(dtype=dtype or torch.get_default_dtype(), device=device)
-    low, high = (torch.tensor(edge, **options).expand(2) for edge in (low, high))
+    low, high = (
+        torch.tensor(edge, **options).expand(2) for edge in (low, high)
+    )
     if not (low < high).all():
-        raise ValueError(f"high: expected more than low = {low.tolist()}, got {high.tolist()}")
-    axes = low + (high - low) * (torch.arange(bins, **options)[:, None] + 0.5) / bins
+        raise ValueError(
+            f"high: expected more than low = {low.tolist()}, got {high.tolist()}"
+        )
+    axes = (
+        low
+        + (high - low) * (torch.arange(bins, **options)[:, None] + 0.5) / bins
+    )
     x, y = torch.meshgrid(axes[:, 0], axes[:, 1], indexing="xy")
     return torch.stack([x, y], -1)
 
 
 @torch.no_grad()
 def density2d(
-    log_prob: Callable[[Tensor], Tensor],  # From points `(n, 2)` to log-densities `(n,)` in nats
+    # From points `(n, 2)` to log-densities `(n,)` in nats
+    log_prob: Callable[[Tensor], Tensor],
     ax=None,  # `Axes` to draw on; None: the current ones
-    low: float | tuple[float, float] = -4.0,  # Lower edge of the window, one number or one per axis
+    # Lower edge of the window, one number or one per axis
+    low: float | tuple[float, float] = -4.0,
     high: float | tuple[float, float] = 4.0,  # Upper edge, likewise
     bins: int = 200,  # Cells along each axis
     batch: int = 16384,  # Points evaluated at once
-    device: torch.device | str | None = None,  # Where `log_prob` wants its points
+    # Where `log_prob` wants its points
+    device: torch.device | str | None = None,
     **kwargs,  # Passed on to `Axes.imshow`
 ):  # The `Axes` drawn on; its `images[-1]` feeds a colour bar
     """Draw the density of a log-density on a window of the plane."""
     points = grid_points(low, high, bins, device=device)
-    values = torch.cat([log_prob(part) for part in points.reshape(-1, 2).split(batch)])
+    values = torch.cat(
+        [log_prob(part) for part in points.reshape(-1, 2).split(batch)]
+    )
     density = values.exp().reshape(bins, bins).cpu()
-    edges = torch.stack([torch.tensor(edge).expand(2) for edge in (low, high)], -1)
+    edges = torch.stack(
+        [torch.tensor(edge).expand(2) for edge in (low, high)], -1
+    )
     ax = _plane(ax)
-    style = dict(origin="lower", extent=edges.flatten().tolist(), cmap="viridis")
+    style = dict(
+        origin="lower", extent=edges.flatten().tolist(), cmap="viridis"
+    )
     ax.imshow(density.numpy(), **(style | kwargs))
     return ax
 
 # %% ../nbs/91-plots.ipynb #70d5d3ca
 @torch.no_grad()
 def grid2d(
-    bijection: Callable,  # A bijection of the plane, or any function of points `(n, 2)`
+    # A bijection of the plane, or any function of points `(n, 2)`
+    bijection: Callable,
     ax=None,  # `Axes` to draw on; None: the current ones
     low: float = -2.0,  # Lower edge of the square that is mapped
     high: float = 2.0,  # Upper edge
     lines: int = 17,  # Lines in each direction
     role: str = "model",  # Side of the flow that the mapped grid lies on
-    device: torch.device | str | None = None,  # Where the bijection wants its points
+    # Where the bijection wants its points
+    device: torch.device | str | None = None,
     **kwargs,  # Passed on to `Axes.plot`
 ):  # The `Axes` drawn on
     """Draw how a map moves a square grid; pass `bijection.inverse` for the other direction."""
@@ -140,10 +172,12 @@ def grid2d(
 
 # %% ../nbs/91-plots.ipynb #8979e20e
 def show_images(
-    images: Tensor,  # Grey `(n, H, W)` or `(n, 1, H, W)`, or colour `(n, 3, H, W)` in [0, 1]
+    # Grey `(n, H, W)` or `(n, 1, H, W)`, or colour `(n, 3, H, W)` in [0, 1]
+    images: Tensor,
     ax=None,  # `Axes` to draw on; None: the current ones
     nrow: int = 10,  # Images in a row
-    **kwargs,  # Passed on to `Axes.imshow`, e.g. `vmin`, `vmax`: the same for all images
+    # Passed on to `Axes.imshow`, e.g. `vmin`, `vmax`: the same for all images
+    **kwargs,
 ):  # The `Axes` drawn on
     """Tile images into one picture, dark ink on white, without ticks."""
     if images.ndim == 3:
@@ -163,7 +197,9 @@ def show_images(
     gap = torch.nan if channels == 1 else 1.0  # Both are drawn white
     tiles = torch.full((rows * nrow, channels, height + 2, width + 2), gap)
     tiles[:n, :, 1:-1, 1:-1] = images
-    tiles = tiles.reshape(rows, nrow, channels, height + 2, width + 2).permute(0, 3, 1, 4, 2)
+    tiles = tiles.reshape(rows, nrow, channels, height + 2, width + 2).permute(
+        0, 3, 1, 4, 2
+    )
     picture = tiles.reshape(rows * (height + 2), nrow * (width + 2), channels)
     style = {"cmap": "Greys", "interpolation": "nearest"}
     ax.imshow(picture.squeeze(-1).numpy(), **(style | kwargs))

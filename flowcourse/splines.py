@@ -25,45 +25,62 @@ def wrap(
 ) -> Tensor:  # The same points, from `low` on and below `high`
     """Take full turns away."""
     t = t - (high - low) * ((t - low) / (high - low)).floor()
-    return torch.where((t < low) | (t >= high), low, t)  # either by rounding only
+    # either by rounding only
+    return torch.where((t < low) | (t >= high), low, t)
 
 # %% ../nbs/07-splines.ipynb #spl00707
 class SplineMap(ScalarMap):
     """Pieces of a curve joined in a box; a subclass says `knots` and the piece in the unit square."""
 
-    evenness, steepest = 1.5, 2.0  # bounds of raw sizes of the bins, and of log-slopes at the knots
-    end_slope = 1.0  # at the ends of the box, with linear tails: the identity follows
+    # bounds of raw sizes of the bins, and of log-slopes at the knots
+    evenness, steepest = 1.5, 2.0
+    # at the ends of the box, with linear tails: the identity follows
+    end_slope = 1.0
     least_bins = 2
 
     def __init__(
         self,
         bins: int = 8,  # Number of pieces
-        bound: float | tuple[float, float] = 3.0,  # Ends of the box; a number b stands for (-b, b)
-        tails: str = "linear",  # Outside the box: "linear", nothing ("box"), or "circular" angles
+        # Ends of the box; a number b stands for (-b, b)
+        bound: float | tuple[float, float] = 3.0,
+        # Outside the box: "linear", nothing ("box"), or "circular" angles
+        tails: str = "linear",
     ):
         if bins < self.least_bins:
-            raise ValueError(f"bins: expected at least {self.least_bins}, got {bins}")
+            raise ValueError(
+                f"bins: expected at least {self.least_bins}, got {bins}"
+            )
         low, high = bound if isinstance(bound, tuple) else (-bound, bound)
         if not low < high:
-            raise ValueError(f"bound: expected a number above 0 or a pair (low, high), got {bound}")
+            raise ValueError(
+                f"bound: expected a number above 0 or a pair (low, high), got {bound}"
+            )
         if tails not in ("linear", "box", "circular"):
-            raise ValueError(f"tails: expected 'linear', 'box' or 'circular', got {tails!r}")
+            raise ValueError(
+                f"tails: expected 'linear', 'box' or 'circular', got {tails!r}"
+            )
         self.bins, self.bound, self.tails = bins, bound, tails
         self.n_params = sum(self.parts()) + (tails == "circular")
 
     @property
     def ends(self) -> tuple[float, float]:
         """The ends of the box."""
-        return self.bound if isinstance(self.bound, tuple) else (-self.bound, self.bound)
+        return (
+            self.bound
+            if isinstance(self.bound, tuple)
+            else (-self.bound, self.bound)
+        )
 
     @property
     def domain(self) -> constraints.Constraint:
         """The line; with tails "box" the box, and with "circular" the box without its upper end."""
         if self.tails == "linear":
             return constraints.real
-        return (constraints.interval if self.tails == "box" else constraints.half_open_interval)(
-            *self.ends
-        )
+        return (
+            constraints.interval
+            if self.tails == "box"
+            else constraints.half_open_interval
+        )(*self.ends)
 
     codomain = domain
 
@@ -91,21 +108,33 @@ class SplineMap(ScalarMap):
         slopes = bounded(raw, self.steepest).exp()
         if self.tails == "linear":
             return F.pad(slopes, (1, 1), value=self.end_slope)
-        return slopes if self.tails == "box" else torch.cat([slopes, slopes[..., :1]], -1)
+        return (
+            slopes
+            if self.tails == "box"
+            else torch.cat([slopes, slopes[..., :1]], -1)
+        )
 
     def _bin(self, t, theta, side):
         "The bin of each `t`: its corner, width and height, and what shapes the piece in it."
-        table = self.knots(*theta.split(self.parts(), -1))  # rows of values at the knots
+        # rows of values at the knots
+        table = self.knots(*theta.split(self.parts(), -1))
         k = (t.unsqueeze(-1) >= table[..., side, 1:-1]).sum(-1)
-        pair = torch.stack([k, k + 1], -1).unsqueeze(-2)  # a bin lies between two knots
+        # a bin lies between two knots
+        pair = torch.stack([k, k + 1], -1).unsqueeze(-2)
         pair = pair.expand(*t.shape, table.shape[-2], 2)
         (z0, x0, *left), (z1, x1, *right) = (
-            table.expand(*t.shape, *table.shape[-2:]).gather(-1, pair).movedim((-1, -2), (0, 1))
+            table.expand(*t.shape, *table.shape[-2:])
+            .gather(-1, pair)
+            .movedim((-1, -2), (0, 1))
         )
         width, height = z1 - z0, x1 - x0
         shape = []
         if left:  # slopes, relative to the mean slope of the bin
-            shape = [left[0] * width / height, right[0] * width / height, *left[1:]]
+            shape = [
+                left[0] * width / height,
+                right[0] * width / height,
+                *left[1:],
+            ]
         return z0, x0, width, height, shape
 
     def _in_box(self, t, theta, side):
@@ -130,7 +159,11 @@ class SplineMap(ScalarMap):
         return self._leave(x, t, z, -log_slope)
 
     def _enter(self, t):
-        return wrap(t, *self.ends) if self.tails == "circular" else t.clamp(*self.ends)
+        return (
+            wrap(t, *self.ends)
+            if self.tails == "circular"
+            else t.clamp(*self.ends)
+        )
 
     def _leave(self, given, t, image, log_slope, theta=None):
         if self.tails == "circular":
@@ -153,7 +186,9 @@ class LinearSplineMap(SplineMap):
     def knots(self, heights):
         """Knots in `z` and in `x`."""
         share = self.sizes(heights)
-        return self.places(torch.stack([torch.full_like(share, 1 / self.bins), share], -2))
+        return self.places(
+            torch.stack([torch.full_like(share, 1 / self.bins), share], -2)
+        )
 
     def point(self, u):
         """The piece in the unit square."""
@@ -172,7 +207,8 @@ class QuadraticSplineMap(SplineMap):
     """Parabolas whose slopes meet: dx/dz is a polygon."""
 
     reference = "Müller et al. 2019, piecewise-quadratic coupling"
-    least_bins = 3  # two, between slopes of 1 at both ends, have no freedom left
+    # two, between slopes of 1 at both ends, have no freedom left
+    least_bins = 3
 
     def parts(self):
         """Raw widths, and raw slopes at the knots."""
@@ -183,14 +219,23 @@ class QuadraticSplineMap(SplineMap):
         width, slope = self.sizes(widths), self.slopes(slopes)
         area = width * (slope[..., :-1] + slope[..., 1:]) / 2
         total = area.sum(-1, keepdim=True)
-        if self.tails == "linear":  # the slopes at the ends are given, the others stretch
+        # the slopes at the ends are given, the others stretch
+        if self.tails == "linear":
             fixed = self.end_slope * (width[..., :1] + width[..., -1:]) / 2
             stretch = (1 - fixed) / (total - fixed)
-            slope = F.pad(slope[..., 1:-1] * stretch, (1, 1), value=self.end_slope)
+            slope = F.pad(
+                slope[..., 1:-1] * stretch, (1, 1), value=self.end_slope
+            )
         else:
             slope = slope / total
         height = width * (slope[..., :-1] + slope[..., 1:]) / 2
-        return torch.cat([self.places(torch.stack([width, height], -2)), slope.unsqueeze(-2)], -2)
+        return torch.cat(
+            [
+                self.places(torch.stack([width, height], -2)),
+                slope.unsqueeze(-2),
+            ],
+            -2,
+        )
 
     def point(self, u, a, b):
         """The piece in the unit square."""
@@ -220,13 +265,20 @@ class CubicSplineMap(SplineMap):
         share = self.sizes(sizes.unflatten(-1, (2, self.bins)))
         width, height = share.unbind(-2)
         mean = height / width
-        if self.tails == "circular":  # the last bin is the neighbour of the first
-            width, mean = (torch.cat([t[..., -1:], t, t[..., :1]], -1) for t in (width, mean))
+        # the last bin is the neighbour of the first
+        if self.tails == "circular":
+            width, mean = (
+                torch.cat([t[..., -1:], t, t[..., :1]], -1)
+                for t in (width, mean)
+            )
         left, right = mean[..., :-1], mean[..., 1:]
         wide_left, wide_right = width[..., :-1], width[..., 1:]
-        parabola = (left * wide_right + right * wide_left) / (wide_left + wide_right)
+        parabola = (left * wide_right + right * wide_left) / (
+            wide_left + wide_right
+        )
         slope = torch.minimum(parabola, 2 * torch.minimum(left, right))
-        if self.tails != "circular":  # between 0 and three times the mean slope of the end bin
+        # between 0 and three times the mean slope of the end bin
+        if self.tails != "circular":
             free = 3 * (bounded(ends, self.steepest) - math.log(2)).sigmoid()
             first, last = (free * mean[..., [0, -1]]).split(1, -1)
             slope = torch.cat([first, slope, last], -1)
@@ -248,19 +300,23 @@ class CubicSplineMap(SplineMap):
 
     def log_slope(self, u, a, b):
         """log dv/du."""
-        return (a * (1 - u) * (1 - 3 * u) + 6 * u * (1 - u) + b * u * (3 * u - 2)).log()
+        return (
+            a * (1 - u) * (1 - 3 * u) + 6 * u * (1 - u) + b * u * (3 * u - 2)
+        ).log()
 
     def _leave(self, given, t, image, log_slope, theta=None):
         if self.tails != "linear":
             return super()._leave(given, t, image, log_slope, theta)
-        return image + (given - t) * log_slope.exp(), log_slope  # straight on, with the end's slope
+        # straight on, with the end's slope
+        return image + (given - t) * log_slope.exp(), log_slope
 
 # %% ../nbs/07-splines.ipynb #ral00707
 class RationalLinearSplineMap(SplineMap):
     """Two hyperbolas in each bin, which meet at a place of their own."""
 
     reference = "Dolatabadi et al. 2020"
-    evenness, steepest = 1.0, 1.5  # between two knots the slope can be steeper than at either
+    # between two knots the slope can be steeper than at either
+    evenness, steepest = 1.0, 1.5
 
     def parts(self):
         """Raw widths and heights, slopes at the knots, and where the two pieces of a bin meet."""
@@ -270,7 +326,9 @@ class RationalLinearSplineMap(SplineMap):
         """Knots in `z` and in `x`, slopes there, and where the two pieces of the bin meet."""
         places = self.places(self.sizes(sizes.unflatten(-1, (2, self.bins))))
         meet = F.pad(bounded(meets, 2.0).sigmoid(), (0, 1))
-        return torch.cat([places, torch.stack([self.slopes(slopes), meet], -2)], -2)
+        return torch.cat(
+            [places, torch.stack([self.slopes(slopes), meet], -2)], -2
+        )
 
     def _half(self, left, m, a, b):
         "The half with `left`, seen from its own corner: its reach, root slope, and their mean."
@@ -306,9 +364,12 @@ class RationalLinearSplineMap(SplineMap):
 def _unpiece(v, a, bend):
     "The root of a quadratic, in the one of its two forms that does not cancel."
     half = torch.addcmul(a, v, bend, value=-1) / 2
-    tiny = torch.finfo(v.dtype).tiny  # rounding may go below zero, where sqrt has no slope
+    # rounding may go below zero, where sqrt has no slope
+    tiny = torch.finfo(v.dtype).tiny
     rest = torch.rsub(half, 1, alpha=2)
-    root = half.abs() + torch.addcmul(half * half, rest, v).clamp(min=tiny).sqrt()
+    root = (
+        half.abs() + torch.addcmul(half * half, rest, v).clamp(min=tiny).sqrt()
+    )
     rising = half > 0
     return torch.where(rising, v, root) / torch.where(rising, root, rest)
 
@@ -323,16 +384,25 @@ def _curve(u, a, b, bend):
     return rest, mixed, a_rest, below, rise
 
 
-def _prepare(t, theta, side, bins, low, high, evenness, steepest, end_slope, tails):
+def _prepare(
+    t, theta, side, bins, low, high, evenness, steepest, end_slope, tails
+):
     "The bin of each `t`, its place in it, and all that the derivative needs; first z, then x."
-    # tanh(r) is 2 sigmoid(2 r) - 1, and sigmoid is faster; the softmax drops the constant
+    # tanh(r) is 2 sigmoid(2 r) - 1, and sigmoid is faster; the softmax drops
+    # the constant
     theta = theta.reshape((1,) * (t.dim() + 1 - theta.dim()) + theta.shape)
     squash = theta[..., : 2 * bins].mul(2 / evenness).sigmoid_()
-    size = (squash * (2 * evenness)).exp_().unflatten(-1, (2, bins)).movedim(-2, 0)
+    size = (
+        (squash * (2 * evenness)).exp_().unflatten(-1, (2, bins)).movedim(-2, 0)
+    )
     until = size.cumsum(-1)
     raw = theta[..., 2 * bins :]
     if tails == "linear":
-        raw = F.pad(raw, (1, 1), value=steepest * math.atanh(math.log(end_slope) / steepest))
+        raw = F.pad(
+            raw,
+            (1, 1),
+            value=steepest * math.atanh(math.log(end_slope) / steepest),
+        )
     elif tails == "circular":
         raw = torch.cat([raw, raw[..., :1]], -1)
     scale = (high - low) / until[..., -1]
@@ -341,18 +411,26 @@ def _prepare(t, theta, side, bins, low, high, evenness, steepest, end_slope, tai
     k = torch.searchsorted(ends, reach, right=True).clamp(max=bins - 1)
     pair = 2, *t.shape
     own, end = (
-        v.expand(*pair, bins).gather(-1, k.expand(*pair, 1)).squeeze(-1) for v in (size, until)
+        v.expand(*pair, bins).gather(-1, k.expand(*pair, 1)).squeeze(-1)
+        for v in (size, until)
     )
     extent = own * scale
     corner = (end - own) * scale + low
     (z0, x0), (width, height) = corner, extent
     at = torch.stack([k, k + 1])
-    tilt = raw.expand(*pair, bins + 1).gather(-1, at).squeeze(-1).mul_(2 / steepest).sigmoid_()
-    a, b = torch.rsub(tilt, -steepest, alpha=-2 * steepest).exp_() * (width / height)
+    tilt = (
+        raw.expand(*pair, bins + 1)
+        .gather(-1, at)
+        .squeeze(-1)
+        .mul_(2 / steepest)
+        .sigmoid_()
+    )
+    a, b = torch.rsub(tilt, -steepest, alpha=-2 * steepest).exp_() * (
+        width / height
+    )
     bend = a + b - 2
     u = _unpiece((t - x0) / height, a, bend) if side else (t - z0) / width
     return squash, size, scale, corner, extent, k, at, tilt, u, a, b, bend
-
 
 # %% ../nbs/07-splines.ipynb #rqf00707
 class _RationalQuadratic(torch.autograd.Function):
@@ -381,7 +459,8 @@ class _RationalQuadratic(torch.autograd.Function):
     def backward(ctx, g_image, g_log, *_):
         t, theta, *parts = ctx.saved_tensors
         side, (bins, low, high, *_, tails) = ctx.side, ctx.settings
-        if torch.is_grad_enabled():  # for second derivatives, with a graph to `t` and `theta`
+        # for second derivatives, with a graph to `t` and `theta`
+        if torch.is_grad_enabled():
             parts = _prepare(t, theta, side, *ctx.settings)
         squash, size, scale, corner, extent, k, at, tilt, u, a, b, bend = parts
         width, height = extent
@@ -409,17 +488,32 @@ class _RationalQuadratic(torch.autograd.Function):
         by = g_a + g_b - g_log
         # gradients of the corners, and of extents times these
         if side:
-            corners, extents = (g_image, -g_t), (by + direct * u, -by - g_v * point)
+            corners, extents = (
+                (g_image, -g_t),
+                (by + direct * u, -by - g_v * point),
+            )
         else:
-            corners, extents = (-g_t, g_image), (by - g_u * u, direct * point - by)
+            corners, extents = (
+                (-g_t, g_image),
+                (by - g_u * u, direct * point - by),
+            )
         g_corner, g_extent = torch.stack(corners), torch.stack(extents) / extent
-        # Corner and extent are sums of sizes over the sum of all: a step at the first, at the bin
-        # and after it, and the cumulative sum makes the gradient of every size.
-        mean = torch.addcmul((corner - low) * g_corner, extent, g_extent) / (high - low)
-        steps = torch.stack([g_corner - mean, g_extent - g_corner, -g_extent], -1)
+        # Corner and extent are sums of sizes over the sum of all: a step at the
+        # first, at the bin and after it, and the cumulative sum makes the
+        # gradient of every size.
+        mean = torch.addcmul((corner - low) * g_corner, extent, g_extent) / (
+            high - low
+        )
+        steps = torch.stack(
+            [g_corner - mean, g_extent - g_corner, -g_extent], -1
+        )
         steps = steps * scale.unsqueeze(-1)
-        where = torch.cat([torch.zeros_like(k), k, k + 1], -1).expand(steps.shape)
-        g_sizes = steps.new_zeros(*steps.shape[:-1], bins + 1).scatter_add(-1, where, steps)
+        where = torch.cat([torch.zeros_like(k), k, k + 1], -1).expand(
+            steps.shape
+        )
+        g_sizes = steps.new_zeros(*steps.shape[:-1], bins + 1).scatter_add(
+            -1, where, steps
+        )
         g_sizes = g_sizes.cumsum(-1)[..., :-1].sum_to_size(size.shape) * size
         slope = squash - squash * squash  # of the sigmoid
         g_sizes = g_sizes.movedim(0, -2).flatten(-2) * slope * 4
@@ -431,8 +525,13 @@ class _RationalQuadratic(torch.autograd.Function):
         if tails == "linear":
             g_slopes = g_slopes[..., 1:-1]
         elif tails == "circular":
-            g_slopes = torch.cat([g_slopes[..., :1] + g_slopes[..., -1:], g_slopes[..., 1:-1]], -1)
-        g_slopes = g_slopes.sum_to_size(*size.shape[1:-1], theta.shape[-1] - 2 * bins)
+            g_slopes = torch.cat(
+                [g_slopes[..., :1] + g_slopes[..., -1:], g_slopes[..., 1:-1]],
+                -1,
+            )
+        g_slopes = g_slopes.sum_to_size(
+            *size.shape[1:-1], theta.shape[-1] - 2 * bins
+        )
         return (
             g_t,
             torch.cat([g_sizes, g_slopes], -1).reshape(theta.shape),
@@ -469,7 +568,11 @@ class RationalQuadraticSplineMap(SplineMap):
     def _in_box(self, t, theta, side):
         limits = self.evenness, self.steepest, self.end_slope, self.tails
         # without gradients there is no need for what `apply` arranges
-        spline = _RationalQuadratic.apply if torch.is_grad_enabled() else _RationalQuadratic.forward
+        spline = (
+            _RationalQuadratic.apply
+            if torch.is_grad_enabled()
+            else _RationalQuadratic.forward
+        )
         return spline(t, theta, side, self.bins, *self.ends, *limits)[:2]
 
 # %% ../nbs/07-splines.ipynb #be6be5b5
@@ -480,7 +583,9 @@ spline_maps = Table(
         "cubic-spline": CubicSplineMap(),
         "rational-linear-spline": RationalLinearSplineMap(),
         "rational-quadratic-spline": RationalQuadraticSplineMap(),
-        "rational-quadratic-spline-box": RationalQuadraticSplineMap(8, (0.0, 1.0), "box"),
+        "rational-quadratic-spline-box": RationalQuadraticSplineMap(
+            8, (0.0, 1.0), "box"
+        ),
         "circular-spline": RationalQuadraticSplineMap(8, math.pi, "circular"),
     }
 )

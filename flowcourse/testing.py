@@ -35,10 +35,14 @@ def expect_fail(
         yield
     except error as e:
         if contains not in str(e):
-            raise AssertionError(f"expected a message with {contains!r}, got: {e}") from e
+            raise AssertionError(
+                f"expected a message with {contains!r}, got: {e}"
+            ) from e
         print(f"{type(e).__name__}: {e}")
     else:
-        raise AssertionError(f"expected a {error.__name__}, but nothing was raised")
+        raise AssertionError(
+            f"expected a {error.__name__}, but nothing was raised"
+        )
 
 # %% ../nbs/92-testing.ipynb #1ee61795
 class IntegrationError(RuntimeError):
@@ -75,7 +79,9 @@ def _reach(log_f, nodes):
     "The highest value that slopes leave room for on each line; a node outside at either end."
     gap = nodes.diff()
     seen = log_f.isfinite()
-    slope = torch.where(seen[..., 1:] & seen[..., :-1], log_f.diff(dim=-1) / gap, 0.0)
+    slope = torch.where(
+        seen[..., 1:] & seen[..., :-1], log_f.diff(dim=-1) / gap, 0.0
+    )
     from_left = log_f[..., 1:-2] + slope[..., :-2].clamp(min=0) * gap[1:-1]
     from_right = log_f[..., 2:-1] - slope[..., 2:].clamp(max=0) * gap[1:-1]
     peak = torch.minimum(from_left, from_right)
@@ -86,27 +92,35 @@ def _reach(log_f, nodes):
 def total_mass(
     log_prob,  # Log-density in nats of points of shape `(n, dim)`
     dim: int = 1,  # 1 for the line, 2 for the plane
-    low=None,  # Lower limits, a number or one for each dimension; None for no limit
+    # Lower limits, a number or one for each dimension; None for no limit
+    low=None,
     high=None,  # Upper limits
     tol: float = 1e-3,  # Absolute error at which the refinement stops
-    max_evals: int = 5_000_000,  # Evaluations of the density after which it gives up
+    # Evaluations of the density after which it gives up
+    max_evals: int = 5_000_000,
     chunk: int = 65536,  # Largest number of points in one call of `log_prob`
-    dtype: torch.dtype | None = None,  # Of the points; None takes torch's default dtype
+    # Of the points; None takes torch's default dtype
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",  # Of the points
 ) -> Tensor:  # The integral of `exp(log_prob)`, 0-d
     """Integrate a density over the line, the plane or a box in it, refined until two grids agree."""
     if dim not in (1, 2):
-        raise ValueError(f"dim: total_mass integrates in 1 or 2 dimensions, got {dim}")
+        raise ValueError(
+            f"dim: total_mass integrates in 1 or 2 dimensions, got {dim}"
+        )
     if not tol > 0:
         raise ValueError(f"tol: expected a number above 0, got {tol}")
     dtype = dtype or torch.get_default_dtype()
     low = _limits("low", -math.inf if low is None else low, dim)
     high = _limits("high", math.inf if high is None else high, dim)
     if not all(a < b for a, b in zip(low, high)):
-        raise ValueError(f"low, high: expected low below high, got {low} and {high}")
+        raise ValueError(
+            f"low, high: expected low below high, got {low} and {high}"
+        )
 
     t, weights = _lobatto(6)
-    t = torch.cat([-t[1:2], t, 2 - t[-2:-1]])  # one node outside at either end, for its slope
+    # one node outside at either end, for its slope
+    t = torch.cat([-t[1:2], t, 2 - t[-2:-1]])
     weights = nn.functional.pad(weights, (1, 1))
     inner = slice(1, -1)
     grid = torch.cartesian_prod(*[t] * dim).reshape(-1, dim)
@@ -124,12 +138,18 @@ def total_mass(
         nonlocal evals
         u = corner[:, None] + width[:, None] * grid
         x, log_slope = _chart(u, low, high)
-        x = x.reshape(-1, dim).to(device, dtype).clamp(*inside)  # a density may end at its limits
+        # a density may end at its limits
+        x = x.reshape(-1, dim).to(device, dtype).clamp(*inside)
         evals += len(x)
-        log_p = torch.cat([_log_density(log_prob, part) for part in x.split(chunk)])
+        log_p = torch.cat(
+            [_log_density(log_prob, part) for part in x.split(chunk)]
+        )
         log_f = log_p.view(log_slope.shape) + log_slope
         log_volume = width.log().sum(-1)
-        mass = torch.where(weights > 0, log_f.exp() * weights, 0.0).sum(-1) * log_volume.exp()
+        mass = (
+            torch.where(weights > 0, log_f.exp() * weights, 0.0).sum(-1)
+            * log_volume.exp()
+        )
         log_f = log_f.unflatten(-1, (len(t),) * dim)
         if dim == 1:
             best, reach = log_f[:, inner].amax(1), _reach(log_f, t)
@@ -138,14 +158,17 @@ def total_mass(
             lines = log_f[:, inner], log_f.mT[:, inner]
             reach = sum(_reach(line, t).amax(1) for line in lines) - best
             reach = torch.where(best.isfinite(), reach, -math.inf)
-        seen = reach - best < 1  # the grid itself came within 1 nat of what the slopes allow
+        # the grid itself came within 1 nat of what the slopes allow
+        seen = reach - best < 1
         return mass, torch.where(seen, -math.inf, reach + log_volume)
 
     limits = [_chart_limits(a, b) for a, b in zip(low, high)]
     start, stop = torch.tensor(limits, dtype=torch.float64).unbind(-1)
     pieces = 8
     width = ((stop - start) / pieces).expand(pieces**dim, dim)
-    corner = start + width * torch.cartesian_prod(*[torch.arange(pieces)] * dim).reshape(-1, dim)
+    corner = start + width * torch.cartesian_prod(
+        *[torch.arange(pieces)] * dim
+    ).reshape(-1, dim)
     halves = torch.cartesian_prod(*[torch.arange(2)] * dim).reshape(-1, dim)
 
     total, agreed, level = 0.0, False, 0
@@ -156,7 +179,10 @@ def total_mass(
         width = (width / 2)[:, None].expand(-1, len(halves), -1)
         corner = corner[:, None] + width * halves
         parts, hidden = weigh(corner.reshape(-1, dim), width.reshape(-1, dim))
-        parts, hidden = parts.view(-1, len(halves)), hidden.view(-1, len(halves)).amax(-1)
+        parts, hidden = (
+            parts.view(-1, len(halves)),
+            hidden.view(-1, len(halves)).amax(-1),
+        )
         error = (mass - parts.sum(-1)).abs()
         now = total + float(parts.sum())
         veiled = hidden > math.log(1e-2 * tol)
@@ -167,30 +193,43 @@ def total_mass(
         if agrees and agreed or not open_.any():
             return torch.tensor(now, dtype=dtype, device=device)
         # After 50 halvings, neighbouring nodes are the same number.
-        if level == 50 or evals + int(open_.sum()) * len(halves) ** 2 * len(grid) > max_evals:
-            if settled and veiled.any():  # what the slopes leave room for was not there
+        if (
+            level == 50
+            or evals + int(open_.sum()) * len(halves) ** 2 * len(grid)
+            > max_evals
+        ):
+            # what the slopes leave room for was not there
+            if settled and veiled.any():
                 return torch.tensor(now, dtype=dtype, device=device)
             raise IntegrationError(
                 f"log_prob: its integral did not settle within {max_evals} evaluations and 50 "
                 f"halvings; the last two grids gave {before:.6g} and {now:.6g}"
             )
         agreed, total = agrees, total + float(parts[~open_].sum())
-        corner, width = corner[open_].reshape(-1, dim), width[open_].reshape(-1, dim)
+        corner, width = (
+            corner[open_].reshape(-1, dim),
+            width[open_].reshape(-1, dim),
+        )
         mass = parts[open_].flatten()
 
 
 def _chart_limits(low, high):
     "Range of the integration variable; |u| up to 30 is |x| up to 5e12."
     if math.isinf(low) and math.isinf(high):
-        return -29.7, 30.3  # uneven, so that no node meets a kink or a pole at zero
-    return (-60.0, 30.0) if math.isinf(low) or math.isinf(high) else (-40.3, 39.7)
+        # uneven, so that no node meets a kink or a pole at zero
+        return -29.7, 30.3
+    return (
+        (-60.0, 30.0) if math.isinf(low) or math.isinf(high) else (-40.3, 39.7)
+    )
 
 
 def _limits(name, value, dim):
     "One number for each dimension."
     value = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
     if value.numel() not in (1, dim) or value.isnan().any():
-        raise ValueError(f"{name}: expected a number or {dim} of them, got {value.tolist()}")
+        raise ValueError(
+            f"{name}: expected a number or {dim} of them, got {value.tolist()}"
+        )
     return value.expand(dim).tolist()
 
 
@@ -205,7 +244,9 @@ def _log_density(log_prob, x):
     value = value.flatten()
     bad = ~(value < math.inf)  # NaN or plus infinity
     if bad.any():
-        raise ValueError(f"log_prob: {value[bad][0].item()} at {x[bad][0].tolist()}")
+        raise ValueError(
+            f"log_prob: {value[bad][0].item()} at {x[bad][0].tolist()}"
+        )
     return value.to("cpu", torch.float64)
 
 # %% ../nbs/92-testing.ipynb #bbf1416b
@@ -244,10 +285,12 @@ class Finding:
     promise: str  # A key of `PROMISES`
     dtype: torch.dtype  # Of input and parameters
     level: float  # Standard deviation of the noise on the parameters
-    error: float  # The worst, relative to 1 + size; infinite where something failed outright
+    # The worst, relative to 1 + size; infinite where something failed outright
+    error: float
     tolerance: float  # What was allowed there
     judged: int  # Number of points that count
-    given: int  # Number of points tried; the others lie beyond what the dtype can represent
+    # Number of points tried; the others lie beyond what the dtype can represent
+    given: int
     what: str = ""  # What was compared
     where: str = ""  # At which input
 
@@ -290,12 +333,23 @@ class ContractReport:
 
     def rows(self) -> list[list[str]]:
         """The table as text, its head first."""
-        cases = sorted(self._cases, key=lambda case: (-torch.finfo(case[0]).bits, case[1]))
-        head = [f"{_short(d)}, {_at_level(v).removeprefix('parameters ')}" for d, v in cases]
+        cases = sorted(
+            self._cases, key=lambda case: (-torch.finfo(case[0]).bits, case[1])
+        )
+        head = [
+            f"{_short(d)}, {_at_level(v).removeprefix('parameters ')}"
+            for d, v in cases
+        ]
         table = [["worst error", *head]]
         for promise in PROMISES:
-            found = {(f.dtype, f.level): f for f in self.findings if f.promise == promise}
-            table.append([promise] + [self._cell(found.get(case)) for case in cases])
+            found = {
+                (f.dtype, f.level): f
+                for f in self.findings
+                if f.promise == promise
+            }
+            table.append(
+                [promise] + [self._cell(found.get(case)) for case in cases]
+            )
         return table
 
     @staticmethod
@@ -316,10 +370,14 @@ class ContractReport:
             f = found[0]
             lines.append(f"{promise} ({meaning})\n    {f.what}")
             if math.isfinite(f.error):
-                lines[-1] += f": off by {f.error:.3g} where {f.tolerance:.1g} is allowed"
+                lines[-1] += (
+                    f": off by {f.error:.3g} where {f.tolerance:.1g} is allowed"
+                )
             lines[-1] += f"\n    {f.case}{', at ' + f.where if f.where else ''}"
             if len(found) > 1:
-                lines[-1] += f"\n    and in {len(found) - 1} other of {len(self._cases)} cases"
+                lines[-1] += (
+                    f"\n    and in {len(found) - 1} other of {len(self._cases)} cases"
+                )
         if not lines:
             return f"{self.name} keeps its contract"
         n = "a promise" if len(lines) == 1 else f"{len(lines)} promises"
@@ -332,23 +390,40 @@ class ContractReport:
     @property
     def unjudged(self) -> list[str]:
         """The cases in which a promise found no point that the dtype can represent."""
-        return list(dict.fromkeys(f.case for f in self.findings if not f.judged))
+        return list(
+            dict.fromkeys(f.case for f in self.findings if not f.judged)
+        )
 
     def _notes(self):
-        notes = [f"exempt: {_name_exemption(k)}, because {why}" for k, why in self.exempt.items()]
-        return notes + [f"beyond the numbers of the format: {case}" for case in self.unjudged]
+        notes = [
+            f"exempt: {_name_exemption(k)}, because {why}"
+            for k, why in self.exempt.items()
+        ]
+        return notes + [
+            f"beyond the numbers of the format: {case}"
+            for case in self.unjudged
+        ]
 
     def __repr__(self):
         table = self.rows()
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in table]
-        return "\n".join([self.complaint().split("\n")[0], *lines, *self._notes()])
+        widths = [
+            max(len(row[i]) for row in table) for i in range(len(table[0]))
+        ]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip()
+            for row in table
+        ]
+        return "\n".join(
+            [self.complaint().split("\n")[0], *lines, *self._notes()]
+        )
 
     def _repr_markdown_(self):
         head, *body = self.rows()
         lines = [head, ["---"] * len(head), *body]
         table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
-        return "\n\n".join([self.complaint().split("\n")[0].strip(":"), table, *self._notes()])
+        return "\n\n".join(
+            [self.complaint().split("\n")[0].strip(":"), table, *self._notes()]
+        )
 
 # %% ../nbs/92-testing.ipynb #6c220ad2
 _NOMINAL = {  # float64, float32
@@ -375,7 +450,11 @@ def _unconstrain(constraint):
     "The transform from unconstrained numbers to the points of a constraint."
     if isinstance(constraint, constraints.independent):
         return _unconstrain(constraint.base_constraint)
-    return identity_transform if constraint is constraints.real else biject_to(constraint)
+    return (
+        identity_transform
+        if constraint is constraints.real
+        else biject_to(constraint)
+    )
 
 
 def _per_row(t):
@@ -386,7 +465,11 @@ def _per_row(t):
 
 def _gap(a, b):
     "The largest difference in each row; what is infinite or not a number in both does not differ."
-    return _per_row(torch.where((a == b) | (a.isnan() & b.isnan()), torch.zeros_like(a), a - b))
+    return _per_row(
+        torch.where(
+            (a == b) | (a.isnan() & b.isnan()), torch.zeros_like(a), a - b
+        )
+    )
 
 
 def _inside(constraint, t):
@@ -404,7 +487,11 @@ def _show_point(name, t, context=None):
     "One event in words, long ones cut short."
     values = [f"{v:.5g}" for v in t.flatten()[:6].tolist()]
     text = f"{name} = [{', '.join(values)}{', ...' if t.numel() > 6 else ''}]"
-    return text if context is None else f"{text}, {_show_point('context', context)}"
+    return (
+        text
+        if context is None
+        else f"{text}, {_show_point('context', context)}"
+    )
 
 # %% ../nbs/92-testing.ipynb #62faae91
 class _Pass:
@@ -412,8 +499,12 @@ class _Pass:
 
     def __init__(self, case, way, points, context):
         self.way = way
-        self.context = None if context is None else context.detach().requires_grad_()
-        self.name, self.out_name = ("z", "x") if way == "forward" else ("x", "z")
+        self.context = (
+            None if context is None else context.detach().requires_grad_()
+        )
+        self.name, self.out_name = (
+            ("z", "x") if way == "forward" else ("x", "z")
+        )
         self.points = points.detach().requires_grad_()
         self.out, self.ladj = case.run(way, self.points, self.context)
 
@@ -421,7 +512,11 @@ class _Pass:
         if not value.requires_grad:
             return torch.zeros_like(self.points)
         grad = torch.autograd.grad(
-            value.sum(), self.points, retain_graph=True, materialize_grads=True, allow_unused=True
+            value.sum(),
+            self.points,
+            retain_graph=True,
+            materialize_grads=True,
+            allow_unused=True,
         )
         return grad[0]
 
@@ -429,7 +524,9 @@ class _Pass:
     def jacobian(self):
         "Shape `(n, d, d)`, one backward pass for each output: each row is its own."
         columns = self.out.flatten(1).unbind(-1)
-        return torch.stack([self._grad(column).flatten(1) for column in columns], 1)
+        return torch.stack(
+            [self._grad(column).flatten(1) for column in columns], 1
+        )
 
     @cached_property
     def norm(self):
@@ -445,7 +542,9 @@ class _Pass:
     def slogdet(self):
         "Of the Jacobian, and how well it is known: the condition number after scaling."
         j = self.jacobian
-        rows, columns = torch.zeros(2, *j.shape[:2], dtype=j.dtype, device=j.device)
+        rows, columns = torch.zeros(
+            2, *j.shape[:2], dtype=j.dtype, device=j.device
+        )
         for _ in range(3):  # powers of two, so that scaling rounds nothing
             for axis, log_scale in ((2, rows), (1, columns)):
                 shift = j.abs().amax(axis).clamp(min=1e-300).log2().round()
@@ -453,7 +552,9 @@ class _Pass:
                 log_scale += shift
         finite = j.flatten(1).isfinite().all(-1)
         j = torch.where(finite[:, None, None], j, torch.eye(j.shape[-1]).to(j))
-        log_det = torch.linalg.slogdet(j).logabsdet + (rows + columns).sum(-1) * math.log(2)
+        log_det = torch.linalg.slogdet(j).logabsdet + (rows + columns).sum(
+            -1
+        ) * math.log(2)
         singular = torch.linalg.svdvals(j)
         condition = singular[:, 0] / singular[:, -1]
         return log_det, condition, finite
@@ -496,7 +597,9 @@ class _Case:
 
     def run(self, way, points, context, bijection=None):
         bijection = bijection or self.bijection
-        return (bijection.forward if way == "forward" else bijection.inverse)(points, context)
+        return (bijection.forward if way == "forward" else bijection.inverse)(
+            points, context
+        )
 
     def allowed(self, promise, rounding=0.0):
         "The tolerance of the table, or what rounding must cost, whichever is larger."
@@ -513,11 +616,15 @@ class _Case:
         if self.exact is not self:
             return self.exact.codomain_points.to(self.dtype)
         codomain, x = self.bijection.codomain, self.forward.out.detach()
-        other = 2 * torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
+        other = 2 * torch.randn(
+            x.shape, generator=self.generator, dtype=torch.float64
+        )
         other = _unconstrain(codomain)(other.to(x))
         points = torch.cat([x, other])
         rounded = points.float().double()
-        keep = _inside(codomain, rounded) & rounded.flatten(1).isfinite().all(-1)
+        keep = _inside(codomain, rounded) & rounded.flatten(1).isfinite().all(
+            -1
+        )
         return torch.where(keep.view(-1, *[1] * (x.dim() - 1)), rounded, points)
 
     @cached_property
@@ -526,7 +633,9 @@ class _Case:
 
     @cached_property
     def inverse(self):
-        return _Pass(self, "inverse", self.codomain_points, self.codomain_context)
+        return _Pass(
+            self, "inverse", self.codomain_points, self.codomain_context
+        )
 
     @cached_property
     def again(self):
@@ -542,7 +651,9 @@ class _Case:
     def judged(self, way):
         "Rows of a direction that the dtype can represent."
         exact = self.exact.forward if way == "forward" else self.exact.inverse
-        exact_back = self.exact.inverse if way == "forward" else self.exact.again
+        exact_back = (
+            self.exact.inverse if way == "forward" else self.exact.again
+        )
         n = len(exact.points)
         if self.dtype == torch.float64 and not self.level:
             return torch.ones(n, dtype=torch.bool, device=self.z.device)
@@ -552,16 +663,21 @@ class _Case:
         rows = torch.ones(n, dtype=torch.bool, device=self.z.device)
         for end, t in zip(ends, (exact.points.detach(), exact.out.detach())):
             broken = t.flatten(1).isnan().any(-1)  # never a question of range
-            rows &= broken | (_inside(end, t.to(self.dtype)) & (_per_row(t) < limit))
+            rows &= broken | (
+                _inside(end, t.to(self.dtype)) & (_per_row(t) < limit)
+            )
         for norm in (exact.norm, exact_back.norm[:n]):
             rows &= ~(norm > limit)
-        return rows & ~(exact.slogdet[1] > 0.1 / self.eps)  # no digit of the round trip is left
+        # no digit of the round trip is left
+        return rows & ~(exact.slogdet[1] > 0.1 / self.eps)
 
 # %% ../nbs/92-testing.ipynb #914e7108
 def _outputs(case, result, points, way, batch):
     "The point and `ladj` that a direction returned, checked for shape."
     if not (isinstance(result, tuple) and len(result) == 2):
-        raise _Broken(f"{way} returned {type(result).__name__}, expected the pair (point, ladj)")
+        raise _Broken(
+            f"{way} returned {type(result).__name__}, expected the pair (point, ladj)"
+        )
     f = case.bijection
     event_dim, image = (
         (f.event_dim, f.event_shape_out)
@@ -570,9 +686,13 @@ def _outputs(case, result, points, way, batch):
     )
     event = tuple(image(points.shape[points.dim() - event_dim :]))
     names = ("x" if way == "forward" else "z", "ladj")
-    for name, value, shape in zip(names, result, ((*batch, *event), tuple(batch))):
+    for name, value, shape in zip(
+        names, result, ((*batch, *event), tuple(batch))
+    ):
         if not isinstance(value, Tensor):
-            raise _Broken(f"{name} of {way} is {type(value).__name__}, expected a tensor")
+            raise _Broken(
+                f"{name} of {way} is {type(value).__name__}, expected a tensor"
+            )
         if tuple(value.shape) != shape:
             raise _Broken(
                 f"{name} of {way} has shape {tuple(value.shape)}, expected {shape}, "
@@ -584,17 +704,32 @@ def _outputs(case, result, points, way, batch):
 def _shape(case):
     with torch.no_grad():
         x, _ = _outputs(
-            case, case.run("forward", case.z, case.context), case.z, "forward", case.z.shape[:1]
+            case,
+            case.run("forward", case.z, case.context),
+            case.z,
+            "forward",
+            case.z.shape[:1],
         )
-        _outputs(case, case.run("inverse", x, case.context), x, "inverse", x.shape[:1])
+        _outputs(
+            case,
+            case.run("inverse", x, case.context),
+            x,
+            "inverse",
+            x.shape[:1],
+        )
     if x[0].numel() != case.z[0].numel():
-        raise _Broken(f"events of {case.z[0].numel()} numbers go to {x[0].numel()}: no bijection")
+        raise _Broken(
+            f"events of {case.z[0].numel()} numbers go to {x[0].numel()}: no bijection"
+        )
     yield "shapes", torch.zeros(1), 0.0, None, None
 
 
 def _dtype(case):
     results, ambient = [], torch.get_default_dtype()
-    points = (("forward", case.z), ("inverse", case.codomain_points[: len(case.z)]))
+    points = (
+        ("forward", case.z),
+        ("inverse", case.codomain_points[: len(case.z)]),
+    )
     try:
         for default in (torch.float64, torch.float32):
             torch.set_default_dtype(default)
@@ -614,7 +749,13 @@ def _dtype(case):
     for (way, t, *first), (_, _, *second) in zip(results[:2], results[2:]):
         for name, a, b in zip(("the point", "ladj"), first, second):
             what = f"{name} of {way} under two default dtypes"
-            yield what, _gap(a, b) / (1 + _per_row(a)), case.allowed("rows"), None, (way, t)
+            yield (
+                what,
+                _gap(a, b) / (1 + _per_row(a)),
+                case.allowed("rows"),
+                None,
+                (way, t),
+            )
 
 
 def _rows(case):
@@ -626,9 +767,17 @@ def _rows(case):
         n = min(len(case.z), 8)
         with torch.no_grad():
             alone = [
-                case.run(way, t[i : i + 1], None if c is None else c[i : i + 1]) for i in range(n)
+                case.run(way, t[i : i + 1], None if c is None else c[i : i + 1])
+                for i in range(n)
             ]
-        yield from _same(case, "rows", p, [torch.cat(v) for v in zip(*alone)], slice(n), "alone")
+        yield from _same(
+            case,
+            "rows",
+            p,
+            [torch.cat(v) for v in zip(*alone)],
+            slice(n),
+            "alone",
+        )
 
 
 def _same(case, promise, p, values, rows, how):
@@ -644,8 +793,11 @@ def _same(case, promise, p, values, rows, how):
         (exact.norm, exact.ladj_slope),
     ):
         size = 1 + _per_row(b[rows].detach())
-        # A batch of another size adds up in another order: float32 is as far off as from float64.
-        spread = 2 * (_gap(b.detach().double(), true.detach())[rows] / size)[judged]
+        # A batch of another size adds up in another order: float32 is as far
+        # off as from float64.
+        spread = (
+            2 * (_gap(b.detach().double(), true.detach())[rows] / size)[judged]
+        )
         spread = spread.max() if len(spread) else 0.0
         through = case.rounding * exact.context_slope(true)[rows]
         rounded = rounding * slope[rows] + through
@@ -661,7 +813,8 @@ def _batch(case):
         n = len(t) // 2 * 2
         none = c is None
         two = t[:n].unflatten(0, (2, n // 2))
-        tries = {  # how: points, context, the batch shape expected, the rows meant
+        # how: points, context, the batch shape expected, the rows meant
+        tries = {
             "without batch": (t[0], None if none else c[0], (), slice(1)),
             "in a batch of two dimensions": (
                 two,
@@ -675,8 +828,18 @@ def _batch(case):
                 (2, n // 2),
                 slice(n),
             ),
-            "expanded": (t[:1].expand(3, *t.shape[1:]), None if none else c[:1], (3,), [0, 0, 0]),
-            "of an empty batch": (t[:0], None if none else c[:0], (0,), slice(0)),
+            "expanded": (
+                t[:1].expand(3, *t.shape[1:]),
+                None if none else c[:1],
+                (3,),
+                [0, 0, 0],
+            ),
+            "of an empty batch": (
+                t[:0],
+                None if none else c[:0],
+                (0,),
+                slice(0),
+            ),
         }
         if not none:
             tries["with one context for all"] = (
@@ -685,7 +848,12 @@ def _batch(case):
                 (3,),
                 [0, 0, 0],
             )
-            tries["with several contexts"] = (t[0], c[:1].expand(3, -1), (3,), [0, 0, 0])
+            tries["with several contexts"] = (
+                t[0],
+                c[:1].expand(3, -1),
+                (3,),
+                [0, 0, 0],
+            )
         for how, (points, context, batch, rows) in tries.items():
             try:
                 with torch.no_grad():
@@ -710,12 +878,18 @@ def _onto(case):
             )
         for bad, what in (
             (~p.finite, "gives values that are not finite"),
-            (~_rows_in(end, out), f"leaves the {'codomain' if p.way == 'forward' else 'domain'}"),
+            (
+                ~_rows_in(end, out),
+                f"leaves the {'codomain' if p.way == 'forward' else 'domain'}",
+            ),
         ):
             if (bad & judged).any():
                 row = int((bad & judged).nonzero()[0])
                 got = _show_point(p.out_name, out[row])
-                raise _Broken(f"{p.way} {what}: {got}, ladj = {ladj[row]:.5g}", p.where(row))
+                raise _Broken(
+                    f"{p.way} {what}: {got}, ladj = {ladj[row]:.5g}",
+                    p.where(row),
+                )
         yield "points", torch.zeros(len(out)), 0.0, judged, p
 
 
@@ -723,10 +897,21 @@ def _round_trip(case):
     p, again, exact = case.inverse, case.again.out.detach(), case.exact
     x = p.points.detach()
     size = 1 + _per_row(x)
-    rounding = case.rounding * exact.again.norm * (1 + _per_row(exact.inverse.out.detach()))
+    rounding = (
+        case.rounding
+        * exact.again.norm
+        * (1 + _per_row(exact.inverse.out.detach()))
+    )
     tolerance = case.allowed("round trip", rounding / size)
-    judged = case.judged("inverse") & p.finite  # what is not finite is a matter of "onto"
-    yield "x against forward(inverse(x))", _gap(again, x) / size, tolerance, judged, p
+    # what is not finite is a matter of "onto"
+    judged = case.judged("inverse") & p.finite
+    yield (
+        "x against forward(inverse(x))",
+        _gap(again, x) / size,
+        tolerance,
+        judged,
+        p,
+    )
 
 
 def _round_trip_z(case):
@@ -736,11 +921,20 @@ def _round_trip_z(case):
     reach = case.exact.inverse.norm[:n] * (1 + _per_row(p.out.detach()))
     tolerance = 100 * case.eps * (1 + reach / size)
     judged = case.judged("forward") & p.finite
-    yield "z against inverse(forward(z))", _gap(case.back[0], z) / size, tolerance, judged, p
+    yield (
+        "z against inverse(forward(z))",
+        _gap(case.back[0], z) / size,
+        tolerance,
+        judged,
+        p,
+    )
 
 
 def _ladj(case):
-    for p, exact in ((case.forward, case.exact.forward), (case.inverse, case.exact.inverse)):
+    for p, exact in (
+        (case.forward, case.exact.forward),
+        (case.inverse, case.exact.inverse),
+    ):
         log_det, condition, finite = exact.slogdet
         ladj = p.ladj.detach().double()
         size = 1 + log_det.abs().nan_to_num(posinf=0.0)
@@ -748,9 +942,14 @@ def _ladj(case):
         rounding = case.rounding * (rounding + exact.context_slope(exact.ladj))
         # Autograd knows its own Jacobian only so well.
         rounding = rounding + case.exact.rounding * condition
-        judged = case.judged(p.way) & p.finite & finite  # NaN in a Jacobian: see "gradients"
+        # NaN in a Jacobian: see "gradients"
+        judged = case.judged(p.way) & p.finite & finite
         what = f"ladj of {p.way} against slogdet of autograd's Jacobian"
-        if judged.any() and _close(ladj[judged], -log_det[judged]) and log_det.abs().max() > 1e-3:
+        if (
+            judged.any()
+            and _close(ladj[judged], -log_det[judged])
+            and log_det.abs().max() > 1e-3
+        ):
             what += " (it has the opposite sign)"
         error = torch.where(ladj == log_det, 0.0, (ladj - log_det).abs()) / size
         yield what, error, case.allowed("ladj", rounding / size), judged, p
@@ -764,9 +963,14 @@ def _cancel(case):
     p, exact = case.inverse, case.exact
     ladj, again = p.ladj.detach(), case.again.ladj.detach()
     size = 1 + ladj.abs()
-    z, x = _per_row(exact.inverse.out.detach()), _per_row(exact.inverse.points.detach())
+    z, x = (
+        _per_row(exact.inverse.out.detach()),
+        _per_row(exact.inverse.points.detach()),
+    )
     moved = 1 + z + exact.inverse.norm * (1 + x)  # how far rounding moves z
-    rounding = exact.again.ladj_slope * moved + exact.inverse.ladj_slope * (1 + x)
+    rounding = exact.again.ladj_slope * moved + exact.inverse.ladj_slope * (
+        1 + x
+    )
     for part in (exact.again, exact.inverse):
         rounding = rounding + part.context_slope(part.ladj)
     judged = case.judged("inverse") & p.finite
@@ -781,13 +985,14 @@ _WEIGHTS = torch.tensor([-1.0, 8.0, -8.0, 1.0], dtype=torch.float64) / 12
 
 
 def _quotients(
-    values,  # Of a function at each step and offset, shape `(steps, offsets, ...)`
+    # Of a function at each step and offset, shape `(steps, offsets, ...)`
+    values,
 ):
     "Difference quotients of fourth order, one for each step size."
     shape = (-1, *[1] * (values.dim() - 2))
-    return torch.einsum("so...,o->s...", values, _WEIGHTS.to(values)) / _STEPS.to(values).view(
-        shape
-    )
+    return torch.einsum(
+        "so...,o->s...", values, _WEIGHTS.to(values)
+    ) / _STEPS.to(values).view(shape)
 
 
 def _against(
@@ -796,13 +1001,18 @@ def _against(
 ):
     "The smallest error over step sizes, and what is allowed where quotients disagree."
     error = (quotients - slope).abs().nan_to_num(nan=math.inf).amin(0)
-    three = quotients.unfold(0, 3, 1)  # neighbouring steps; two may agree by luck
-    doubt = 10 * (three.amax(-1) - three.amin(-1)).nan_to_num(nan=math.inf).amin(0)
+    # neighbouring steps; two may agree by luck
+    three = quotients.unfold(0, 3, 1)
+    doubt = 10 * (three.amax(-1) - three.amin(-1)).nan_to_num(
+        nan=math.inf
+    ).amin(0)
     return error, doubt.nan_to_num(posinf=0.0)
 
 
 def _randn(case, shape):
-    return torch.randn(shape, generator=case.generator, dtype=torch.float64).to(case.z)
+    return torch.randn(shape, generator=case.generator, dtype=torch.float64).to(
+        case.z
+    )
 
 
 def _gradients(case):
@@ -814,11 +1024,15 @@ def _gradients(case):
 
 
 def _gradients_of(case, p, rows):
-    chart = _unconstrain(case.bijection.domain if p.way == "forward" else case.bijection.codomain)
+    chart = _unconstrain(
+        case.bijection.domain if p.way == "forward" else case.bijection.codomain
+    )
     inputs = {p.name: chart.inv(p.points.detach()[rows]).requires_grad_()}
     if p.context is not None:
         inputs["context"] = p.context[rows].clone().requires_grad_()
-    params = {k: v for k, v in case.bijection.named_parameters() if v.requires_grad}
+    params = {
+        k: v for k, v in case.bijection.named_parameters() if v.requires_grad
+    }
     weight = _randn(case, p.out[rows].flatten(1).shape)
 
     def value(y, c=None):
@@ -828,7 +1042,8 @@ def _gradients_of(case, p, rows):
         return torch.stack([mixed.sum(-1).flatten(), ladj], -1)
 
     values = value(*inputs.values())
-    scales = 1 / (1 + values.detach().abs())  # so that no row drowns the others in a sum
+    # so that no row drowns the others in a sum
+    scales = 1 / (1 + values.detach().abs())
     everything = inputs | params
     found = []
     for k, result in enumerate((p.out_name, "ladj")):
@@ -854,9 +1069,11 @@ def _gradients_of(case, p, rows):
         found.append((what, grads))
     if case.dtype != torch.float64:
         return
-    # A map's own scale: what changes the point or `ladj` about as much as they are large.
+    # A map's own scale: what changes the point or `ladj` about as much as they
+    # are large.
     fine = {
-        name: 1 / (1 + sum(grads[name].flatten(1).norm(dim=-1) for _, grads in found))
+        name: 1
+        / (1 + sum(grads[name].flatten(1).norm(dim=-1) for _, grads in found))
         for name in inputs
     }
     for k, (what, grads) in enumerate(found):
@@ -892,11 +1109,19 @@ def _in_input(what, name, inputs, grad, value, fine, case, at):
 
     def judge(scale):
         steps = (_STEPS[:, None] * _OFFSETS).to(t).view(-1, 1) * scale
-        moved = {k: u.detach().expand(len(steps), *u.shape) for k, u in inputs.items()}
-        moved[name] = moved[name] + steps.view(*steps.shape, *[1] * (t.dim() - 1)) * direction
+        moved = {
+            k: u.detach().expand(len(steps), *u.shape)
+            for k, u in inputs.items()
+        }
+        moved[name] = (
+            moved[name]
+            + steps.view(*steps.shape, *[1] * (t.dim() - 1)) * direction
+        )
         with torch.no_grad():
             values = value(*[u.flatten(0, 1) for u in moved.values()])
-        quotients = _quotients(values.view(len(_STEPS), len(_OFFSETS), -1)) / scale
+        quotients = (
+            _quotients(values.view(len(_STEPS), len(_OFFSETS), -1)) / scale
+        )
         error, doubt = _against(slope, quotients)
         return error / size, case.allowed("gradients") + doubt / size
 
@@ -911,7 +1136,9 @@ def _either(judge, fine):
     if (error > tolerance).any():
         again = judge(fine)
         better = again[0] / again[1] < error / tolerance
-        error, tolerance = (torch.where(better, a, b) for a, b in zip(again, (error, tolerance)))
+        error, tolerance = (
+            torch.where(better, a, b) for a, b in zip(again, (error, tolerance))
+        )
     return error, tolerance
 
 
@@ -920,7 +1147,11 @@ def _culprit(case, p, rows, parameter):
     for row in rows.tolist():
         context = None if p.context is None else p.context[row]
         out, ladj = case.run(p.way, p.points.detach()[row], context)
-        if not torch.autograd.grad(out.sum() + ladj, parameter)[0].isfinite().all():
+        if (
+            not torch.autograd.grad(out.sum() + ladj, parameter)[0]
+            .isfinite()
+            .all()
+        ):
             return p.where(row)
     return ""
 
@@ -928,24 +1159,34 @@ def _culprit(case, p, rows, parameter):
 def _in_parameters(what, params, found, k, total, case):
     "Along one random direction through all parameters; where that fails, through each alone."
     size = sum(t.numel() for t in params.values()) ** 0.5
-    direction = {name: _randn(case, t.shape) / size for name, t in params.items()}
+    direction = {
+        name: _randn(case, t.shape) / size for name, t in params.items()
+    }
 
     def judge(names):
         slope = sum((found[k][name] * direction[name]).sum() for name in names)
-        steepest = sum(g[name].square().sum() for g in found for name in names).sqrt()
+        steepest = sum(
+            g[name].square().sum() for g in found for name in names
+        ).sqrt()
 
         def moved_by(scale):
-            # Through `.data`, because the graph of the gradients above is still in use.
+            # Through `.data`, because the graph of the gradients above is still
+            # in use.
             start = {name: params[name].detach().clone() for name in names}
             values = []
             with torch.no_grad():
                 for h in (_STEPS[:, None] * _OFFSETS).flatten().tolist():
                     for name in names:
-                        params[name].data.copy_(start[name] + h * scale * direction[name])
+                        params[name].data.copy_(
+                            start[name] + h * scale * direction[name]
+                        )
                     values.append(total())
                 for name in names:
                     params[name].data.copy_(start[name])
-            quotients = _quotients(torch.stack(values).view(len(_STEPS), len(_OFFSETS))) / scale
+            quotients = (
+                _quotients(torch.stack(values).view(len(_STEPS), len(_OFFSETS)))
+                / scale
+            )
             error, doubt = _against(slope, quotients)
             size = 1 + quotients.abs().nan_to_num(nan=math.inf).amin(0)
             return error / size, case.allowed("gradients") + doubt / size
@@ -973,7 +1214,11 @@ def _tensors(obj, path="", seen=None):
     if isinstance(obj, Tensor):
         yield path, obj
     elif isinstance(obj, nn.Module):
-        own = {k: v for k, v in vars(obj).items() if not k.startswith("_") or isinstance(v, Tensor)}
+        own = {
+            k: v
+            for k, v in vars(obj).items()
+            if not k.startswith("_") or isinstance(v, Tensor)
+        }
         for part in (obj._parameters, obj._buffers, obj._modules, own):
             yield from _tensors(part, path, seen)
     elif isinstance(obj, dict):
@@ -982,7 +1227,11 @@ def _tensors(obj, path="", seen=None):
     elif isinstance(obj, (list, tuple)):
         for i, value in enumerate(obj):
             yield from _tensors(value, f"{path}[{i}]", seen)
-    elif hasattr(obj, "__dict__") and not isinstance(obj, type) and not callable(obj):
+    elif (
+        hasattr(obj, "__dict__")
+        and not isinstance(obj, type)
+        and not callable(obj)
+    ):
         yield from _tensors(vars(obj), path, seen)
 
 
@@ -993,7 +1242,9 @@ def _scramble(t):
         t.logical_not_()
     elif t.is_floating_point() or t.is_complex():
         t.copy_(0.5 * t + 1.7)
-    elif t.numel() > 1 and not torch.equal(t, t.flatten().flip(0).view(t.shape)):
+    elif t.numel() > 1 and not torch.equal(
+        t, t.flatten().flip(0).view(t.shape)
+    ):
         t.copy_(t.flatten().flip(0).view(t.shape).clone())
     else:
         t.add_(1)
@@ -1051,9 +1302,13 @@ def _saved(case):
                     for p in (case.forward, case.inverse)
                 ]
         except Exception as e:
-            raise _Broken(f"{name} does not restore the map{hint}: {_first_line(e)}") from e
+            raise _Broken(
+                f"{name} does not restore the map{hint}: {_first_line(e)}"
+            ) from e
         for p, (out, ladj) in pairs:
-            error = torch.maximum(_gap(out, p.out.detach()), _gap(ladj, p.ladj.detach()))
+            error = torch.maximum(
+                _gap(out, p.out.detach()), _gap(ladj, p.ladj.detach())
+            )
             yield f"{p.way} restored by {name}{hint}", error, 0.0, p.finite, p
 
 # %% ../nbs/92-testing.ipynb #f773f288
@@ -1070,7 +1325,9 @@ def _mass(case):
 
     # Coordinates in which the density is about as wide as a standard normal.
     with torch.no_grad():
-        x = case.run("forward", chart_in(_randn(case, (8192, *event_in))), context)[0]
+        x = case.run(
+            "forward", chart_in(_randn(case, (8192, *event_in))), context
+        )[0]
         inside = _inside(f.codomain, x)
         u = chart_out.inv(x[inside]).reshape(-1, dim)
     if case.level and not inside.all():
@@ -1084,22 +1341,37 @@ def _mass(case):
         x = chart_out(u)
         z, ladj = case.run("inverse", x, context)
         base_u = chart_in.inv(z)
-        base = -0.5 * (base_u.square() + math.log(2 * math.pi)).flatten(1).sum(-1)
-        log_p = base - slope(chart_in, base_u, z) + ladj + slope(chart_out, u, x)
-        # What is not a number counts as no mass: it matters only where mass is missing.
+        base = -0.5 * (base_u.square() + math.log(2 * math.pi)).flatten(1).sum(
+            -1
+        )
+        log_p = (
+            base - slope(chart_in, base_u, z) + ladj + slope(chart_out, u, x)
+        )
+        # What is not a number counts as no mass: it matters only where mass is
+        # missing.
         found = _inside(f.codomain, x) & ~log_p.isnan()
         return torch.where(found, log_p + width.log().sum(), -math.inf)
 
     try:
         mass = total_mass(
-            log_prob, dim, max_evals=500_000, dtype=torch.float64, device=case.z.device
+            log_prob,
+            dim,
+            max_evals=500_000,
+            dtype=torch.float64,
+            device=case.z.device,
         )
     except IntegrationError:
         if case.level:
             return
         raise
     error = (mass - 1).abs()[None]
-    yield f"mass {float(mass):.5g} against 1", error, case.allowed("mass"), None, None
+    yield (
+        f"mass {float(mass):.5g} against 1",
+        error,
+        case.allowed("mass"),
+        None,
+        None,
+    )
 
 
 def _identity(case):
@@ -1110,7 +1382,13 @@ def _identity(case):
         ("x against z", p.out.detach().reshape(z.shape), z),
         ("ladj against 0", p.ladj.detach(), torch.zeros_like(p.ladj)),
     ):
-        yield name, _gap(a, b) / (1 + _per_row(b)), case.allowed("identity"), None, p
+        yield (
+            name,
+            _gap(a, b) / (1 + _per_row(b)),
+            case.allowed("identity"),
+            None,
+            p,
+        )
 
 # %% ../nbs/92-testing.ipynb #dfbb4efe
 _CHECKS = {
@@ -1132,12 +1410,18 @@ _CHECKS = {
 
 def check_bijection(
     bijection: Bijection,  # The map to check; it is copied, never changed
-    z: Tensor,  # Points of its domain, shape `(*batch, *event)`, at least 2; a dozen is plenty
-    context: Tensor | None = None,  # Features for these points, where the map takes a context
+    # Points of its domain, shape `(*batch, *event)`, at least 2; a dozen is
+    # plenty
+    z: Tensor,
+    # Features for these points, where the map takes a context
+    context: Tensor | None = None,
     *,
-    levels: tuple[float, ...] = (0.0, 1.0, 3.0),  # Standard deviations of noise on raw parameters
-    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),  # Floating-point formats
-    exempt: dict | None = None,  # Promise, or (promise, dtype or level), to the reason
+    # Standard deviations of noise on raw parameters
+    levels: tuple[float, ...] = (0.0, 1.0, 3.0),
+    # Floating-point formats
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+    # Promise, or (promise, dtype or level), to the reason
+    exempt: dict | None = None,
     seed: int = 0,  # Of the noise and the directions tried
 ) -> ContractReport:  # A table; a broken promise raises `ContractError` instead
     """Check every promise of the contract, and say which one broke, by how much and where."""
@@ -1151,7 +1435,9 @@ def check_bijection(
                 twin = _perturbed(bijection, level, generator)
             except Exception as e:
                 what = f"deepcopy or conversion fails: {_first_line(e)}"
-                findings.append(Finding("saved", z.dtype, level, math.inf, 0.0, 1, 1, what))
+                findings.append(
+                    Finding("saved", z.dtype, level, math.inf, 0.0, 1, 1, what)
+                )
                 break
             exact = _Case(twin.double(), z, context, level, generator)
             for dtype in dtypes:
@@ -1161,7 +1447,8 @@ def check_bijection(
                     features = None if context is None else context.to(dtype)
                     case = _Case(*copies, features, level, generator, exact)
                 findings += _judge_all(case, exempt)
-    findings.sort(key=lambda f: list(PROMISES).index(f.promise))  # stable: cases stay in order
+    # stable: cases stay in order
+    findings.sort(key=lambda f: list(PROMISES).index(f.promise))
     report = ContractReport(type(bijection).__name__, findings, exempt)
     if not report.ok:
         raise ContractError(report)
@@ -1190,22 +1477,37 @@ def _judge(case, promise):
             if not len(error):
                 continue
             error = error.detach().double().cpu().nan_to_num(nan=math.inf)
-            tolerance = torch.as_tensor(tolerance, dtype=torch.float64, device="cpu")
+            tolerance = torch.as_tensor(
+                tolerance, dtype=torch.float64, device="cpu"
+            )
             tolerance = tolerance.expand(error.shape).nan_to_num(nan=0.0)
-            judged = torch.ones(error.shape).bool() if judged is None else judged.cpu()
-            # Ratio to what is allowed; an exact promise (0 allowed) has no scale but its own.
-            ratio = torch.where(judged, error / tolerance.clamp(min=1e-300), 0.0)
+            judged = (
+                torch.ones(error.shape).bool()
+                if judged is None
+                else judged.cpu()
+            )
+            # Ratio to what is allowed; an exact promise (0 allowed) has no
+            # scale but its own.
+            ratio = torch.where(
+                judged, error / tolerance.clamp(min=1e-300), 0.0
+            )
             row = int(ratio.argmax())
             if float(ratio[row]) > badness:
                 badness = float(ratio[row])
                 size = (int(judged.sum()), len(judged))
-                values = (error[row].item(), tolerance[row].item()) if judged[row] else (0.0, 0.0)
+                values = (
+                    (error[row].item(), tolerance[row].item())
+                    if judged[row]
+                    else (0.0, 0.0)
+                )
                 worst = Finding(*fixed, *values, *size, what, _where(at, row))
     except _Broken as e:
         return Finding(*fixed, math.inf, 0.0, 1, 1, e.what, e.where)
     except Exception as e:
         line = _first_line(e)
-        about_dtype = promise == "shape" and any(w in line for w in ("dtype", "Double", "Float"))
+        about_dtype = promise == "shape" and any(
+            w in line for w in ("dtype", "Double", "Float")
+        )
         promise = "dtype" if about_dtype else promise
         return Finding(promise, *fixed[1:], math.inf, 0.0, 1, 1, line)
     return worst
@@ -1214,7 +1516,9 @@ def _judge(case, promise):
 def _where(at, row):
     "The input that a row of a measure stands for."
     if isinstance(at, tuple) and isinstance(at[0], str):
-        return _show_point("z" if at[0] == "forward" else "x", at[1].detach()[row])
+        return _show_point(
+            "z" if at[0] == "forward" else "x", at[1].detach()[row]
+        )
     if isinstance(at, tuple):
         return at[0].where(int(at[1][row]))
     return "" if at is None else at.where(row)
@@ -1231,33 +1535,57 @@ def _perturbed(bijection, level, generator):
     "A float64 copy in eval mode, with noise on its raw parameters in numbers float32 has as well."
     twin = copy.deepcopy(bijection).eval().double()
     for p in twin.parameters() if level else ():
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        noise = torch.randn(
+            p.shape, generator=generator, dtype=torch.float64
+        ).to(p)
         p.copy_((p + level * noise).float().double())
     return twin
 
 
 def _rows_of(bijection, z, context):
     "Points and context as float64 of shape `(n, *event)` and `(n, c)`."
-    # not isinstance: the lesson that defines Bijection checks maps built on its own class
-    if not isinstance(bijection, nn.Module) or not hasattr(bijection, "event_dim_out"):
-        raise ValueError(f"bijection: expected a Bijection, got {type(bijection).__name__}")
+    # not isinstance: the lesson that defines Bijection checks maps built on its
+    # own class
+    if not isinstance(bijection, nn.Module) or not hasattr(
+        bijection, "event_dim_out"
+    ):
+        raise ValueError(
+            f"bijection: expected a Bijection, got {type(bijection).__name__}"
+        )
     if not isinstance(z, Tensor) or not z.is_floating_point():
-        raise ValueError(f"z: expected a floating-point tensor, got {type(z).__name__}")
+        raise ValueError(
+            f"z: expected a floating-point tensor, got {type(z).__name__}"
+        )
     cut = z.dim() - bijection.event_dim
     batch, event = z.shape[: max(cut, 0)], z.shape[max(cut, 0) :]
-    if cut < 1 or batch.numel() < 2 or (bijection.event_shape or event) != event:
+    if (
+        cut < 1
+        or batch.numel() < 2
+        or (bijection.event_shape or event) != event
+    ):
         expected = bijection.event_shape or f"{bijection.event_dim} dimensions"
         raise ValueError(
             f"z: expected at least 2 points with events of {expected}, got shape {tuple(z.shape)}"
         )
     width = bijection.context_dim
-    if (context is None) != (width == 0) or (width and context.shape[-1] != width):
+    if (context is None) != (width == 0) or (
+        width and context.shape[-1] != width
+    ):
         came = "none" if context is None else f"shape {tuple(context.shape)}"
         wanted = f"shape (*batch, {width})" if width else "none"
-        raise ValueError(f"context: {type(bijection).__name__} expects {wanted}, got {came}")
-    z = z.detach().reshape(-1, *event).float().double()  # numbers that float32 has as well
+        raise ValueError(
+            f"context: {type(bijection).__name__} expects {wanted}, got {came}"
+        )
+    # numbers that float32 has as well
+    z = z.detach().reshape(-1, *event).float().double()
     if context is not None:
-        context = context.detach().expand(*batch, width).reshape(-1, width).float().double()
+        context = (
+            context.detach()
+            .expand(*batch, width)
+            .reshape(-1, width)
+            .float()
+            .double()
+        )
     outside = ~(_rows_in(bijection.domain, z) & z.flatten(1).isfinite().all(-1))
     if outside.any():
         raise ValueError(
@@ -1273,22 +1601,31 @@ def _exemptions(exempt):
     for key, reason in (exempt or {}).items():
         promise, *qualifiers = key if isinstance(key, tuple) else (key,)
         if promise not in PROMISES:
-            raise ValueError(f"exempt: no promise {promise!r}; there are {', '.join(PROMISES)}")
+            raise ValueError(
+                f"exempt: no promise {promise!r}; there are {', '.join(PROMISES)}"
+            )
         for q in qualifiers:
             if not isinstance(q, (torch.dtype, int, float)):
                 raise ValueError(
                     f"exempt: expected a dtype or a level beside {promise!r}, got {q!r}"
                 )
         if not isinstance(reason, str) or not reason:
-            raise ValueError(f"exempt: {promise!r} needs a reason in words, got {reason!r}")
+            raise ValueError(
+                f"exempt: {promise!r} needs a reason in words, got {reason!r}"
+            )
         keys[(promise, *qualifiers)] = reason
     return keys
 
 
 def _matches(key, promise, case):
-    return key[0] == promise and all(q in (case.dtype, case.level) for q in key[1:])
+    return key[0] == promise and all(
+        q in (case.dtype, case.level) for q in key[1:]
+    )
 
 
 def _name_exemption(key):
-    marks = [_short(q) if isinstance(q, torch.dtype) else _at_level(q) for q in key[1:]]
+    marks = [
+        _short(q) if isinstance(q, torch.dtype) else _at_level(q)
+        for q in key[1:]
+    ]
     return f"{key[0]} ({', '.join(marks)})" if marks else key[0]

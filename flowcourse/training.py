@@ -46,8 +46,10 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        batch: Tensor | tuple[Tensor, ...] | None,  # Rows of the data; None without data
-        noise: Tensor | tuple[Tensor, ...] | None = None,  # What `draw` gave, the same rows
+        # Rows of the data; None without data
+        batch: Tensor | tuple[Tensor, ...] | None,
+        # What `draw` gave, the same rows
+        noise: Tensor | tuple[Tensor, ...] | None = None,
     ) -> Tensor:  # Loss in nats, shape `()`
         """The loss, a mean over the rows of the batch."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
@@ -70,7 +72,8 @@ class MaximumLikelihood(Objective):
 
     def forward(
         self,
-        batch: Tensor | tuple[Tensor, Tensor],  # `x`, or the pair `(x, context)`
+        # `x`, or the pair `(x, context)`
+        batch: Tensor | tuple[Tensor, Tensor],
         noise: None = None,  # Not used
     ) -> Tensor:  # Negative log-likelihood in nats per row
         """Negative log-likelihood of a batch."""
@@ -88,7 +91,9 @@ class Annealing(nn.Module):
     ):
         super().__init__()
         if not 0 <= start <= 1:
-            raise ValueError(f"start: expected a weight from 0 to 1, got {start}")
+            raise ValueError(
+                f"start: expected a weight from 0 to 1, got {start}"
+            )
         if updates < 1:
             raise ValueError(f"updates: expected at least 1, got {updates}")
         self.start, self.updates = start, updates
@@ -123,9 +128,12 @@ class ReverseKL(Objective):
     def __init__(
         self,
         flow: nn.Module,  # The `Flow` that is q
-        log_target,  # From `x` to log p, perhaps not normalised; a module is trained along
-        annealing: Annealing | None = None,  # Weight of log p over the run; None for 1
-        path: bool = False,  # Gradient along the draws only; costs one inverse pass more
+        # From `x` to log p, perhaps not normalised; a module is trained along
+        log_target,
+        # Weight of log p over the run; None for 1
+        annealing: Annealing | None = None,
+        # Gradient along the draws only; costs one inverse pass more
+        path: bool = False,
     ):
         super().__init__()
         if not isinstance(flow, Flow) or not flow.base.has_rsample:
@@ -152,7 +160,10 @@ class ReverseKL(Objective):
         """Reverse KL from one set of draws."""
         x, log_q = self.flow.rsample_and_log_prob(noise=noise)
         if self.path:
-            fixed = {f"flow.{name}": p.detach() for name, p in self.flow.named_parameters()}
+            fixed = {
+                f"flow.{name}": p.detach()
+                for name, p in self.flow.named_parameters()
+            }
             log_q = functional_call(_LogProb(self.flow), fixed, (x,))
         weight = 1.0 if self.annealing is None else self.annealing()
         return (log_q - weight * self.log_target(x)).mean()
@@ -172,7 +183,8 @@ class History:
     lr: list[float] = _floats()  # Learning rate of the first parameter group
     validation_step: list[int] = _floats()  # Steps done when validated
     validation_loss: list[float] = _floats()  # Mean over the validation rows
-    seconds: list[float] = field(default_factory=list, compare=False)  # Wall time of each step
+    # Wall time of each step
+    seconds: list[float] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -192,7 +204,11 @@ class History:
     @property
     def stale(self) -> int:
         """How many validations there were since the best one."""
-        return len(self.validation_loss) - 1 - int(np.argmin(self.validation_loss or [0.0]))
+        return (
+            len(self.validation_loss)
+            - 1
+            - int(np.argmin(self.validation_loss or [0.0]))
+        )
 
     def to_dict(self) -> dict[str, list]:
         """Plain lists by name, ready for JSON or a data frame."""
@@ -215,7 +231,8 @@ class History:
 
     def plot(
         self,
-        axes=None,  # Two `Axes`, for the loss and for the gradient norm; None makes them
+        # Two `Axes`, for the loss and for the gradient norm; None makes them
+        axes=None,
     ):  # The two `Axes`
         """Draw the loss with validation, and the gradient norm."""
         if axes is None:
@@ -223,10 +240,14 @@ class History:
 
             axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")[1]
         steps = range(1, len(self) + 1)
-        axes[0].plot(steps, self.loss, color="#009E73", lw=0.8, label="training")
+        axes[0].plot(
+            steps, self.loss, color="#009E73", lw=0.8, label="training"
+        )
         if self.validation_loss:
             places = self.validation_step, self.validation_loss
-            axes[0].plot(*places, "o--", color="#D55E00", ms=3, label="validation")
+            axes[0].plot(
+                *places, "o--", color="#D55E00", ms=3, label="validation"
+            )
         axes[0].set(xlabel="step", ylabel="loss [nat]")
         axes[0].legend()
         axes[1].plot(steps, self.gradient_norm, color="#666666", lw=0.8)
@@ -236,7 +257,9 @@ class History:
     def __repr__(self) -> str:
         if not len(self):
             return "History(0 steps)"
-        text = f"{len(self)} steps, loss {self.loss[0]:.4g} -> {self.loss[-1]:.4g}"
+        text = (
+            f"{len(self)} steps, loss {self.loss[0]:.4g} -> {self.loss[-1]:.4g}"
+        )
         if self.validation_loss:
             text += f", best validation {self.best_validation:.4g} at step {self.best_step}"
         return f"History({text})"
@@ -250,8 +273,10 @@ _MAGIC = b"flowcourse checkpoint 1\n"  # the number is the format's version
 
 # %% ../nbs/02-training.ipynb #25d39022
 def save_checkpoint(
-    path: str | Path,  # The file; the one it replaces is kept as `<name>.previous`
-    state: dict,  # Tensors, numbers, strings, and lists and dictionaries of them
+    # The file; the one it replaces is kept as `<name>.previous`
+    path: str | Path,
+    # Tensors, numbers, strings, and lists and dictionaries of them
+    state: dict,
 ) -> None:
     """Write a checkpoint so that a crash at any moment leaves a good one on disk."""
     path = Path(path)
@@ -267,7 +292,9 @@ def save_checkpoint(
         _read_payload(path)
         os.replace(path, path.with_name(path.name + ".previous"))
     except CheckpointError:
-        pass  # there was none, or it is damaged: do not put it in the place of a good one
+        # there was none, or it is damaged: do not put it in the place of a good
+        # one
+        pass
     os.replace(temporary, path)
 
 # %% ../nbs/02-training.ipynb #d65acfa0
@@ -276,13 +303,18 @@ def _read_payload(path):
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"checkpoint: cannot read {path} ({error.strerror})") from error
+        raise CheckpointError(
+            f"checkpoint: cannot read {path} ({error.strerror})"
+        ) from error
     if not content.startswith(_MAGIC):
         raise CheckpointError(
             f"checkpoint: {path} was not written by this version of flowcourse: "
             f"expected it to begin with {_MAGIC!r}, got {content[:24]!r}"
         )
-    digest, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+    digest, payload = (
+        content[len(_MAGIC) : len(_MAGIC) + 32],
+        content[len(_MAGIC) + 32 :],
+    )
     if hashlib.sha256(payload).digest() != digest:
         raise CheckpointError(
             f"checkpoint: {path} is truncated or damaged: its contents do not match its SHA-256"
@@ -293,7 +325,9 @@ def _read_payload(path):
 def _read_checkpoint(path):
     payload = _read_payload(path)
     try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return torch.load(
+            io.BytesIO(payload), map_location="cpu", weights_only=True
+        )
     except Exception as error:
         raise CheckpointError(
             f"checkpoint: {path} holds more than tensors and plain values, refused ({error})"
@@ -312,11 +346,14 @@ def load_checkpoint(
         if not previous.exists():
             raise
         state = _read_checkpoint(previous)
-        warnings.warn(f"{error}; going on from the one before, {previous}", stacklevel=2)
+        warnings.warn(
+            f"{error}; going on from the one before, {previous}", stacklevel=2
+        )
         return state
 
 # %% ../nbs/02-training.ipynb #c8f3e2ad
-_ORDER, _NOISE, _SPLIT, _VALIDATION, _LOCAL = range(5)  # one stream of seeds for each use
+# one stream of seeds for each use
+_ORDER, _NOISE, _SPLIT, _VALIDATION, _LOCAL = range(5)
 
 
 @functools.cache
@@ -326,7 +363,9 @@ def _stream(seed, stream):
 
 def _generator(seed, stream, index):
     """A generator for one step, epoch or batch; within a stream no two are alike."""
-    return torch.Generator().manual_seed((_stream(seed, stream) + index) % 2**32)
+    return torch.Generator().manual_seed(
+        (_stream(seed, stream) + index) % 2**32
+    )
 
 # %% ../nbs/02-training.ipynb #04cff59d
 def _rows(batch, index):
@@ -345,8 +384,11 @@ def _count(batch):
 def _share(n, rank, world):
     """This process's rows of a global batch of `n`, and the weight of their mean in its mean."""
     low, high = n * rank // world, n * (rank + 1) // world
-    # a process without rows still takes part in the reduction: any row, with weight zero
-    return (slice(low, high) if high > low else slice(0, 1)), (high - low) * world / n
+    # a process without rows still takes part in the reduction: any row, with
+    # weight zero
+    return (slice(low, high) if high > low else slice(0, 1)), (
+        high - low
+    ) * world / n
 
 # %% ../nbs/02-training.ipynb #1335e592
 def _check_data(name, data, like=None):
@@ -355,9 +397,13 @@ def _check_data(name, data, like=None):
     for k, part in enumerate(parts):
         which = f"{name}[{k}]" if isinstance(data, tuple) else name
         if not isinstance(part, Tensor):
-            raise ValueError(f"{which}: expected a tensor, got {type(part).__name__}")
+            raise ValueError(
+                f"{which}: expected a tensor, got {type(part).__name__}"
+            )
         if part.dim() == 0 or part.numel() == 0:
-            raise ValueError(f"{which}: expected at least one row, got shape {tuple(part.shape)}")
+            raise ValueError(
+                f"{which}: expected at least one row, got shape {tuple(part.shape)}"
+            )
         if len(part) != len(parts[0]):
             raise ValueError(
                 f"{which}: expected {len(parts[0])} rows as in {name}[0], got {len(part)}"
@@ -370,7 +416,8 @@ def _check_data(name, data, like=None):
                 f"the first in row {row}"
             )
     if like is not None and [(p.shape[1:], p.dtype) for p in parts] != [
-        (p.shape[1:], p.dtype) for p in (like if isinstance(like, tuple) else (like,))
+        (p.shape[1:], p.dtype)
+        for p in (like if isinstance(like, tuple) else (like,))
     ]:
         raise ValueError(
             f"{name}: expected rows like the data's, {_describe(like)}, got {_describe(data)}"
@@ -381,7 +428,9 @@ def _describe(data):
     if data is None:
         return "none"
     parts = data if isinstance(data, tuple) else (data,)
-    return ", ".join(f"{tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}" for p in parts)
+    return ", ".join(
+        f"{tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}" for p in parts
+    )
 
 
 def _fingerprint(data):
@@ -389,22 +438,35 @@ def _fingerprint(data):
     if data is None:
         return "none"
     parts = data if isinstance(data, tuple) else (data,)
-    sums = [zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy()) for p in parts]
+    sums = [
+        zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        for p in parts
+    ]
     return f"{_describe(data)}, crc32 {' '.join(f'{s:08x}' for s in sums)}"
 
 # %% ../nbs/02-training.ipynb #0231999a
 def _check_number(name, value, low, high=math.inf, whole=True, strict=False):
     kind = "a whole number" if whole else "a number"
-    ok = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not ok or not (value > low if strict else value >= low) or not value <= high:
+    ok = isinstance(value, int if whole else (int, float)) and not isinstance(
+        value, bool
+    )
+    if (
+        not ok
+        or not (value > low if strict else value >= low)
+        or not value <= high
+    ):
         limit = f"above {low}" if strict else f"of at least {low}"
         upper = "" if high == math.inf else f" and at most {high}"
-        raise ValueError(f"{name}: expected {kind} {limit}{upper}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected {kind} {limit}{upper}, got {value!r}"
+        )
 
 
 def _check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}"
+        )
 
 
 def _check_output(path):
@@ -413,7 +475,8 @@ def _check_output(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        # a name of its own: the processes of one run try the same folder at the same time
+        # a name of its own: the processes of one run try the same folder at the
+        # same time
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name):
             pass
     except OSError as error:
@@ -441,7 +504,9 @@ def learning_rate_factor(
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (
+        1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    )
 
 # %% ../nbs/02-training.ipynb #aa7df21d
 class TrainingDiverged(FloatingPointError):
@@ -495,9 +560,13 @@ def _accelerator(device, amp, compile):
     _check_choice("compile", backend, [b.value.lower() for b in DynamoBackend])
     try:
         # in a launch of several processes each gets its own device of this type
-        with patch_environment(**({"accelerate_torch_device": device} if alone else {})):
+        with patch_environment(
+            **({"accelerate_torch_device": device} if alone else {})
+        ):
             accelerator = Accelerator(
-                cpu=device.type == "cpu", mixed_precision=amp, dynamo_backend=backend
+                cpu=device.type == "cpu",
+                mixed_precision=amp,
+                dynamo_backend=backend,
             )
         if not alone:
             atexit.unregister(_leave_group)
@@ -529,30 +598,58 @@ class _Engine(nn.Module):
 @torch.no_grad()
 def _norm(tensors):
     """Norm of all entries together; to copy them side by side is quicker than a norm of each."""
-    return torch.linalg.vector_norm(torch.cat([tensor.flatten() for tensor in tensors]))
+    return torch.linalg.vector_norm(
+        torch.cat([tensor.flatten() for tensor in tensors])
+    )
 
 
 class _Run:
     """One run of `fit`; how far it is, is the length of its history."""
 
-    def __init__(self, accelerator, objective, optimizer, data, held_out, recipe, checkpoint):
-        self.accelerator, self.objective, self.recipe = accelerator, objective, recipe
+    def __init__(
+        self,
+        accelerator,
+        objective,
+        optimizer,
+        data,
+        held_out,
+        recipe,
+        checkpoint,
+    ):
+        self.accelerator, self.objective, self.recipe = (
+            accelerator,
+            objective,
+            recipe,
+        )
         self.checkpoint, self.saved = checkpoint, None
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.rank, self.world = (
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
         self.data, self.held_out = data, held_out
         self.history, self.best, self.order = History(), None, (None, None)
-        self.engine = accelerator.prepare_model(_Engine(objective))  # moves it to the device
+        # moves it to the device
+        self.engine = accelerator.prepare_model(_Engine(objective))
         self.modules = list(objective.modules())
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = optimizer(self.parameters, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
+        optimizer = optimizer(
+            self.parameters,
+            lr=recipe["lr"],
+            weight_decay=recipe["weight_decay"],
+        )
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
-        # only half precision needs accelerate's wrapper, which searches the disk at every step
+        # only half precision needs accelerate's wrapper, which searches the
+        # disk at every step
         wrap = accelerator.scaler is not None
-        self.optimizer = accelerator.prepare_optimizer(optimizer) if wrap else optimizer
+        self.optimizer = (
+            accelerator.prepare_optimizer(optimizer) if wrap else optimizer
+        )
         self.average = None
         if recipe["ema"] is not None:
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe["ema"])
-            self.average = torch.optim.swa_utils.AveragedModel(objective, multi_avg_fn=decay)
+            self.average = torch.optim.swa_utils.AveragedModel(
+                objective, multi_avg_fn=decay
+            )
 
     def take(self, data, index, n, generator):
         """This process's share of a global batch and of its noise, on the device."""
@@ -565,11 +662,17 @@ class _Run:
 
     def next_batch(self):
         """Batch, noise and weight of the next step: a function of the seed and the step alone."""
-        step, seed, size = len(self.history), self.recipe["seed"], self.recipe["batch_size"]
+        step, seed, size = (
+            len(self.history),
+            self.recipe["seed"],
+            self.recipe["batch_size"],
+        )
         generator = _generator(seed, _NOISE, step)
-        # an objective that draws by itself, such as one with dropout, resumes exactly too
+        # an objective that draws by itself, such as one with dropout, resumes
+        # exactly too
         own = (_stream(seed, _LOCAL + self.rank) + step) % 2**32
-        torch.default_generator.manual_seed(own)  # ten times quicker than torch.manual_seed
+        # ten times quicker than torch.manual_seed
+        torch.default_generator.manual_seed(own)
         if self.accelerator.device.type == "cuda":
             torch.cuda.manual_seed(own)
         if self.data is None:
@@ -577,7 +680,10 @@ class _Run:
         n = _count(self.data)
         epoch, i = divmod(step, math.ceil(n / size))
         if self.order[0] != epoch:
-            self.order = epoch, torch.randperm(n, generator=_generator(seed, _ORDER, epoch))
+            self.order = (
+                epoch,
+                torch.randperm(n, generator=_generator(seed, _ORDER, epoch)),
+            )
         index = self.order[1][i * size : (i + 1) * size]
         return self.take(self.data, index, len(index), generator)
 
@@ -592,11 +698,14 @@ class _Run:
         if clip is not None:
             return self.accelerator.clip_grad_norm_(self.parameters, clip), size
         self.accelerator.unscale_gradients()
-        return _norm([p.grad for p in self.parameters if p.grad is not None]), size
+        return _norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        ), size
 
     def check(self, loss, norm):
         """Stop before the weights are touched if the step is not finite."""
-        # half precision skips steps whose gradient overflowed, until its scale fits
+        # half precision skips steps whose gradient overflowed, until its scale
+        # fits
         scaler = self.accelerator.scaler
         skipped = scaler is not None and scaler.get_scale() >= 1
         if math.isfinite(loss) and (math.isfinite(norm) or skipped):
@@ -623,14 +732,20 @@ class _Run:
         for i, low in enumerate(range(0, n, size)):
             index = torch.arange(low, min(low + size, n))
             generator = _generator(self.recipe["seed"], _VALIDATION, i)
-            batch, noise, weight = self.take(self.held_out, index, len(index), generator)
+            batch, noise, weight = self.take(
+                self.held_out, index, len(index), generator
+            )
             with self.accelerator.autocast():
                 total = total + module(batch, noise) * (weight * len(index) / n)
         history = self.history
         history.validation_step.append(len(history))
-        history.validation_loss.append(self.accelerator.reduce(total, "mean").item())
+        history.validation_loss.append(
+            self.accelerator.reduce(total, "mean").item()
+        )
         if history.stale == 0:
-            self.best = {key: value.clone() for key, value in module.state_dict().items()}
+            self.best = {
+                key: value.clone() for key, value in module.state_dict().items()
+            }
 
     def save(self):
         """Write everything that the next step depends on."""
@@ -650,10 +765,15 @@ class _Run:
             },
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": None
+            if self.average is None
+            else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "best": self.best,
-            "versions": {"flowcourse": __version__, "torch": str(torch.__version__)},
+            "versions": {
+                "flowcourse": __version__,
+                "torch": str(torch.__version__),
+            },
         }
         save_checkpoint(self.checkpoint, state)
 
@@ -663,18 +783,29 @@ class _Run:
         state = load_checkpoint(path)
         for key, now in self.recipe.items():
             was = state.get("recipe", {}).get(key)
-            # a longer run is the same run, unless the learning rate depends on its length
-            longer = key == "steps" and self.recipe["schedule"] == "constant" and now > was
+            # a longer run is the same run, unless the learning rate depends on
+            # its length
+            longer = (
+                key == "steps"
+                and self.recipe["schedule"] == "constant"
+                and now > was
+            )
             if was != now and not longer:
                 raise CheckpointError(
                     f"checkpoint: {path} was made with {key} = {was!r}, but this run has {now!r}"
                 )
-        self.history = History(**{key: value.tolist() for key, value in state["history"].items()})
-        self.history.validation_step = [int(step) for step in self.history.validation_step]
+        self.history = History(
+            **{key: value.tolist() for key, value in state["history"].items()}
+        )
+        self.history.validation_step = [
+            int(step) for step in self.history.validation_step
+        ]
         try:
             self.objective.load_state_dict(state["objective"])
         except RuntimeError as error:
-            raise CheckpointError(f"checkpoint: {path} holds another model. {error}") from error
+            raise CheckpointError(
+                f"checkpoint: {path} holds another model. {error}"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -694,9 +825,12 @@ def _step(run, interrupted):
     norm, size = run.norms()
     numbers = torch.stack([loss.detach(), norm, size])
     if run.world > 1:
-        numbers = torch.cat([numbers, numbers.new_tensor([interrupted.is_set()])])
+        numbers = torch.cat(
+            [numbers, numbers.new_tensor([interrupted.is_set()])]
+        )
         numbers = run.accelerator.reduce(numbers, "mean")
-    loss, norm, size, *stop = numbers.tolist()  # the one wait for the device in a step
+    # the one wait for the device in a step
+    loss, norm, size, *stop = numbers.tolist()
     run.check(loss, norm)
     factor = learning_rate_factor(
         len(history), recipe["steps"], recipe["schedule"], recipe["warmup"]
@@ -748,7 +882,9 @@ def _check_checkpoint(path, resume):
     """Whether to go on from the file at `path`."""
     if path is None:
         if resume:
-            raise ValueError(f"resume: {resume!r} needs a checkpoint, got checkpoint=None")
+            raise ValueError(
+                f"resume: {resume!r} needs a checkpoint, got checkpoint=None"
+            )
         return False
     _check_output(path)
     there = path.exists() or path.with_name(path.name + ".previous").exists()
@@ -784,59 +920,83 @@ def _train(run, interrupted, checkpoint_every, callbacks, progress):
     """The loop: step, validate, save."""
     from tqdm.auto import tqdm
 
-    recipe, history, main = run.recipe, run.history, run.accelerator.is_main_process
+    recipe, history, main = (
+        run.recipe,
+        run.history,
+        run.accelerator.is_main_process,
+    )
     steps, patience = recipe["steps"], recipe["patience"] or math.inf
-    with tqdm(total=steps, initial=len(history), disable=not (progress and main)) as bar:
+    with tqdm(
+        total=steps, initial=len(history), disable=not (progress and main)
+    ) as bar:
         while len(history) < steps and history.stale < patience:
             stop = _step(run, interrupted)
             done = len(history)
-            if run.held_out is not None and (done % recipe["validate_every"] == 0 or done == steps):
+            if run.held_out is not None and (
+                done % recipe["validate_every"] == 0 or done == steps
+            ):
                 run.validate()
             for callback in callbacks if main else ():
                 callback(done, run.objective, history)
             if stop or done % checkpoint_every == 0:
                 run.save()
-            bar.set_postfix(loss=history.loss[-1], grad=history.gradient_norm[-1], refresh=False)
+            bar.set_postfix(
+                loss=history.loss[-1],
+                grad=history.gradient_norm[-1],
+                refresh=False,
+            )
             bar.update()
             if stop:
                 how = "the same call with resume=True goes on from it"
-                kept = f"; {run.checkpoint} was written, and {how}" if run.checkpoint else ""
+                kept = (
+                    f"; {run.checkpoint} was written, and {how}"
+                    if run.checkpoint
+                    else ""
+                )
                 raise TrainingInterrupted(
-                    f"stopped by Ctrl-C after step {done} of {steps}{kept}", history
+                    f"stopped by Ctrl-C after step {done} of {steps}{kept}",
+                    history,
                 )
     run.save()
 
 # %% ../nbs/02-training.ipynb #92298524
 def fit(
     objective: Objective,  # The loss; its parameters are trained in place
-    data: Tensor
-    | tuple[Tensor, ...]
-    | None = None,  # Rows, as the objective takes them; None if it takes none
+    # Rows, as the objective takes them; None if it takes none
+    data: Tensor | tuple[Tensor, ...] | None = None,
     *,
-    validation: Tensor
-    | tuple[Tensor, ...]
-    | float
-    | None = None,  # Held-out rows, or the fraction to hold out
+    # Held-out rows, or the fraction to hold out
+    validation: Tensor | tuple[Tensor, ...] | float | None = None,
     steps: int = 1000,  # Optimiser steps in the whole run
     epochs: int | None = None,  # In place of `steps`: passes over the data
     batch_size: int = 128,  # Rows in a step, over all processes together
     lr: float = 1e-3,  # Learning rate
-    optimizer="adam",  # A name in `OPTIMIZERS`, or a function of (params, lr=, weight_decay=)
+    # A name in `OPTIMIZERS`, or a function of (params, lr=, weight_decay=)
+    optimizer="adam",
     weight_decay: float = 0.0,  # Passed to the optimiser
-    schedule: str = "constant",  # `"constant"`, or `"cosine"` down to 0 at the last step
+    # `"constant"`, or `"cosine"` down to 0 at the last step
+    schedule: str = "constant",
     warmup: int = 0,  # Steps over which the learning rate rises
     clip: float | None = None,  # Largest gradient norm; None for no limit
-    ema: float | None = None,  # Decay of averaged weights, which are then validated and kept
-    patience: int | None = None,  # Stop after this many validations without a new best
+    # Decay of averaged weights, which are then validated and kept
+    ema: float | None = None,
+    # Stop after this many validations without a new best
+    patience: int | None = None,
     validate_every: int | None = None,  # In steps; None for once an epoch
-    seed: int = 0,  # The order of rows follows from it and the epoch, noise from it and the step
-    checkpoint: str | Path | None = None,  # File to write; None for no checkpoints
+    # The order of rows follows from it and the epoch, noise from it and the
+    # step
+    seed: int = 0,
+    # File to write; None for no checkpoints
+    checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,  # In steps
-    resume: bool | str = False,  # Go on from the checkpoint; `"auto"`: if there is one
-    compile: bool | str = False,  # True for torch.compile, or the name of its backend
+    # Go on from the checkpoint; `"auto"`: if there is one
+    resume: bool | str = False,
+    # True for torch.compile, or the name of its backend
+    compile: bool | str = False,
     amp: str = "no",  # Mixed precision: `"no"`, `"bf16"`, or on a GPU `"fp16"`
     device: str | torch.device | None = None,  # None for where the objective is
-    callbacks: tuple = (),  # Each called after a step with `(step, objective, history)`
+    # Each called after a step with `(step, objective, history)`
+    callbacks: tuple = (),
     progress: bool = True,  # Show a progress bar
 ) -> History:  # Loss, norms and learning rate of each step
     """Minimise an objective; with validation it ends with the best weights it had."""
@@ -846,11 +1006,17 @@ def fit(
             f"got {type(objective).__name__}"
         )
     if not any(p.requires_grad for p in objective.parameters()):
-        raise ValueError("objective: expected parameters to train, got none that require gradients")
+        raise ValueError(
+            "objective: expected parameters to train, got none that require gradients"
+        )
     make = OPTIMIZERS.get(optimizer, optimizer)
     if not callable(make):
         _check_choice("optimizer", optimizer, list(OPTIMIZERS))
-    name = optimizer if isinstance(optimizer, str) else getattr(make, "__qualname__", repr(make))
+    name = (
+        optimizer
+        if isinstance(optimizer, str)
+        else getattr(make, "__qualname__", repr(make))
+    )
     recipe = {
         "steps": steps,
         "epochs": epochs,
@@ -875,9 +1041,13 @@ def fit(
     resume = _check_checkpoint(checkpoint, resume)
     data, held_out = _hold_out(data, validation, seed)
     if patience is not None and held_out is None:
-        raise ValueError("patience: early stopping needs held-out rows, got validation=None")
+        raise ValueError(
+            "patience: early stopping needs held-out rows, got validation=None"
+        )
     if epochs is not None and data is None:
-        raise ValueError("epochs: expected None, because there is no data; give steps")
+        raise ValueError(
+            "epochs: expected None, because there is no data; give steps"
+        )
     per_epoch = None if data is None else math.ceil(_count(data) / batch_size)
     know = _fingerprint if checkpoint else _describe
     recipe |= {
@@ -890,10 +1060,14 @@ def fit(
     with (
         _accelerator(device, amp, compile) as accelerator,
         _interruptible() as interrupted,
-        torch.random.fork_rng([accelerator.device] if device.type == "cuda" else []),
+        torch.random.fork_rng(
+            [accelerator.device] if device.type == "cuda" else []
+        ),
     ):
         try:
-            run = _Run(accelerator, objective, make, data, held_out, recipe, checkpoint)
+            run = _Run(
+                accelerator, objective, make, data, held_out, recipe, checkpoint
+            )
             run.load() if resume else run.save()
             _train(run, interrupted, checkpoint_every, callbacks, progress)
             objective.load_state_dict(run.best or run.weights.state_dict())

@@ -12,7 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from pyro.ops.stats import autocovariance, fit_generalized_pareto, split_gelman_rubin
+from pyro.ops.stats import (
+    autocovariance,
+    fit_generalized_pareto,
+    split_gelman_rubin,
+)
 from torch import Tensor
 
 from .core import Flow, draw
@@ -44,14 +48,18 @@ class Energy(Toy):
     ) -> Tensor:  # -U, shape `(*batch,)`
         """Weigh points up to the constant: all that a chain or a flow is given."""
         if z.shape[-1:] != (2,):
-            raise ValueError(f"z: expected shape (*batch, 2), got {tuple(z.shape)}")
+            raise ValueError(
+                f"z: expected shape (*batch, 2), got {tuple(z.shape)}"
+            )
         return -self._energy(z)
 
     def _log_prob(self, x):
         return -self._energy(x) - self.log_normaliser
 
     def __repr__(self):
-        return f"{type(self).__name__}(log_normaliser={self.log_normaliser:.4f})"
+        return (
+            f"{type(self).__name__}(log_normaliser={self.log_normaliser:.4f})"
+        )
 
 # %% ../nbs/10-variational.ipynb #split-ring
 class SplitRing(Energy):
@@ -68,29 +76,40 @@ class SplitRing(Energy):
         self.radius, self.side, self.window = radius, side, radius + 2.0
 
     def _strips(self, z1):
-        left, right = (-0.5 * ((z1 + shift) / self.side).square() for shift in (2.0, -2.0))
+        left, right = (
+            -0.5 * ((z1 + shift) / self.side).square() for shift in (2.0, -2.0)
+        )
         return torch.logaddexp(left, right)
 
     def _energy(self, z):
-        return 0.5 * ((length_of(z) - self.radius) / 0.4).square() - self._strips(z[..., 0])
+        return 0.5 * (
+            (length_of(z) - self.radius) / 0.4
+        ).square() - self._strips(z[..., 0])
 
     def sample(self, n, generator=None, dtype=None, device=None):
         """Draw points, exactly, by rejection."""
         options = dict(generator=generator, dtype=dtype)
         options["device"] = device if generator is None else generator.device
-        # The radius has density r N(r; radius, 0.4); it is proposed from a wider Gaussian.
+        # The radius has density r N(r; radius, 0.4); it is proposed from a
+        # wider Gaussian.
         spread, slack = 0.5, 1 / 0.4**2 - 1 / 0.5**2
         top = (self.radius + math.sqrt(self.radius**2 + 4 / slack)) / 2
         log_top = math.log(top) - 0.5 * slack * (top - self.radius) ** 2
-        log_top += math.log1p(math.exp(-0.5 * (2 / self.side) ** 2))  # the strips' largest sum
+        # the strips' largest sum
+        log_top += math.log1p(math.exp(-0.5 * (2 / self.side) ** 2))
         found = []
         while sum(map(len, found)) < n:
             r = self.radius + spread * torch.randn(4 * n + 100, **options)
             u = torch.rand(2, len(r), **options)
             angle = 2 * math.pi * u[0]
             z = r[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
-            fits = r.log() - 0.5 * slack * (r - self.radius).square() + self._strips(z[:, 0])
-            found.append(z[u[1].log() < fits - log_top])  # no r below 0 fits: its log is nan
+            fits = (
+                r.log()
+                - 0.5 * slack * (r - self.radius).square()
+                + self._strips(z[:, 0])
+            )
+            # no r below 0 fits: its log is nan
+            found.append(z[u[1].log() < fits - log_top])
         x = torch.cat(found)[:n]
         return x if device is None else x.to(device)
 
@@ -115,12 +134,17 @@ class Ridges(Energy):
     def __init__(
         self,
         entropy: float,  # In nats, by quadrature
-        widths: tuple[float, ...],  # Standard deviation across each ridge, one or two
-        drop: Callable[[Tensor], Tensor] | None = None,  # The distance, of the first coordinate
+        # Standard deviation across each ridge, one or two
+        widths: tuple[float, ...],
+        # The distance, of the first coordinate
+        drop: Callable[[Tensor], Tensor] | None = None,
     ):
         self.entropy, self.widths, self.drop = entropy, widths, drop
-        self.length = 8 + 0.4 * math.sqrt(2 * math.pi)  # of the floor, and of the two half walls
-        self.log_normaliser = math.log(math.sqrt(2 * math.pi) * sum(widths) * self.length)
+        # of the floor, and of the two half walls
+        self.length = 8 + 0.4 * math.sqrt(2 * math.pi)
+        self.log_normaliser = math.log(
+            math.sqrt(2 * math.pi) * sum(widths) * self.length
+        )
 
     def _ridges(self, z1):
         """Heights of the one or two ridges above `z1`."""
@@ -130,7 +154,9 @@ class Ridges(Energy):
     def _energy(self, z):
         z1, z2 = z.unbind(-1)
         ridges = zip(self._ridges(z1), self.widths, strict=True)
-        logs = [-0.5 * ((z2 - ridge) / width).square() for ridge, width in ridges]
+        logs = [
+            -0.5 * ((z2 - ridge) / width).square() for ridge, width in ridges
+        ]
         total = logs[0] if len(logs) == 1 else torch.logaddexp(*logs)
         return wall(z1) - total
 
@@ -139,7 +165,10 @@ class Ridges(Energy):
         along = self.length * u[:, 0]
         beyond = 4 * e[:, 0].sign() + 0.4 * e[:, 0]
         z1 = torch.where(along < 8, along - 4, beyond)
-        ridges, first = self._ridges(z1), u[:, 1] * sum(self.widths) < self.widths[0]
+        ridges, first = (
+            self._ridges(z1),
+            u[:, 1] * sum(self.widths) < self.widths[0],
+        )
         ridge = torch.where(first, ridges[0], ridges[-1])
         width = torch.where(first, self.widths[0], self.widths[-1])
         return torch.stack([z1, ridge + width * e[:, 1]], -1)
@@ -161,7 +190,10 @@ class FourGaussians(Energy):
 
     def _tables(self, like):
         options = dict(dtype=like.dtype, device=like.device)
-        return (torch.tensor(rows, **options) for rows in (self.centres, self.variances))
+        return (
+            torch.tensor(rows, **options)
+            for rows in (self.centres, self.variances)
+        )
 
     def _energy(self, z):
         centres, variances = self._tables(z)
@@ -189,7 +221,8 @@ energies = Table({
 class Chains:
     """What a run of several chains left: the states, and what they are worth."""
 
-    states: Tensor  # Kept states, rejected moves repeated, shape `(kept, chains, d)`
+    # Kept states, rejected moves repeated, shape `(kept, chains, d)`
+    states: Tensor
     acceptance: float  # Share of the moves after the burn-in that were accepted
     step: float  # Size of the proposed moves after the burn-in
 
@@ -211,12 +244,16 @@ class Chains:
 # %% ../nbs/10-variational.ipynb #metropolis
 @torch.no_grad()
 def metropolis_hastings(
-    log_density: Callable[[Tensor], Tensor],  # From `(chains, d)` to log p up to a constant
-    start: Tensor,  # One state for each chain, shape `(chains, d)`, of finite log-density
+    # From `(chains, d)` to log p up to a constant
+    log_density: Callable[[Tensor], Tensor],
+    # One state for each chain, shape `(chains, d)`, of finite log-density
+    start: Tensor,
     steps: int,  # Moves of each chain after the burn-in
-    step: float = 1.0,  # Standard deviation of the proposed moves, in every coordinate
+    # Standard deviation of the proposed moves, in every coordinate
+    step: float = 1.0,
     burn_in: int = 0,  # Moves of each chain that are thrown away first
-    target: float | None = None,  # Acceptance that `step` is tuned to in the burn-in; None: no
+    # Acceptance that `step` is tuned to in the burn-in; None: no
+    target: float | None = None,
     thin: int = 1,  # Keep every so many-th state
     generator: torch.Generator | None = None,  # Source of randomness
     progress: bool = False,  # Show a progress bar
@@ -226,8 +263,14 @@ def metropolis_hastings(
 
     if start.dim() != 2 or not start.is_floating_point():
         got = f"{start.dtype} of shape {tuple(start.shape)}"
-        raise ValueError(f"start: expected floating-point numbers (chains, d), got {got}")
-    for name, value, least in (("steps", steps, 1), ("burn_in", burn_in, 0), ("thin", thin, 1)):
+        raise ValueError(
+            f"start: expected floating-point numbers (chains, d), got {got}"
+        )
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("burn_in", burn_in, 0),
+        ("thin", thin, 1),
+    ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if thin > steps:
@@ -242,11 +285,15 @@ def metropolis_hastings(
     z, log_p = start, log_density(start)
     if not log_p.isfinite().all():
         bad = int((~log_p.isfinite()).sum())
-        raise ValueError(f"start: log-density not finite at {bad} of {len(start)} states")
+        raise ValueError(
+            f"start: log-density not finite at {bad} of {len(start)} states"
+        )
     log_step = torch.tensor(math.log(step)).to(start)
     kept = start.new_empty(steps // thin, *start.shape)
-    taken = torch.zeros((), dtype=torch.int64, device=start.device)  # nothing here waits for it
-    block = max(1, min(100, 1_000_000 // start.numel()))  # moves whose noise is drawn together
+    # nothing here waits for it
+    taken = torch.zeros((), dtype=torch.int64, device=start.device)
+    # moves whose noise is drawn together
+    block = max(1, min(100, 1_000_000 // start.numel()))
     total = burn_in + steps
     with tqdm(total=total, disable=not progress) as bar:
         for low in range(0, total, block):
@@ -264,10 +311,16 @@ def metropolis_hastings(
                     taken += accept.sum()
                     if (t + 1) % thin == 0:
                         kept[t // thin] = z
-                elif target is not None:  # Robbins and Monro's rule: smaller and smaller changes
-                    log_step += (accept.to(z).mean() - target) / (low + i + 1) ** 0.6
+                elif (
+                    target is not None
+                ):  # Robbins and Monro's rule: smaller and smaller changes
+                    log_step += (accept.to(z).mean() - target) / (
+                        low + i + 1
+                    ) ** 0.6
             bar.update(size)
-    return Chains(kept, taken.item() / (steps * len(start)), log_step.exp().item())
+    return Chains(
+        kept, taken.item() / (steps * len(start)), log_step.exp().item()
+    )
 
 # %% ../nbs/10-variational.ipynb #diagnostics
 def effective_sample_size(
@@ -276,7 +329,9 @@ def effective_sample_size(
     """How many independent draws would give the mean as exactly as these do."""
     if states.dim() < 2 or len(states) < 4:
         got = tuple(states.shape)
-        raise ValueError(f"states: expected shape (kept, chains, *d), at least 4 kept, got {got}")
+        raise ValueError(
+            f"states: expected shape (kept, chains, *d), at least 4 kept, got {got}"
+        )
     n, chains = states.shape[:2]
     covariance = autocovariance(states, dim=0).mean(1)  # by lag
     within = states.var(0).mean(0)
@@ -284,7 +339,8 @@ def effective_sample_size(
     variance = within * (n - 1) / n + between
     correlation = 1 - (within - covariance) / variance
     correlation[0] = 1.0
-    # Geyer's sums of neighbours are positive and fall with the lag, but for noise: cut it off
+    # Geyer's sums of neighbours are positive and fall with the lag, but for
+    # noise: cut it off
     pairs = correlation[: n // 2 * 2].unflatten(0, (-1, 2)).sum(1)
     pairs = pairs.clamp(min=0).cummin(0).values
     return n * chains / (2 * pairs.sum(0) - 1)
@@ -294,9 +350,13 @@ def _normal_scores(x):
     "Ranks over all chains, ties shared, as quantiles of the normal: shape `(kept, chains, d)`."
     scores = torch.empty_like(x)
     for i in range(x.shape[-1]):
-        _, which, counts = x[..., i].unique(return_inverse=True, return_counts=True)
+        _, which, counts = x[..., i].unique(
+            return_inverse=True, return_counts=True
+        )
         rank = counts.cumsum(0) - (counts - 1) / 2
-        scores[..., i] = torch.special.ndtri((rank - 3 / 8) / (counts.sum() + 1 / 4)).to(x)[which]
+        scores[..., i] = torch.special.ndtri(
+            (rank - 3 / 8) / (counts.sum() + 1 / 4)
+        ).to(x)[which]
     return scores
 
 
@@ -306,30 +366,39 @@ def r_hat(
     """Compare chains with each other and with themselves, halves apart, after ranking."""
     if states.dim() != 3 or len(states) < 4 or states.shape[1] < 2:
         got = tuple(states.shape)
-        raise ValueError(f"states: expected at least 4 states of at least 2 chains, got {got}")
+        raise ValueError(
+            f"states: expected at least 4 states of at least 2 chains, got {got}"
+        )
     folded = (states - states.flatten(0, 1).median(0).values).abs()
     each = [
-        split_gelman_rubin(_normal_scores(x), chain_dim=1, sample_dim=0) for x in (states, folded)
+        split_gelman_rubin(_normal_scores(x), chain_dim=1, sample_dim=0)
+        for x in (states, folded)
     ]
     return torch.maximum(*each)
 
 # %% ../nbs/10-variational.ipynb #weights
 def ess_share(
-    log_weights: Tensor,  # log p - log q of draws from q, up to a constant, shape `(n,)`
+    # log p - log q of draws from q, up to a constant, shape `(n,)`
+    log_weights: Tensor,
 ) -> float:  # From 1/n to 1
     """Share of the draws that importance weighting leaves: `(sum w)² / (n sum w²)`."""
     weights = (log_weights.double() - log_weights.max()).exp()
-    return (weights.sum().square() / weights.square().sum() / len(weights)).item()
+    return (
+        weights.sum().square() / weights.square().sum() / len(weights)
+    ).item()
 
 
 def pareto_k(
-    log_weights: Tensor,  # log p - log q of draws from q, up to a constant, shape `(n,)`
-) -> float:  # Shape of the tail; above 0.7 it is too heavy for importance weights
+    # log p - log q of draws from q, up to a constant, shape `(n,)`
+    log_weights: Tensor,
+) -> float:  # Shape of the tail; above 0.7 too heavy for importance weights
     """Fit a generalised Pareto distribution to the largest weights, and return its shape."""
     n = len(log_weights)
     if n < 25:
         raise ValueError(f"log_weights: expected at least 25, got {n}")
-    weights = (log_weights.double() - log_weights.max()).exp().sort().values.cpu()
+    weights = (
+        (log_weights.double() - log_weights.max()).exp().sort().values.cpu()
+    )
     tail = math.ceil(min(0.2 * n, 3 * math.sqrt(n)))
     excess = weights[-tail:] - weights[-tail - 1]
     excess = excess[excess > 0]
@@ -360,14 +429,17 @@ def assess(
     flow: Flow,  # q
     log_prob: Callable[[Tensor], Tensor],  # log p, normalised
     n: int = 100_000,  # Draws from q
-    context: Tensor | None = None,  # Features of one point, shape `(context_dim,)`
+    # Features of one point, shape `(context_dim,)`
+    context: Tensor | None = None,
     generator: torch.Generator | None = None,  # Source of randomness
     batch: int = 20_000,  # Draws at once
 ) -> Assessment:  # KL and its error, ESS, k-hat and log Z
     """Draw from a flow and compare the two densities there."""
     parts = []
     for low in range(0, n, batch):
-        x, log_q = flow.rsample_and_log_prob(min(batch, n - low), context, generator)
+        x, log_q = flow.rsample_and_log_prob(
+            min(batch, n - low), context, generator
+        )
         parts.append((log_prob(x) - log_q).double())
     log_w = torch.cat(parts)
     return Assessment(

@@ -48,19 +48,24 @@ class Row:
     family: str  # The family's name, as in the course
     lesson: str  # The notebook that teaches it, without its ending
     reference: str  # Paper and equation
-    event_shapes: tuple[tuple[int, ...], ...] = ((2,), (5,))  # The shapes to test it at
-    exempt: Mapping[str, str] = field(default_factory=dict)  # Promise of the contract -> reason
+    # The shapes to test it at
+    event_shapes: tuple[tuple[int, ...], ...] = ((2,), (5,))
+    # Promise of the contract -> reason
+    exempt: Mapping[str, str] = field(default_factory=dict)
 
     def make(
         self,
-        event_shape: int | tuple[int, ...],  # Shape of one point; an int is a vector's dimension
+        # Shape of one point; an int is a vector's dimension
+        event_shape: int | tuple[int, ...],
         context_dim: int = 0,  # Number of context features
     ) -> Bijection:  # Small enough to test in a second
         """Make a small bijection of this kind."""
         shape = as_shape(event_shape, "event_shape")
         if len(shape) != len(self.event_shapes[0]):
             wanted = len(self.event_shapes[0])
-            raise ValueError(f"event_shape: expected {wanted} dimensions, got {shape}")
+            raise ValueError(
+                f"event_shape: expected {wanted} dimensions, got {shape}"
+            )
         return self.maker(shape[0] if len(shape) == 1 else shape, context_dim)
 
     @property
@@ -85,7 +90,9 @@ class Row:
 
 # %% ../nbs/93-zoo.ipynb #0419fd8c
 small = {"hidden": (8,)}  # networks of the size of a test
-fixed = {"identity": "a fixed map: it has no parameters that could make it the identity"}
+fixed = {
+    "identity": "a fixed map: it has no parameters that could make it the identity"
+}
 
 
 def coordinatewise(
@@ -94,13 +101,15 @@ def coordinatewise(
     scalar_map,  # Moves one coordinate
 ) -> Elementwise:  # With context where the map has parameters
     """A scalar map on every coordinate."""
-    return Elementwise(dim, scalar_map, context_dim if scalar_map.n_params else 0, **small)
+    return Elementwise(
+        dim, scalar_map, context_dim if scalar_map.n_params else 0, **small
+    )
 
 
 def ranges(
     dim: int,  # Size of the event
     context_dim: int,  # Number of context features
-) -> Elementwise:  # An affine map of the first coordinate, exp on the last, nothing between
+) -> Elementwise:  # Affine on the first, exp on the last, nothing between
     """Different maps on ranges of coordinates."""
     maps = {(0, 1): AffineMap(), (dim - 1, dim): ExpMap()}
     return Elementwise(dim, maps, context_dim, **small)
@@ -111,7 +120,8 @@ elementwise_rows = {
     name: elementwise_row(
         partial(coordinatewise, scalar_map=scalar_map),
         reference=scalar_map.reference,
-        # a jump across both axes cannot be weighed to 1e-3 in the plane; on the line it can
+        # a jump across both axes cannot be weighed to 1e-3 in the plane; on the
+        # line it can
         event_shapes=((1,), (5,)) if name == "leaky-relu" else ((2,), (5,)),
         exempt={} if scalar_map.n_params else fixed,
     )
@@ -120,16 +130,22 @@ elementwise_rows = {
     "elementwise-ranges": elementwise_row(
         ranges,
         reference="Paszke et al. 2019, torch.distributions.CatTransform",
-        exempt={"identity": "exp on a range of coordinates is never the identity"},
+        exempt={
+            "identity": "exp on a range of coordinates is never the identity"
+        },
     ),
-    "actnorm": elementwise_row(ActNorm, reference="Kingma and Dhariwal 2018, sec. 3.1"),
-    "batchnorm": elementwise_row(BatchNorm, reference="Dinh et al. 2017, sec. 3.7 and app. E"),
+    "actnorm": elementwise_row(
+        ActNorm, reference="Kingma and Dhariwal 2018, sec. 3.1"
+    ),
+    "batchnorm": elementwise_row(
+        BatchNorm, reference="Dinh et al. 2017, sec. 3.7 and app. E"
+    ),
 }
 
 # %% ../nbs/93-zoo.ipynb #4a83ca62
 def backwards(
     event_shape: int | tuple[int, ...],  # Shape of one point
-) -> torch.Tensor:  # The permutation that turns the order of the first dimension round
+) -> torch.Tensor:  # A permutation: the first dimension backwards
     """A fixed permutation for tests."""
     return torch.arange(as_shape(event_shape, "event_shape")[0]).flip(0)
 
@@ -143,52 +159,73 @@ linear_rows = {
         reference="Kingma and Dhariwal 2018, sec. 3.2",
         exempt={"identity": "it exchanges coordinates by design"},
     ),
-    "diagonal": linear_row(linear.Diagonal, reference="Dinh et al. 2015, sec. 3.3"),
+    "diagonal": linear_row(
+        linear.Diagonal, reference="Dinh et al. 2015, sec. 3.3"
+    ),
     "triangular": linear_row(
-        lambda n, c: linear.Triangular(n, False, c), reference="Papamakarios et al. 2021, sec. 3.2"
+        lambda n, c: linear.Triangular(n, False, c),
+        reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "upper-triangular": linear_row(
-        lambda n, c: linear.Triangular(n, True, c), reference="Papamakarios et al. 2021, sec. 3.2"
+        lambda n, c: linear.Triangular(n, True, c),
+        reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "householder": linear_row(
-        lambda n, c: linear.Householder(n, None, c), reference="Tomczak and Welling 2016"
+        lambda n, c: linear.Householder(n, None, c),
+        reference="Tomczak and Welling 2016",
     ),
     "householder-many": linear_row(
-        lambda n, c: linear.Householder(n, 2 * n + 2, c), reference="Tomczak and Welling 2016"
+        lambda n, c: linear.Householder(n, 2 * n + 2, c),
+        reference="Tomczak and Welling 2016",
     ),
     "householder-odd": linear_row(
         lambda n, c: linear.Householder(n, 3, c),
         reference="Tomczak and Welling 2016",
-        exempt={"identity": "an odd number of reflections cannot undo themselves"},
+        exempt={
+            "identity": "an odd number of reflections cannot undo themselves"
+        },
     ),
-    "cayley": linear_row(linear.Cayley, reference="Papamakarios et al. 2021, sec. 3.2"),
+    "cayley": linear_row(
+        linear.Cayley, reference="Papamakarios et al. 2021, sec. 3.2"
+    ),
     "matrix-exponential": linear_row(
-        lambda n, c: linear.MatrixExponential(n, False, c), reference="Xiao and Liu 2020"
+        lambda n, c: linear.MatrixExponential(n, False, c),
+        reference="Xiao and Liu 2020",
     ),
     "matrix-exponential-orthogonal": linear_row(
-        lambda n, c: linear.MatrixExponential(n, True, c), reference="Xiao and Liu 2020"
+        lambda n, c: linear.MatrixExponential(n, True, c),
+        reference="Xiao and Liu 2020",
     ),
-    "full": linear_row(linear.Full, reference="Kingma and Dhariwal 2018, sec. 3.2"),
+    "full": linear_row(
+        linear.Full, reference="Kingma and Dhariwal 2018, sec. 3.2"
+    ),
     "plu": linear_row(
         lambda n, c: linear.PLU(n, backwards(n), c),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=turned,
     ),
-    "lu": linear_row(lambda n, c: linear.PLU(n, None, c), reference="Oliva et al. 2018"),
+    "lu": linear_row(
+        lambda n, c: linear.PLU(n, None, c), reference="Oliva et al. 2018"
+    ),
     "qr": linear_row(
         lambda n, c: linear.QR(n, None, c),
         reference="Hoogeboom et al. 2019, 1x1 convolutions by QR",
     ),
     "svd": linear_row(
-        lambda n, c: linear.SVD(n, None, c), reference="Papamakarios et al. 2021, sec. 3.2"
+        lambda n, c: linear.SVD(n, None, c),
+        reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "low-rank": linear_row(
-        lambda n, c: linear.LowRank(n, 1, c), reference="van den Berg et al. 2018, thm. 1"
+        lambda n, c: linear.LowRank(n, 1, c),
+        reference="van den Berg et al. 2018, thm. 1",
     ),
     "low-rank-2": linear_row(
-        lambda n, c: linear.LowRank(n, 2, c), reference="van den Berg et al. 2018, thm. 1"
+        lambda n, c: linear.LowRank(n, 2, c),
+        reference="van den Berg et al. 2018, thm. 1",
     ),
-    "1x1-convolution": image_row(linear.Full, reference="Kingma and Dhariwal 2018, eq. 9"),
+    "1x1-convolution": image_row(
+        linear.Full, reference="Kingma and Dhariwal 2018, eq. 9"
+    ),
     "1x1-convolution-plu": image_row(
         lambda shape, c: linear.PLU(shape, backwards(shape), c),
         reference="Kingma and Dhariwal 2018, eq. 10",
@@ -230,12 +267,16 @@ def sylvester(
 
 planar_row = partial(Row, family="planar", lesson="05-planar")
 planar_rows = {
-    "planar": planar_row(planar, reference="Rezende and Mohamed 2015, eq. 10 to 12 and app. A.1"),
+    "planar": planar_row(
+        planar, reference="Rezende and Mohamed 2015, eq. 10 to 12 and app. A.1"
+    ),
     "planar-logistic": planar_row(
-        partial(planar, unit=LogisticUnit()), reference="Rezende and Mohamed 2015, app. A.1"
+        partial(planar, unit=LogisticUnit()),
+        reference="Rezende and Mohamed 2015, app. A.1",
     ),
     "planar-leaky": planar_row(
-        partial(planar, length=1, unit=LeakyUnit()), reference="Rezende and Mohamed 2015, app. A.1"
+        partial(planar, length=1, unit=LeakyUnit()),
+        reference="Rezende and Mohamed 2015, app. A.1",
     ),
     "planar-paper": planar_row(
         partial(planar, offset=0.0),
@@ -243,7 +284,8 @@ planar_rows = {
         exempt={"identity": "the paper's m is not 0 at 0"},
     ),
     "planar-blocks": planar_row(
-        partial(planar, length=5, block=2), reference="Rezende and Mohamed 2015, eq. 10 to 12"
+        partial(planar, length=5, block=2),
+        reference="Rezende and Mohamed 2015, eq. 10 to 12",
     ),
     "radial": planar_row(
         lambda dim, context_dim: Radial(dim, 2, context_dim, **small),
@@ -267,7 +309,14 @@ planar_rows = {
 }
 
 # %% ../nbs/93-zoo.ipynb #3f4f9f36
-from .coupling import NICE, channel, checkerboard, convnet, random_half, residual
+from flowcourse.coupling import (
+    NICE,
+    channel,
+    checkerboard,
+    convnet,
+    random_half,
+    residual,
+)
 
 # %% ../nbs/93-zoo.ipynb #674e84e8
 def couple(
@@ -278,27 +327,34 @@ def couple(
     conditioner=mlp,  # Makes the network
 ) -> Coupling:  # With a small conditioner
     """A small coupling layer."""
-    return Coupling(partition(dim), scalar_map, partial(conditioner, **small), context_dim)
+    return Coupling(
+        partition(dim), scalar_map, partial(conditioner, **small), context_dim
+    )
 
 
 def seeded_half(
     event_shape: int | tuple[int, ...],  # Shape of one point
-) -> torch.Tensor:  # A mask that follows from the global seed, and leaves its generator alone
+) -> torch.Tensor:  # A mask of the global seed, whose state is kept
     """A random partition for tests."""
-    return random_half(event_shape, torch.Generator().manual_seed(torch.initial_seed() % 2**63))
+    return random_half(
+        event_shape, torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    )
 
 
 coupling_row = partial(Row, family="coupling", lesson="06-coupling")
 image_coupling_row = partial(coupling_row, event_shapes=((2, 2, 4), (3, 3, 3)))
 coupling_rows = {
     "affine-coupling-alternating": coupling_row(
-        partial(couple, partition=alternating), reference="Dinh et al. 2017, sec. 3.4"
+        partial(couple, partition=alternating),
+        reference="Dinh et al. 2017, sec. 3.4",
     ),
     "affine-coupling-random": coupling_row(
-        partial(couple, partition=seeded_half), reference="Papamakarios et al. 2021, sec. 3.1.2"
+        partial(couple, partition=seeded_half),
+        reference="Papamakarios et al. 2021, sec. 3.1.2",
     ),
     "affine-coupling-residual": coupling_row(
-        partial(couple, conditioner=residual), reference="Dinh et al. 2017, sec. 4.1"
+        partial(couple, conditioner=residual),
+        reference="Dinh et al. 2017, sec. 4.1",
     ),
     "affine-coupling-channel": image_coupling_row(
         partial(couple, partition=channel, conditioner=convnet),
@@ -313,12 +369,19 @@ coupling_rows = {
         reference="Dinh et al. 2015, sec. 3.2 and 3.3",
     ),
     "realnvp": coupling_row(
-        lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim), reference="Dinh et al. 2017"
+        lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim),
+        reference="Dinh et al. 2017",
     ),
 }
 
 # %% ../nbs/93-zoo.ipynb #98c422c3
-from .autoregressive import IAF, MAF, Autoregressive, BlockAutoregressive, BNAF
+from flowcourse.autoregressive import (
+    IAF,
+    MAF,
+    Autoregressive,
+    BlockAutoregressive,
+    BNAF,
+)
 
 # %% ../nbs/93-zoo.ipynb #9cde8189
 def autoregress(
@@ -335,10 +398,14 @@ def inwards(
     dim: int,  # Number of coordinates
 ) -> torch.Tensor:  # An order of them that is neither upwards nor downwards
     """The last coordinate, the first, the last but one, the second, and so on."""
-    return torch.stack([torch.arange(dim).flip(0), torch.arange(dim)], 1).flatten()[:dim]
+    return torch.stack(
+        [torch.arange(dim).flip(0), torch.arange(dim)], 1
+    ).flatten()[:dim]
 
 
-autoregressive_row = partial(Row, family="autoregressive", lesson="09-autoregressive")
+autoregressive_row = partial(
+    Row, family="autoregressive", lesson="09-autoregressive"
+)
 autoregressive_rows = {
     "maf": autoregressive_row(
         lambda dim, context_dim: MAF(dim, 2, (8,), context_dim),
@@ -348,23 +415,33 @@ autoregressive_rows = {
         lambda dim, context_dim: IAF(dim, 2, (8,), context_dim),
         reference="Kingma et al. 2016, alg. 1",
         exempt={
-            ("gradients", torch.float64, 3.0): "ten steps back, of slopes up to e^3 each, are "
+            (
+                "gradients",
+                torch.float64,
+                3.0,
+            ): "ten steps back, of slopes up to e^3 each, are "
             "curved on scales below the checker's steps of 1e-6; "
             "tests/test_autoregressive.py compares with the implicit derivative"
         },
     ),
     "autoregressive-ordered": autoregressive_row(
-        lambda dim, context_dim: autoregress(dim, context_dim, order=inwards(dim)),
+        lambda dim, context_dim: autoregress(
+            dim, context_dim, order=inwards(dim)
+        ),
         reference="Germain et al. 2015",
     ),
     "autoregressive-fixed-point": autoregressive_row(
-        partial(autoregress, sampling="fixed-point"), reference="Song et al. 2021"
+        partial(autoregress, sampling="fixed-point"),
+        reference="Song et al. 2021",
     ),
     "autoregressive-loop": autoregressive_row(
-        partial(autoregress, sampling="loop"), reference="Papamakarios et al. 2017"
+        partial(autoregress, sampling="loop"),
+        reference="Papamakarios et al. 2017",
     ),
     "block-autoregressive": autoregressive_row(
-        lambda dim, context_dim: BlockAutoregressive(dim, (3, 3), context_dim, inwards(dim)),
+        lambda dim, context_dim: BlockAutoregressive(
+            dim, (3, 3), context_dim, inwards(dim)
+        ),
         reference="De Cao et al. 2019, sec. 3",
     ),
     "bnaf": autoregressive_row(
@@ -374,11 +451,17 @@ autoregressive_rows = {
 }
 
 # %% ../nbs/93-zoo.ipynb #e58125b8
-near = {"identity": "starts near the identity and not on it, because equal parts never separate"}
+near = {
+    "identity": "starts near the identity and not on it, because equal parts never separate"
+}
 monotone_exempt = {
     "logistic-mixture": near
     | {
-        ("gradients", torch.float64, 3.0): "between narrow components so flat that the way back "
+        (
+            "gradients",
+            torch.float64,
+            3.0,
+        ): "between narrow components so flat that the way back "
         "curves on scales below the checker's steps of 1e-6; tests/test_monotone.py compares with "
         "the implicit derivative"
     },
@@ -388,10 +471,18 @@ monotone_exempt = {
 
 # %% ../nbs/93-zoo.ipynb #a27aeb6b
 scalar_maps = Table(affine_maps | spline_maps | monotone_maps)
-containers = {"elementwise": coordinatewise, "coupling": couple, "autoregressive": autoregress}
+containers = {
+    "elementwise": coordinatewise,
+    "coupling": couple,
+    "autoregressive": autoregress,
+}
 lessons = {"07-splines": spline_maps, "08-monotone": monotone_maps}
 rounds = {  # of a conditioner's raw parameters; the slope of a spline shows it
-    (promise, torch.float32, 3.0): "in batches of other sizes a network with large weights rounds "
+    (
+        promise,
+        torch.float32,
+        3.0,
+    ): "in batches of other sizes a network with large weights rounds "
     "differently, by more than the checker sees in its context"
     for promise in ("rows", "batch")
 }
@@ -408,7 +499,10 @@ def crossed(
     return Row(
         partial(containers[container], scalar_map=scalar_map),
         family=container,
-        lesson=next((lesson for lesson, maps in lessons.items() if name in maps), "03-elementwise"),
+        lesson=next(
+            (lesson for lesson, maps in lessons.items() if name in maps),
+            "03-elementwise",
+        ),
         reference=scalar_map.reference,
         exempt=map_exempt.get(name, {}),
     )
@@ -421,16 +515,28 @@ def fits(
     """A map on an interval goes elementwise only; exp without a bound, fed its results, overflows."""
     if (name, container) == ("affine-exp", "autoregressive"):
         return False
-    return container == "elementwise" or scalar_maps[name].domain is constraints.real
+    return (
+        container == "elementwise"
+        or scalar_maps[name].domain is constraints.real
+    )
 
 
-cross_rows = {f"{m}-{c}": crossed(m, c) for c in containers for m in scalar_maps if fits(m, c)}
+cross_rows = {
+    f"{m}-{c}": crossed(m, c)
+    for c in containers
+    for m in scalar_maps
+    if fits(m, c)
+}
 
 # %% ../nbs/93-zoo.ipynb #bb2b0d37
-combinator_row = partial(Row, family="combinators", lesson="01-change-of-variables")
+combinator_row = partial(
+    Row, family="combinators", lesson="01-change-of-variables"
+)
 combinator_rows = {
     "composition": combinator_row(
-        lambda dim, context_dim: Compose(couple(dim, context_dim), couple(dim, 0, AdditiveMap())),
+        lambda dim, context_dim: Compose(
+            couple(dim, context_dim), couple(dim, 0, AdditiveMap())
+        ),
         reference="Papamakarios et al. 2021, sec. 2.1",
     ),
     "inverse": combinator_row(

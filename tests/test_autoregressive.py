@@ -5,7 +5,10 @@ import math
 
 import pytest
 import torch
-from pyro.distributions.transforms import AffineAutoregressive, ConditionalAffineAutoregressive
+from pyro.distributions.transforms import (
+    AffineAutoregressive,
+    ConditionalAffineAutoregressive,
+)
 from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import nn
 from torch.testing import assert_close
@@ -31,7 +34,9 @@ WAYS = ("incremental", "fixed-point", "loop")
 
 def noise(*shape, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
 
 
 def shuffled(dim, seed=0):
@@ -55,11 +60,15 @@ def sample_by(f, way, tolerance=None):
     return f
 
 
-def make(dim=5, context_dim=0, scalar_map=AffineMap(), seed=0, scale=0.3, **options):
+def make(
+    dim=5, context_dim=0, scalar_map=AffineMap(), seed=0, scale=0.3, **options
+):
     torch.manual_seed(seed)
     options.setdefault("order", shuffled(dim, seed))
     options.setdefault("hidden", (16, 12))
-    return perturbed(Autoregressive(dim, scalar_map, context_dim, **options), scale, seed)
+    return perturbed(
+        Autoregressive(dim, scalar_map, context_dim, **options), scale, seed
+    )
 
 
 # masks
@@ -72,9 +81,12 @@ def test_no_output_sees_its_own_or_a_later_coordinate(dim, context_dim, seed):
     torch.manual_seed(seed)
     degrees = [torch.randint(0, dim, (n,)) for n in (30, 20)]
     order = shuffled(dim, seed)
-    net = perturbed(MADE(dim, 3, context_dim=context_dim, order=order, degrees=degrees))
+    net = perturbed(
+        MADE(dim, 3, context_dim=context_dim, order=order, degrees=degrees)
+    )
     context = noise(context_dim) if context_dim else None
-    slopes = torch.func.jacrev(net)(noise(dim, seed=1), context)  # (dim, 3, dim)
+    # (dim, 3, dim)
+    slopes = torch.func.jacrev(net)(noise(dim, seed=1), context)
     place = order.argsort()
     allowed = place[:, None] > place[None, :]
     assert not slopes[(~allowed)[:, None].expand_as(slopes)].any()
@@ -99,8 +111,12 @@ def test_the_jacobian_of_a_layer_is_triangular_in_its_order(make_flow):
     order = shuffled(4)
     f = perturbed(make_flow(4, 1, (8,), orders=[order]))
     for direction in (f.forward, f.inverse):
-        jacobian = torch.func.jacrev(lambda t: direction(t)[0])(noise(4))[order][:, order]
-        assert_close(jacobian.triu(1), torch.zeros_like(jacobian), rtol=0, atol=1e-12)
+        jacobian = torch.func.jacrev(lambda t: direction(t)[0])(noise(4))[
+            order
+        ][:, order]
+        assert_close(
+            jacobian.triu(1), torch.zeros_like(jacobian), rtol=0, atol=1e-12
+        )
         assert (jacobian.tril() != 0).sum() == 10
 
 
@@ -114,20 +130,33 @@ def test_units_of_low_degree_start_as_large_as_others():
 
 
 def test_degrees_orders_and_names_that_are_wrong_are_refused():
-    for bad in (dict(order=torch.tensor([0, 0, 1])), dict(order=torch.arange(4))):
-        with pytest.raises(ValueError, match="order: expected each of 0 to 2 once"):
+    for bad in (
+        dict(order=torch.tensor([0, 0, 1])),
+        dict(order=torch.arange(4)),
+    ):
+        with pytest.raises(
+            ValueError, match="order: expected each of 0 to 2 once"
+        ):
             MADE(3, **bad)
         with pytest.raises(ValueError, match="order"):
             BlockAutoregressive(3, **bad)
-    with pytest.raises(ValueError, match=r"degrees\[1\]: expected whole numbers from 0 to 2"):
+    with pytest.raises(
+        ValueError, match=r"degrees\[1\]: expected whole numbers from 0 to 2"
+    ):
         MADE(3, degrees=[torch.tensor([1, 2]), torch.tensor([3])])
-    with pytest.raises(ValueError, match="sampling: expected one of incremental"):
+    with pytest.raises(
+        ValueError, match="sampling: expected one of incremental"
+    ):
         Autoregressive(3, sampling="parallel")
     with pytest.raises(ValueError, match="tolerance: expected 0 or more"):
         Autoregressive(3, tolerance=-1.0)
-    with pytest.raises(ValueError, match="scalar_map: expected one with parameters"):
+    with pytest.raises(
+        ValueError, match="scalar_map: expected one with parameters"
+    ):
         Autoregressive(3, ScalarMap())
-    with pytest.raises(ValueError, match="bend: expected a number between 0 and 1"):
+    with pytest.raises(
+        ValueError, match="bend: expected a number between 0 and 1"
+    ):
         BlockAutoregressive(3, bend=1.0)
     with pytest.raises(ValueError, match="layers"):
         MAF(3, 0)
@@ -136,7 +165,9 @@ def test_degrees_orders_and_names_that_are_wrong_are_refused():
 # three ways to sample
 
 
-@pytest.mark.parametrize("scalar_map", [AffineMap(), RationalQuadraticSplineMap()])
+@pytest.mark.parametrize(
+    "scalar_map", [AffineMap(), RationalQuadraticSplineMap()]
+)
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("dim", [1, 2, 6])
 def test_three_ways_agree_with_their_gradients(dim, context_dim, scalar_map):
@@ -148,14 +179,20 @@ def test_three_ways_agree_with_their_gradients(dim, context_dim, scalar_map):
         inputs = [z.clone().requires_grad_()]
         inputs += [] if context is None else [context.clone().requires_grad_()]
         x, ladj = g(*inputs)
-        loss = (x * noise(9, dim, seed=1)).sum() + (ladj * noise(9, seed=2)).sum()
-        grads = torch.autograd.grad(loss, [*inputs, *g.parameters()], materialize_grads=True)
+        loss = (x * noise(9, dim, seed=1)).sum() + (
+            ladj * noise(9, seed=2)
+        ).sum()
+        grads = torch.autograd.grad(
+            loss, [*inputs, *g.parameters()], materialize_grads=True
+        )
         results[way] = (x, ladj, *grads)
     for way in WAYS:
         for got, wanted in zip(results[way], results["loop"]):
             assert_close(got, wanted, rtol=1e-10, atol=1e-10)
         with torch.no_grad():  # which takes another path
-            for got, wanted in zip(sample_by(f, way)(z, context), results["loop"]):
+            for got, wanted in zip(
+                sample_by(f, way)(z, context), results["loop"]
+            ):
                 assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -173,13 +210,21 @@ def test_fixed_point_is_as_good_as_its_tolerance_and_exact_without(tolerance):
     assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["affine", "rational-quadratic-spline", "deep-sigmoidal"])
-@pytest.mark.parametrize(("scale", "layers"), [(0.0, 1), (0.3, 3), (1.0, 1), (3.0, 1)])
-def test_in_float32_no_way_is_further_off_than_twice_the_loop(name, scale, layers):
+@pytest.mark.parametrize(
+    "name", ["affine", "rational-quadratic-spline", "deep-sigmoidal"]
+)
+@pytest.mark.parametrize(
+    ("scale", "layers"), [(0.0, 1), (0.3, 3), (1.0, 1), (3.0, 1)]
+)
+def test_in_float32_no_way_is_further_off_than_twice_the_loop(
+    name, scale, layers
+):
     """By the worst of a thousand points, however much the map amplifies what rounding does."""
     for seed in range(2):
         torch.manual_seed(seed)
-        f = perturbed(MAF(16, layers, (64, 64), scalar_map=scalar_maps[name]), scale, seed)
+        f = perturbed(
+            MAF(16, layers, (64, 64), scalar_map=scalar_maps[name]), scale, seed
+        )
         f = f.float().double()  # weights that float32 has as well
         z = noise(1000, 16, seed=seed).float()
         with torch.no_grad():
@@ -188,11 +233,14 @@ def test_in_float32_no_way_is_further_off_than_twice_the_loop(name, scale, layer
             for way in WAYS:
                 got = sample_by(f, way).float()(z)
                 error[way] = [
-                    ((a.double() - b) / (1 + b.abs())).abs().max() for a, b in zip(got, exact)
+                    ((a.double() - b) / (1 + b.abs())).abs().max()
+                    for a, b in zip(got, exact)
                 ]
         for way in WAYS:
             for mine, plain in zip(error[way], error["loop"]):
-                assert mine <= 2 * max(plain, torch.finfo(torch.float32).eps / 2)
+                assert mine <= 2 * max(
+                    plain, torch.finfo(torch.float32).eps / 2
+                )
 
 
 def test_an_activation_with_parameters_samples_in_float32_and_gets_its_gradient():
@@ -223,9 +271,12 @@ class Explosive(ScalarMap):
 @pytest.mark.parametrize("way", WAYS)
 def test_an_overflow_of_what_is_not_determined_yet_does_not_spread(way):
     degrees = [torch.tensor([1, 2])]
-    f = Autoregressive(3, Explosive(), sampling=way, degrees=degrees, activation=nn.Identity)
+    f = Autoregressive(
+        3, Explosive(), sampling=way, degrees=degrees, activation=nn.Identity
+    )
     first, last = f.made.layers
-    with torch.no_grad():  # the last log-scale is 100 (1 - x_1): large while x_1 is not known
+    # the last log-scale is 100 (1 - x_1): large while x_1 is not known
+    with torch.no_grad():
         first.weight.copy_(torch.eye(2, 3))
         first.bias.zero_()
         last.weight[4, 1], last.bias[4] = -100.0, 100.0
@@ -260,7 +311,11 @@ class Counted(nn.Module):
         self.net, self.calls = net, 0
 
     def __getattr__(self, name):
-        return super().__getattr__(name) if name == "net" else getattr(self.net, name)
+        return (
+            super().__getattr__(name)
+            if name == "net"
+            else getattr(self.net, name)
+        )
 
     def forward(self, *args):
         self.calls += 1
@@ -274,7 +329,10 @@ def test_passes_are_what_the_classes_declare():
     assert (f.inverse_cost, f.forward_cost) == ("one pass", "D passes")
     f.inverse(noise(4, dim))
     assert f.made.calls == 1
-    for way, tolerance, calls in (("loop", None, dim), ("fixed-point", 0.0, 2 * dim)):
+    for way, tolerance, calls in (
+        ("loop", None, dim),
+        ("fixed-point", 0.0, 2 * dim),
+    ):
         f.made.calls, f.sampling, f.tolerance = 0, way, tolerance
         f(noise(4, dim))
         assert f.made.calls == calls  # under gradients, a sweep is made twice
@@ -296,7 +354,10 @@ def test_passes_are_what_the_classes_declare():
 @pytest.mark.parametrize("context_dim", [0, 4])
 def test_incremental_sampling_does_the_arithmetic_of_one_pass(context_dim):
     f = MAF(32, 2, (64, 64), context_dim)
-    z, context = torch.randn(16, 32), torch.randn(16, context_dim) if context_dim else None
+    z, context = (
+        torch.randn(16, 32),
+        torch.randn(16, context_dim) if context_dim else None,
+    )
 
     def flops(call):
         with FlopCounterMode(display=False) as counter:
@@ -315,7 +376,9 @@ def test_incremental_sampling_does_the_arithmetic_of_one_pass(context_dim):
 
 def test_maf_and_iaf_are_dual_with_one_set_of_weights():
     maf = perturbed(MAF(6, 1, (20,)))
-    iaf = Inverse(Autoregressive(6, InverseMap(AffineMap()), hidden=(20,))).double()
+    iaf = Inverse(
+        Autoregressive(6, InverseMap(AffineMap()), hidden=(20,))
+    ).double()
     iaf.bijection.made = maf.bijections[0].made
     u = noise(5, 6)
     # The IAF sees its base points where the MAF sees its data.
@@ -339,12 +402,22 @@ def test_pyro_agrees_given_the_same_weights(context_dim):
     torch.manual_seed(0)
     order = shuffled(dim)
     if context_dim:
-        net = ConditionalAutoRegressiveNN(dim, context_dim, hidden, permutation=order)
+        net = ConditionalAutoRegressiveNN(
+            dim, context_dim, hidden, permutation=order
+        )
     else:
         net = AutoRegressiveNN(dim, hidden, permutation=order)
     low = 0 if context_dim else 1
-    degrees = [torch.linspace(1, dim - low, n).round().long() - 1 + low for n in hidden]
-    f = IAF(dim, 1, context_dim=context_dim, scalar_map=AffineMap(1e6), orders=[order])
+    degrees = [
+        torch.linspace(1, dim - low, n).round().long() - 1 + low for n in hidden
+    ]
+    f = IAF(
+        dim,
+        1,
+        context_dim=context_dim,
+        scalar_map=AffineMap(1e6),
+        orders=[order],
+    )
     made = MADE(dim, 2, None, context_dim, order, degrees, nn.ReLU)
     f.bijections[0].bijection.made = made
     with torch.no_grad():
@@ -354,9 +427,13 @@ def test_pyro_agrees_given_the_same_weights(context_dim):
                 if context_dim:
                     made.from_context.weight.copy_(weight[:, :context_dim])
                 weight = weight[:, context_dim:]
-            if i == 2:  # theirs are all shifts, then all log-scales; ours alternate
+            # theirs are all shifts, then all log-scales; ours alternate
+            if i == 2:
                 weight, bias = (
-                    t.unflatten(0, (2, dim)).flip(0).transpose(0, 1).flatten(0, 1)
+                    t.unflatten(0, (2, dim))
+                    .flip(0)
+                    .transpose(0, 1)
+                    .flatten(0, 1)
                     for t in (weight, bias)
                 )
             mask = theirs.mask[:, context_dim:] if i == 0 else theirs.mask
@@ -365,7 +442,11 @@ def test_pyro_agrees_given_the_same_weights(context_dim):
             mine.weight.copy_(weight)
             mine.bias.copy_(bias)
     z = noise(7, dim, dtype=torch.float32)
-    context = noise(7, context_dim, seed=1, dtype=torch.float32) if context_dim else None
+    context = (
+        noise(7, context_dim, seed=1, dtype=torch.float32)
+        if context_dim
+        else None
+    )
     if context_dim:
         theirs = ConditionalAffineAutoregressive(net).condition(context)
     else:
@@ -391,9 +472,13 @@ def test_sampling_works_under_vmap_and_compile(way):
     ):
         assert_close(got[0], wanted[0])
         assert_close(got[1], wanted[1])
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, c: f(z, c)[0]))(z, context)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, c: f(z, c)[0]))(
+        z, context
+    )
     assert_close(torch.linalg.slogdet(jacobian).logabsdet, wanted[1])
-    second = torch.func.jacrev(torch.func.jacrev(lambda z: f(z, context[0])[1]))(z[0])
+    second = torch.func.jacrev(
+        torch.func.jacrev(lambda z: f(z, context[0])[1])
+    )(z[0])
     assert_close(second, second.T)
     assert second.any()
 
@@ -406,7 +491,9 @@ def test_block_networks_work_under_vmap_and_compile():
         got = torch.func.vmap(direction)(z, context)
         assert_close(got[0], wanted[0])
         assert_close(got[1], wanted[1])
-        second = torch.func.jacrev(torch.func.jacrev(lambda z: direction(z, context[0])[1]))(z[0])
+        second = torch.func.jacrev(
+            torch.func.jacrev(lambda z: direction(z, context[0])[1])
+        )(z[0])
         assert_close(second, second.T)
         assert second.any()
     f, z = perturbed(BlockAutoregressive(1, (2,))), noise(3, 1)
@@ -446,7 +533,9 @@ def test_autocast_keeps_the_dtype_and_the_block_networks_exact():
 
 def test_samples_carry_gradients_to_every_weight_that_a_mask_allows():
     flow = Flow(perturbed(MAF(4, 2, (8, 8)))).double()
-    x, log_prob = flow.rsample_and_log_prob(64, generator=torch.Generator().manual_seed(0))
+    x, log_prob = flow.rsample_and_log_prob(
+        64, generator=torch.Generator().manual_seed(0)
+    )
     (x.square().sum() + log_prob.sum()).backward()
     for layer in flow.modules():
         if isinstance(layer, MaskedLinear):
@@ -461,7 +550,9 @@ def test_the_way_back_of_an_iaf_has_the_implicit_derivative_where_parameters_are
         x, _ = f(z)
         there = torch.func.jacrev(lambda t, f=f: f(t)[0])(z)
         back = torch.func.jacrev(lambda t, f=f: f.inverse(t)[0])(x)
-        off = (there @ back - torch.eye(5).double()).norm() / (there.norm() * back.norm())
+        off = (there @ back - torch.eye(5).double()).norm() / (
+            there.norm() * back.norm()
+        )
         errors.append(torch.stack([(f.inverse(x)[0] - z).abs().max(), off]))
     errors = torch.stack(errors)
     assert errors.isfinite().all()
@@ -477,12 +568,16 @@ def test_the_way_back_of_an_iaf_has_the_implicit_derivative_where_parameters_are
 def test_block_networks_are_onto_and_have_mass_one(scale, context_dim):
     flow = Flow(perturbed(BNAF(2, 2, (6,), context_dim), scale)).double()
     context = noise(context_dim) if context_dim else None
-    mass = total_mass(lambda x: flow.log_prob(x, context), 2, dtype=torch.float64)
+    mass = total_mass(
+        lambda x: flow.log_prob(x, context), 2, dtype=torch.float64
+    )
     assert abs(mass - 1) < 1e-3
     far = torch.tensor([[1e6, -1e6], [-1e8, 3.0]], dtype=torch.float64)
     x, _ = flow.bijection(far, context)
     assert x.isfinite().all()
-    assert_close(flow.bijection.inverse(x, context)[0], far, rtol=1e-9, atol=1e-6)
+    assert_close(
+        flow.bijection.inverse(x, context)[0], far, rtol=1e-9, atol=1e-6
+    )
 
 
 def test_a_block_network_starts_at_the_identity_with_units_that_differ():
@@ -492,7 +587,9 @@ def test_a_block_network_starts_at_the_identity_with_units_that_differ():
     z, ladj = f.inverse(x)
     assert_close(z, x, rtol=1e-6, atol=1e-6)
     assert_close(ladj, torch.zeros_like(ladj), rtol=0, atol=1e-6)
-    target = torch.stack([x[:, 0].sinh(), x[:, 1] + x[:, 0] ** 2, x[:, 2].tanh()], 1)
+    target = torch.stack(
+        [x[:, 0].sinh(), x[:, 1] + x[:, 0] ** 2, x[:, 2].tanh()], 1
+    )
     (z - target).square().mean().backward()
     for layer in f.layers:
         first_block = layer.units.value.grad[1:, 0].squeeze(-1)  # scales, bends
@@ -507,7 +604,9 @@ def test_a_bounded_network_would_not_be_onto():
     """What the leak is for: without it the same network misses most of the plane."""
     f = BlockAutoregressive(1, (8,)).double()
     assert f.inverse(torch.tensor([[1e9]]).double())[0] > 1e6
-    squashed = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    squashed = nn.Sequential(
+        nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)
+    ).double()
     with torch.no_grad():
         for p in squashed.parameters():
             p.abs_()
@@ -527,6 +626,7 @@ def test_contexts_that_are_shared_are_broadcast(direction):
 def test_the_checker_sees_a_mask_that_is_off_by_one():
     torch.manual_seed(0)
     f = make(3, order=torch.arange(3), hidden=(16,))
-    f.made.layers[-1].mask[0:2] = True  # the first coordinate sees units that see itself
+    # the first coordinate sees units that see itself
+    f.made.layers[-1].mask[0:2] = True
     with pytest.raises(AssertionError, match="breaks"):
         check_bijection(f, noise(8, 3))

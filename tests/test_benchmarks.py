@@ -34,11 +34,16 @@ def test_our_sides_and_floors_run(name, who):
     assert all(p.grad is not None for p in runner.model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name, who in OWN if who == table.OURS])
+@pytest.mark.parametrize(
+    "name", [name for name, who in OWN if who == table.OURS]
+)
 def test_ours_has_as_many_parameters_as_the_floor(name):
     case = table.cases[name]
     ours, floor = (
-        sum(p.numel() for p in case.builders()[who].build(**case.sizes).parameters())
+        sum(
+            p.numel()
+            for p in case.builders()[who].build(**case.sizes).parameters()
+        )
         for who in (table.OURS, table.FLOOR)
     )
     assert ours == floor, "a conditioner of another size would be other work"
@@ -88,10 +93,17 @@ def test_peak_memory_of_a_training_step_holds_gradients_and_activations():
 
 def test_rounds_are_interleaved():
     order = []
-    calls = {name: lambda name=name: lambda: order.append(name) for name in "ab"}
+    calls = {
+        name: lambda name=name: lambda: order.append(name) for name in "ab"
+    }
     times = measure.interleaved(calls, rounds=3, threads=1, at_least=0)
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
-    turns = "".join(name for name, before in zip(order, [None, *order]) if name != before)
+    assert {name: len(seconds) for name, seconds in times.items()} == {
+        "a": 3,
+        "b": 3,
+    }
+    turns = "".join(
+        name for name, before in zip(order, [None, *order]) if name != before
+    )
     assert turns == "abababab", "once to choose numbers, then three rounds"
 
 
@@ -116,8 +128,14 @@ def test_the_best_peer_is_the_quickest_that_is_neither_ours_nor_the_floor():
         for mode in case.modes
     }
     found = run.compare(case, times)["train"]
-    assert (found["eager"]["best_peer"], found["eager"]["ratio"]) == ("zuko", 0.75)
-    assert (found["compiled"]["best_peer"], found["compiled"]["ratio"]) == ("zuko, compiled", 0.5)
+    assert (found["eager"]["best_peer"], found["eager"]["ratio"]) == (
+        "zuko",
+        0.75,
+    )
+    assert (found["compiled"]["best_peer"], found["compiled"]["ratio"]) == (
+        "zuko, compiled",
+        0.5,
+    )
     assert found["eager"]["best_peer_over_floor"] == 8
     assert found["eager"]["met"] and found["compiled"]["met"] is None
 
@@ -125,19 +143,30 @@ def test_the_best_peer_is_the_quickest_that_is_neither_ours_nor_the_floor():
 def complete(record):
     """Whether the page finds what it draws."""
     assert record["quick"] is False, "a record of tiny sizes says nothing"
-    assert record["threads"] > 0 and record["rounds"] > 0 and record["date"] and record["machine"]
-    assert {"torch", "flowcourse", "nflows", "normflows", "zuko"} <= record["versions"].keys()
+    assert (
+        record["threads"] > 0
+        and record["rounds"] > 0
+        and record["date"]
+        and record["machine"]
+    )
+    assert {"torch", "flowcourse", "nflows", "normflows", "zuko"} <= record[
+        "versions"
+    ].keys()
     if "rows" in record:
         assert record["rows"].keys() == overheads.overheads.keys()
         for row in record["rows"].values():
-            assert 0 < row["ours"]["median"] and 0 < row["bare_seconds"]["median"]
+            assert (
+                0 < row["ours"]["median"] and 0 < row["bare_seconds"]["median"]
+            )
             assert row["q1"] <= row["value"] <= row["q3"]
             assert row["met"] == (row["value"] <= row["target"])
         return
     if "axes" in record:
         for points in record["axes"].values():
             for point in points:
-                assert all(row["median"] > 0 for row in point["contestants"].values())
+                assert all(
+                    row["median"] > 0 for row in point["contestants"].values()
+                )
         return
     assert record["contestants"].keys() >= {table.FLOOR}
     for who in record["contestants"].values():
@@ -150,7 +179,10 @@ def complete(record):
             assert row is None or "failed" in row or row["median"] > 0
     for mode in record["modes"]:
         row = record["ratios"][mode]["eager"]
-        assert row["best_peer"] in record["contestants"] and row["best_peer_over_floor"] > 0
+        assert (
+            row["best_peer"] in record["contestants"]
+            and row["best_peer_over_floor"] > 0
+        )
         assert ("ratio" in row) == (table.OURS in record["contestants"])
 
 
@@ -167,7 +199,9 @@ def test_a_new_record_is_complete(tmp_path, monkeypatch):
     stand_in = table.Contestant(table.maf_ours, package="flowcourse")
     entrants = {table.OURS: case.contestants[table.OURS], "stand-in": stand_in}
     monkeypatch.setattr(case, "contestants", entrants)
-    options = run.arguments(["maf", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    options = run.arguments(
+        ["maf", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    )
     run.write(run.run_case("maf", options), tmp_path / "maf.json")
     run.write(run.run_curves("maf", options), tmp_path / "maf.curves.json")
     run.write(run.run_overheads(options), tmp_path / "overheads.json")

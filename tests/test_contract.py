@@ -9,11 +9,18 @@ from torch.distributions import constraints
 
 from flowcourse.core import Bijection, Compose, Inverse
 from flowcourse.coupling import RealNVP
-from flowcourse.testing import PROMISES, ContractError, check_bijection, total_mass
+from flowcourse.testing import (
+    PROMISES,
+    ContractError,
+    check_bijection,
+    total_mass,
+)
 
 
 def points(*shape, seed=0):
-    return torch.randn(12, *shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        12, *shape, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 class Affine(Bijection):
@@ -147,8 +154,13 @@ def test_what_keeps_the_contract_passes(make, shape, context_dim, exempt):
     context = points(context_dim, seed=1) if context_dim else None
     report = check_bijection(make(), points(*shape), context, exempt=exempt)
     assert report.ok and not report.broken
-    assert {f.promise for f in report.findings} >= set(PROMISES) - {"mass", *exempt}
-    assert ("mass" in {f.promise for f in report.findings}) == (math.prod(shape) <= 2)
+    assert {f.promise for f in report.findings} >= set(PROMISES) - {
+        "mass",
+        *exempt,
+    }
+    assert ("mass" in {f.promise for f in report.findings}) == (
+        math.prod(shape) <= 2
+    )
 
 
 class FlippedSign(Affine):
@@ -202,10 +214,14 @@ class DefaultPrecision(Bijection):
     """The dtype is right, but the constant has only as many digits as the default dtype."""
 
     def _forward(self, z, context):
-        return z * torch.tensor(1.1), z.new_full(z.shape[:-1], self.event_shape[0] * math.log(1.1))
+        return z * torch.tensor(1.1), z.new_full(
+            z.shape[:-1], self.event_shape[0] * math.log(1.1)
+        )
 
     def _inverse(self, x, context):
-        return x / torch.tensor(1.1), x.new_full(x.shape[:-1], -self.event_shape[0] * math.log(1.1))
+        return x / torch.tensor(1.1), x.new_full(
+            x.shape[:-1], -self.event_shape[0] * math.log(1.1)
+        )
 
 
 class FixedDtype(Bijection):
@@ -361,12 +377,19 @@ class Shifted(Affine):
         return super()._inverse(x - 0.1, context)
 
 
-rejected = {  # class: the promise that must be named first, and words of the message
+# class: the promise that must be named first, and words of the message
+rejected = {
     FlippedSign: ("ladj", "ladj of inverse against slogdet"),
     BothSignsFlipped: ("ladj", "opposite sign"),
     ForgottenDimension: ("ladj", "ladj of forward against slogdet"),
-    DetachedLadj: ("gradients", "gradient of ladj of inverse in parameter s (is it detached?)"),
-    DetachedInput: ("gradients", "gradient of ladj of forward in z (is it detached?)"),
+    DetachedLadj: (
+        "gradients",
+        "gradient of ladj of inverse in parameter s (is it detached?)",
+    ),
+    DetachedInput: (
+        "gradients",
+        "gradient of ladj of forward in z (is it detached?)",
+    ),
     WrongDtype: ("dtype", "ladj of forward is float32"),
     DefaultDtype: ("dtype", "with default dtype float32"),
     DefaultPrecision: ("dtype", "under two default dtypes"),
@@ -385,7 +408,10 @@ rejected = {  # class: the promise that must be named first, and words of the me
     WhereTrap: ("gradients", "gradient of x of forward in z is not finite"),
     TrapInParameters: ("gradients", "in parameter s is not finite"),
     WrongGradient: ("gradients", "gradient of x of forward in parameter b"),
-    LadjPerCoordinate: ("shape", "ladj of forward has shape (12, 2), expected (12,)"),
+    LadjPerCoordinate: (
+        "shape",
+        "ladj of forward has shape (12, 2), expected (12,)",
+    ),
     ScalarLadj: ("shape", "ladj of forward has shape (), expected (12,)"),
     OnlyAPoint: ("shape", "expected the pair (point, ladj)"),
     Collapse: ("onto", "no bijection"),
@@ -414,7 +440,9 @@ def test_what_breaks_it_is_rejected_by_name(broken):
     if broken is WhereTrap:
         z[3, 1] = 0
     with pytest.raises(ContractError) as caught:
-        check_bijection(f, z, points(f.context_dim, seed=1) if f.context_dim else None)
+        check_bijection(
+            f, z, points(f.context_dim, seed=1) if f.context_dim else None
+        )
     message = str(caught.value)
     first = message.splitlines()[1].strip()
     assert first.startswith(f"{promise} ("), message
@@ -440,7 +468,9 @@ class LossyZ(Affine):
 def test_the_round_trip_in_z_is_sharper_than_the_one_in_x():
     with pytest.raises(ContractError, match="round trip in z") as caught:
         check_bijection(LossyZ(), points(2), dtypes=(torch.float64,))
-    assert {f.promise for f in caught.value.report.broken} == {"round trip in z"}
+    assert {f.promise for f in caught.value.report.broken} == {
+        "round trip in z"
+    }
 
 
 class LadjDrifts(Affine):
@@ -460,7 +490,10 @@ class Hinge(Bijection):
 
     def __init__(self, share=1.0):
         super().__init__(1)
-        self.share, self.log_width = share, nn.Parameter(torch.tensor([math.log(1e-8)]))
+        self.share, self.log_width = (
+            share,
+            nn.Parameter(torch.tensor([math.log(1e-8)])),
+        )
 
     def log_slope(self, z, width):
         log_slope = (2.5 + 1.5 * z / torch.hypot(z, width)).log().sum(-1)
@@ -468,7 +501,9 @@ class Hinge(Bijection):
 
     def _forward(self, z, context):
         width = self.log_width.exp()
-        return 2.5 * z + 1.5 * (torch.hypot(z, width) - width), self.log_slope(z, width)
+        return 2.5 * z + 1.5 * (torch.hypot(z, width) - width), self.log_slope(
+            z, width
+        )
 
     def _inverse(self, x, context):
         width = self.log_width.exp()
@@ -480,7 +515,10 @@ class Hinge(Bijection):
 @pytest.mark.parametrize("share", [1.0, 0.999, 1.001, 0.0, -1.0, 2.0, 1e4])
 def test_gradients_are_judged_at_the_map_s_own_scale(share):
     options = {"levels": (0.0,), "dtypes": (torch.float64,)}
-    options["exempt"] = {"identity": "a hinge", "mass": "its jump is not the subject"}
+    options["exempt"] = {
+        "identity": "a hinge",
+        "mass": "its jump is not the subject",
+    }
     z = 1e-8 * points(1)
     if share == 1.0:
         assert check_bijection(Hinge(), z, **options).ok
@@ -491,7 +529,9 @@ def test_gradients_are_judged_at_the_map_s_own_scale(share):
 
 def test_the_two_ladj_must_cancel():
     with pytest.raises(ContractError, match="cancel") as caught:
-        check_bijection(LadjDrifts(), points(2), dtypes=(torch.float64,), levels=(0.0,))
+        check_bijection(
+            LadjDrifts(), points(2), dtypes=(torch.float64,), levels=(0.0,)
+        )
     assert {f.promise for f in caught.value.report.broken} == {"cancel"}
 
 
@@ -526,8 +566,12 @@ def test_exemptions_are_named_and_narrow():
     assert "exempt: identity, because it shifts" in repr(report)
     check_bijection(Shifted(), z, exempt={("identity", 0.0): "it shifts"})
     with pytest.raises(ContractError, match="identity"):
-        check_bijection(Shifted(), z, exempt={("identity", torch.float32): "it shifts"})
-    with pytest.raises(ValueError, match="exempt: no promise 'identiy'; there are shape, dtype"):
+        check_bijection(
+            Shifted(), z, exempt={("identity", torch.float32): "it shifts"}
+        )
+    with pytest.raises(
+        ValueError, match="exempt: no promise 'identiy'; there are shape, dtype"
+    ):
         check_bijection(Shifted(), z, exempt={"identiy": "it shifts"})
     with pytest.raises(ValueError, match="needs a reason"):
         check_bijection(Shifted(), z, exempt={"identity": ""})
@@ -536,12 +580,32 @@ def test_exemptions_are_named_and_narrow():
 @pytest.mark.parametrize(
     "f, z, context, message",
     [
-        (nn.Linear(2, 2), points(2), None, "bijection: expected a Bijection, got Linear"),
-        (Affine(), points(3), None, r"z: expected at least 2 points with events of \(2,\)"),
+        (
+            nn.Linear(2, 2),
+            points(2),
+            None,
+            "bijection: expected a Bijection, got Linear",
+        ),
+        (
+            Affine(),
+            points(3),
+            None,
+            r"z: expected at least 2 points with events of \(2,\)",
+        ),
         (Affine(), points(2)[0], None, "z: expected at least 2 points"),
-        (Affine(), points(2).long(), None, "z: expected a floating-point tensor"),
+        (
+            Affine(),
+            points(2).long(),
+            None,
+            "z: expected a floating-point tensor",
+        ),
         (Affine(), points(2).log(), None, "points lie outside the domain"),
-        (Affine(2, 3), points(2), None, r"context: Affine expects shape \(\*batch, 3\), got none"),
+        (
+            Affine(2, 3),
+            points(2),
+            None,
+            r"context: Affine expects shape \(\*batch, 3\), got none",
+        ),
         (Affine(), points(2), points(3), "context: Affine expects none"),
     ],
 )
@@ -559,15 +623,24 @@ def test_beyond_float32_is_counted_not_blamed():
             return x / 1e25, x.new_full(x.shape[:-1], -2 * 25 * math.log(10))
 
     report = check_bijection(Stretch(2), points(2), exempt=no_identity)
-    assert report.unjudged and all(case.startswith("float32") for case in report.unjudged)
+    assert report.unjudged and all(
+        case.startswith("float32") for case in report.unjudged
+    )
     assert "beyond the numbers of the format" in repr(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_total_mass_weighs_a_density_that_is_infinite_at_an_end(dtype):
-    at_zero = total_mass(lambda x: -math.log(2) - 0.5 * x[:, 0].log(), low=0, high=1, dtype=dtype)
+    at_zero = total_mass(
+        lambda x: -math.log(2) - 0.5 * x[:, 0].log(), low=0, high=1, dtype=dtype
+    )
     at_one = total_mass(
-        lambda x: -math.log(2) - 0.5 * (-x[:, 0]).log1p(), low=0, high=1, dtype=dtype
+        lambda x: -math.log(2) - 0.5 * (-x[:, 0]).log1p(),
+        low=0,
+        high=1,
+        dtype=dtype,
     )
     for mass in (at_zero, at_one):
-        torch.testing.assert_close(mass, torch.ones((), dtype=dtype), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            mass, torch.ones((), dtype=dtype), atol=1e-3, rtol=0
+        )

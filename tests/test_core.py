@@ -70,22 +70,34 @@ class Flatten(Bijection):
 def bases():
     return {
         "normal": StandardNormal(2),
-        "gaussian": DiagonalGaussian(2, loc=torch.tensor([1.0, -2.0]), scale=0.5),
+        "gaussian": DiagonalGaussian(
+            2, loc=torch.tensor([1.0, -2.0]), scale=0.5
+        ),
         "mixture": GaussianMixture(
-            torch.tensor([[0.0, 0.0], [4.0, 1.0]]), 0.7, weights=torch.tensor([1.0, 3.0])
+            torch.tensor([[0.0, 0.0], [4.0, 1.0]]),
+            0.7,
+            weights=torch.tensor([1.0, 3.0]),
         ),
         "uniform": Uniform(2, low=-1.0, high=torch.tensor([1.0, 3.0])),
-        "torch normal": TorchBase(D.Independent(D.Normal(torch.tensor([0.0, 1.0]), 2.0), 1)),
+        "torch normal": TorchBase(
+            D.Independent(D.Normal(torch.tensor([0.0, 1.0]), 2.0), 1)
+        ),
         "torch full": TorchBase(
-            D.MultivariateNormal(torch.zeros(2), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
+            D.MultivariateNormal(
+                torch.zeros(2), torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+            )
         ),
         "torch mixture": TorchBase(
             D.MixtureSameFamily(
                 D.Categorical(torch.tensor([0.3, 0.7])),
-                D.Independent(D.Normal(torch.tensor([[0.0, 0.0], [3.0, 3.0]]), 1.0), 1),
+                D.Independent(
+                    D.Normal(torch.tensor([[0.0, 0.0], [3.0, 3.0]]), 1.0), 1
+                ),
             )
         ),
-        "pyro": TorchBase(pdist.Laplace(torch.zeros(2), torch.ones(2)).to_event(1)),
+        "pyro": TorchBase(
+            pdist.Laplace(torch.zeros(2), torch.ones(2)).to_event(1)
+        ),
     }
 
 
@@ -106,7 +118,9 @@ def test_a_base_has_mass_one_and_samples_what_it_says(name):
 def test_a_base_honours_its_generator_and_leaves_the_global_one_alone(name):
     base = bases()[name]
     before = torch.get_rng_state()
-    one, two, other = (base.sample((5,), torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    one, two, other = (
+        base.sample((5,), torch.Generator().manual_seed(s)) for s in (3, 3, 4)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one, two) and not torch.equal(one, other)
 
@@ -125,8 +139,14 @@ def test_a_base_moves_copies_and_pickles_with_the_flow(name):
     assert torch.equal(fresh.log_prob(x), flow.log_prob(x))
     double = copy.deepcopy(flow).double()
     assert double.sample(4).dtype == torch.float64
-    assert_close(double.log_prob(x.double()), flow.log_prob(x).double(), atol=1e-4, rtol=1e-5)
-    meta = copy.deepcopy(flow.base).to("meta")  # every tensor has moved, none was left behind
+    assert_close(
+        double.log_prob(x.double()),
+        flow.log_prob(x).double(),
+        atol=1e-4,
+        rtol=1e-5,
+    )
+    # every tensor has moved, none was left behind
+    meta = copy.deepcopy(flow.base).to("meta")
     assert all(t.is_meta for t in meta.state_dict().values())
 
 
@@ -139,10 +159,15 @@ def test_trainable_bases_learn_and_keep_a_positive_scale():
     assert_close(base.scale, torch.full((2,), 0.25))
     for base in (base, GaussianMixture(torch.randn(3, 2))):
         base.log_prob(torch.randn(7, 2)).sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in base.parameters())
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0
+            for p in base.parameters()
+        )
 
 
-@pytest.mark.parametrize("bad", [D.Normal(torch.zeros(2), 1.0), D.Normal(0.0, 1.0)])
+@pytest.mark.parametrize(
+    "bad", [D.Normal(torch.zeros(2), 1.0), D.Normal(0.0, 1.0)]
+)
 def test_a_torch_base_wants_one_event(bad):
     with pytest.raises(ValueError, match="^base: expected"):
         Flow(RealNVP(2), bad)
@@ -154,14 +179,19 @@ def test_a_torch_base_refuses_what_it_cannot_move():
     )
     with pytest.raises(ValueError, match="cannot move with the flow"):
         Flow(RealNVP(2), D.Independent(hidden, 0))
-    with pytest.raises(ValueError, match="^base: expected a Base or a torch distribution, got int"):
+    with pytest.raises(
+        ValueError,
+        match="^base: expected a Base or a torch distribution, got int",
+    ):
         Flow(RealNVP(2), 3)
 
 
 class Root(Bijection):
     """Square root of every coordinate: takes points between 0 and 1 only."""
 
-    domain = codomain = D.constraints.independent(D.constraints.unit_interval, 1)
+    domain = codomain = D.constraints.independent(
+        D.constraints.unit_interval, 1
+    )
 
     def _forward(self, z, context):
         return z.sqrt(), -torch.log(2 * z.sqrt()).sum(-1)
@@ -199,8 +229,16 @@ def many(make, *args):
         (Log, lambda: many(D.Gamma, 1.0, 2.0), True),
         (Log, lambda: many(pdist.Laplace, 0.0, 1.0), False),
         (lambda n: Inverse(Log(n)), lambda: None, True),
-        (lambda n: Compose(Root(n), Counted(n)), lambda: bases()["torch mixture"], False),
-        (lambda n: Compose(Counted(n), RealNVP(n, context_dim=3)), lambda: Uniform(2), True),
+        (
+            lambda n: Compose(Root(n), Counted(n)),
+            lambda: bases()["torch mixture"],
+            False,
+        ),
+        (
+            lambda n: Compose(Counted(n), RealNVP(n, context_dim=3)),
+            lambda: Uniform(2),
+            True,
+        ),
         (Simplex, lambda: D.Dirichlet(torch.ones(2)), True),
         (Simplex, lambda: None, False),
     ],
@@ -212,7 +250,8 @@ def test_a_base_lies_in_the_domain(make, base, fits):
         assert flow.base.support.check(flow.base.double().sample((9,))).all()
     else:
         with pytest.raises(
-            ValueError, match=r"^base: \w+ takes points of .*, got \w+ with support"
+            ValueError,
+            match=r"^base: \w+ takes points of .*, got \w+ with support",
         ):
             Flow(make(2), base())
         assert torch.equal(torch.get_rng_state(), before)
@@ -222,8 +261,11 @@ def test_the_domain_is_compared_on_the_meta_device():
     with torch.device("meta"):
         with pytest.raises(ValueError, match="takes points of"):
             Flow(Root(2))
-    assert Flow(Root(2), Uniform(2).to("meta")).base.low.is_meta  # bounds without values
-    assert Flow(Counted(2).to("meta"), StandardNormal(2).to("meta")).base.loc.is_meta
+    # bounds without values
+    assert Flow(Root(2), Uniform(2).to("meta")).base.low.is_meta
+    assert Flow(
+        Counted(2).to("meta"), StandardNormal(2).to("meta")
+    ).base.loc.is_meta
 
 
 def StandardNormalTorch():
@@ -258,22 +300,39 @@ def test_compose_carries_shapes_through_maps_that_change_them():
     ("make", "message"),
     [
         (lambda: Compose(), "bijections: Compose expects at least one"),
-        (lambda: Compose(Counted(2), Counted(3)), r"bijections\[1\]: .* shape \(3,\), got \(2,\)"),
+        (
+            lambda: Compose(Counted(2), Counted(3)),
+            r"bijections\[1\]: .* shape \(3,\), got \(2,\)",
+        ),
         (
             lambda: Compose(Flatten((1, 2, 2)), Flatten((1, 2, 2))),
             r"bijections\[1\]: .* 3 dimensions",
         ),
-        (lambda: Compose(RealNVP(2, context_dim=1), RealNVP(2, context_dim=2)), "one context_dim"),
-        (lambda: Flow(Counted(2), StandardNormal(3)), r"base: expected event shape \(2,\)"),
+        (
+            lambda: Compose(
+                RealNVP(2, context_dim=1), RealNVP(2, context_dim=2)
+            ),
+            "one context_dim",
+        ),
+        (
+            lambda: Flow(Counted(2), StandardNormal(3)),
+            r"base: expected event shape \(2,\)",
+        ),
         (lambda: Flow(Bijection()), "base: expected one"),
-        (lambda: Bijection(0), "event_shape: expected positive integers, got 0"),
+        (
+            lambda: Bijection(0),
+            "event_shape: expected positive integers, got 0",
+        ),
         (lambda: Bijection(2, -1), "context_dim: expected 0 or more, got -1"),
         (
             lambda: DiagonalGaussian(2, scale=-1.0),
             r"scale: expected finite numbers above 0, got -1.0",
         ),
         (lambda: Uniform(1, 1.0, 0.0), "high: expected above low"),
-        (lambda: GaussianMixture(torch.zeros(3)), r"loc: expected shape \(components"),
+        (
+            lambda: GaussianMixture(torch.zeros(3)),
+            r"loc: expected shape \(components",
+        ),
         (
             lambda: RealNVP(2)(torch.zeros(4, 3)),
             r"z: RealNVP expects last dimension 2, got .*\(4, 3\)",
@@ -291,10 +350,18 @@ def test_compose_carries_shapes_through_maps_that_change_them():
             lambda: RealNVP(2)(torch.zeros(2), torch.zeros(1)),
             "context: RealNVP expects none, got shape",
         ),
-        (lambda: RealNVP(2, context_dim=3)(torch.zeros(2)), r"context: .*\(\*batch, 3\), got none"),
-        (lambda: Flow(RealNVP(2, context_dim=3))(), r"context: Flow expects shape \(\*batch, 3\)"),
         (
-            lambda: RealNVP(2, context_dim=1)(torch.zeros(4, 2), torch.zeros(3, 1)),
+            lambda: RealNVP(2, context_dim=3)(torch.zeros(2)),
+            r"context: .*\(\*batch, 3\), got none",
+        ),
+        (
+            lambda: Flow(RealNVP(2, context_dim=3))(),
+            r"context: Flow expects shape \(\*batch, 3\)",
+        ),
+        (
+            lambda: RealNVP(2, context_dim=1)(
+                torch.zeros(4, 2), torch.zeros(3, 1)
+            ),
             r"context: batch shape \(3,\) does not broadcast against \(4,\)",
         ),
     ],
@@ -321,11 +388,20 @@ def test_a_flow_is_a_torch_distribution(context_dim, scramble):
     d = flow(context)
     assert (d.batch_shape, d.event_shape, d.has_rsample) == (batch, (3,), True)
     x = d.sample((7,))
-    assert x.shape == (7, *batch, 3) and not x.requires_grad and d.rsample().requires_grad
+    assert (
+        x.shape == (7, *batch, 3)
+        and not x.requires_grad
+        and d.rsample().requires_grad
+    )
     assert d.support.check(x).all()
     assert_close(d.log_prob(x), flow.log_prob(x, context))
     wide = d.expand((4, 5))
-    assert wide.batch_shape == (4, 5) and wide.sample((2,)).shape == (2, 4, 5, 3)
+    assert wide.batch_shape == (4, 5) and wide.sample((2,)).shape == (
+        2,
+        4,
+        5,
+        3,
+    )
     value = wide.sample()
     assert_close(wide.log_prob(value), flow.log_prob(value, context))
     assert wide.log_prob(value[0, 0]).shape == (4, 5)
@@ -335,7 +411,9 @@ def test_a_flow_is_a_torch_distribution(context_dim, scramble):
 
 @pytest.mark.parametrize("cache_size", [0, 1])
 @pytest.mark.parametrize("module", [D, pdist])
-def test_transformed_distribution_accepts_the_transform(module, cache_size, scramble):
+def test_transformed_distribution_accepts_the_transform(
+    module, cache_size, scramble
+):
     flow = scramble(Flow(RealNVP(2, 2, (4,), 1)))
     context = torch.randn(5, 1)
     base = module.Independent(module.Normal(torch.zeros(2), torch.ones(2)), 1)
@@ -346,12 +424,17 @@ def test_transformed_distribution_accepts_the_transform(module, cache_size, scra
     assert_close(d.log_prob(x), flow.log_prob(x, context), atol=1e-4, rtol=1e-5)
     z = transform.inv(x)
     assert_close(transform(z), x, atol=1e-5, rtol=1e-5)
-    assert transform.inverse_shape((5, 2)) == (5, 2) and transform.domain.event_dim == 1
+    assert (
+        transform.inverse_shape((5, 2)) == (5, 2)
+        and transform.domain.event_dim == 1
+    )
 
 
 def test_a_cached_transform_does_not_compute_twice():
     f = Counted(2)
-    d = D.TransformedDistribution(StandardNormalTorch(), [f.as_transform(cache_size=1)])
+    d = D.TransformedDistribution(
+        StandardNormalTorch(), [f.as_transform(cache_size=1)]
+    )
     x = d.rsample((3,))
     d.log_prob(x)
     assert f.calls == {"forward": 1, "inverse": 0}
@@ -375,7 +458,9 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
 
     def target():
         with pyro.plate("batch", 8):
-            pyro.sample("z", pdist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1))
+            pyro.sample(
+                "z", pdist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1)
+            )
 
     def guide():
         pyro.module("flow", flow)
@@ -385,36 +470,55 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
     svi = SVI(target, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     pyro.enable_validation(True)
     losses = [svi.step() / 8 for _ in range(300)]
-    assert sum(losses[-20:]) / 20 < 0.1 < sum(losses[:20]) / 20  # zero is the optimum
+    # zero is the optimum
+    assert sum(losses[-20:]) / 20 < 0.1 < sum(losses[:20]) / 20
 
     conditional = Flow(RealNVP(2, 2, (4,), context_dim=3))
     with pyro.plate("outer", 4, dim=-2), pyro.plate("inner", 5, dim=-1):
-        assert pyro.sample("y", conditional(torch.randn(5, 3))).shape == (4, 5, 2)
-    masked = conditional(torch.randn(5, 3)).mask(torch.zeros(5, dtype=torch.bool))
+        assert pyro.sample("y", conditional(torch.randn(5, 3))).shape == (
+            4,
+            5,
+            2,
+        )
+    masked = conditional(torch.randn(5, 3)).mask(
+        torch.zeros(5, dtype=torch.bool)
+    )
     assert torch.equal(masked.log_prob(torch.randn(5, 2)), torch.zeros(5))
 
 
 def test_rsample_and_log_prob_agree_with_log_prob_and_carry_gradients(scramble):
     flow = scramble(Flow(RealNVP(2, 2, (4,)), DiagonalGaussian(2))).double()
-    x, log_prob = flow.rsample_and_log_prob(9, generator=torch.Generator().manual_seed(0))
+    x, log_prob = flow.rsample_and_log_prob(
+        9, generator=torch.Generator().manual_seed(0)
+    )
     assert_close(log_prob, flow.log_prob(x))
     (x.sum() + log_prob.sum()).backward()
     assert all(p.grad is not None for p in flow.parameters())
     noise = flow.base.noise((9,), torch.Generator().manual_seed(0))
     assert torch.equal(flow.rsample_and_log_prob(noise=noise)[0], x)
     with pytest.raises(ValueError, match="no reparametrised sample"):
-        Flow(RealNVP(2), GaussianMixture(torch.randn(2, 2))).rsample_and_log_prob(3)
+        Flow(
+            RealNVP(2), GaussianMixture(torch.randn(2, 2))
+        ).rsample_and_log_prob(3)
 
 
 rows = [
-    # with context where the row takes one: then its parameters come out of a network
-    pytest.param(row, row.event_shapes[0], row.make(row.event_shapes[0], 2).context_dim, id=name)
+    # with context where the row takes one: then its parameters come out of a
+    # network
+    pytest.param(
+        row,
+        row.event_shapes[0],
+        row.make(row.event_shapes[0], 2).context_dim,
+        id=name,
+    )
     for name, row in zoo.items()
 ]
 
 
 @pytest.mark.parametrize(("row", "shape", "context_dim"), rows)
-def test_both_directions_compile_without_a_graph_break(row, shape, context_dim, scramble):
+def test_both_directions_compile_without_a_graph_break(
+    row, shape, context_dim, scramble
+):
     torch._dynamo.reset()
     f = scramble(row.make(shape, context_dim)).eval()
     z = D.biject_to(f.domain)(torch.randn(5, *shape))
@@ -426,7 +530,9 @@ def test_both_directions_compile_without_a_graph_break(row, shape, context_dim, 
             assert_close(got, wanted)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which("g++"), reason="inductor needs a C++ compiler"
+)
 @pytest.mark.parametrize("name", ["affine-coupling", "realnvp"])
 def test_inductor_compiles_training(name, scramble):
     torch._dynamo.reset()
@@ -434,7 +540,9 @@ def test_inductor_compiles_training(name, scramble):
     x = torch.randn(16, 2)
     fast = torch.compile(lambda x: flow.log_prob(x).mean(), fullgraph=True)
     assert_close(fast(x), flow.log_prob(x).mean())
-    wanted = torch.autograd.grad(flow.log_prob(x).mean(), list(flow.parameters()))
+    wanted = torch.autograd.grad(
+        flow.log_prob(x).mean(), list(flow.parameters())
+    )
     got = torch.autograd.grad(fast(x), list(flow.parameters()))
     assert_close(got, wanted)
 
@@ -443,7 +551,11 @@ def test_inductor_compiles_training(name, scramble):
 def test_function_transforms(row, shape, context_dim, scramble):
     f = scramble(row.make(shape, context_dim)).double().eval()
     z = D.biject_to(f.domain)(torch.randn(4, *shape, dtype=torch.float64))
-    c = torch.randn(4, context_dim, dtype=torch.float64) if context_dim else None
+    c = (
+        torch.randn(4, context_dim, dtype=torch.float64)
+        if context_dim
+        else None
+    )
     dims = (0, None if c is None else 0)
     x = f.forward(z, c)[0].detach()
     for direction, start in ((f.forward, z), (f.inverse, x)):
@@ -456,7 +568,9 @@ def test_function_transforms(row, shape, context_dim, scramble):
 
         hessian = vmap(jacrev(jacrev(point)), in_dims=dims)(start, c)
         assert hessian.isfinite().all()
-        assert_close(vmap(grad(point), in_dims=dims)(start, c), jacrev(point)(start, c))
+        assert_close(
+            vmap(grad(point), in_dims=dims)(start, c), jacrev(point)(start, c)
+        )
 
     def loss(parameters):
         x, ladj = functional_call(f, parameters, (z, c))
@@ -477,6 +591,8 @@ def test_the_dtype_and_device_are_the_bases(scramble):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_flow_moves_to_the_gpu():
-    flow = Flow(RealNVP(2, 2, (4,)), D.MultivariateNormal(torch.zeros(2), torch.eye(2))).cuda()
+    flow = Flow(
+        RealNVP(2, 2, (4,)), D.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    ).cuda()
     x = flow.sample(5, generator=torch.Generator().manual_seed(0))
     assert x.is_cuda and flow.log_prob(x).is_cuda

@@ -43,11 +43,26 @@ def spline():
 FLOWS = {  # a flow, and its calls for loss and gradient, log_prob and sample
     "planar, 40 layers": (lambda: Planar(4, 40), 276, None, 139),
     "planar, 80 layers": (lambda: Planar(4, 80), 384, None, 226),
-    "planar, 80 layers, from a context": (lambda: Planar(4, 80, 3, hidden=()), 395, None, 234),
+    "planar, 80 layers, from a context": (
+        lambda: Planar(4, 80, 3, hidden=()),
+        395,
+        None,
+        234,
+    ),
     "RealNVP": (lambda: RealNVP(4, 8, (8, 8)), 288, 105, 92),
-    "spline coupling": (lambda: Couplings(4, spline(), 8, (8, 8)), 1544, 569, 476),
+    "spline coupling": (
+        lambda: Couplings(4, spline(), 8, (8, 8)),
+        1544,
+        569,
+        476,
+    ),
     "MAF": (lambda: MAF(4, 5, (8, 8)), 217, 85, 335),
-    "spline autoregressive": (lambda: MAF(4, 5, (8, 8), scalar_map=spline()), 1004, 375, 1295),
+    "spline autoregressive": (
+        lambda: MAF(4, 5, (8, 8), scalar_map=spline()),
+        1004,
+        375,
+        1295,
+    ),
 }
 
 
@@ -68,7 +83,9 @@ def works(make):
 
     return (
         train,
-        None if numerical else torch.no_grad()(lambda: flow.log_prob(x, context)),
+        None
+        if numerical
+        else torch.no_grad()(lambda: flow.log_prob(x, context)),
         torch.no_grad()(lambda: flow.bijection(noise, context)),
     )
 
@@ -83,9 +100,12 @@ def test_a_flow_asks_for_no_more_calls_than_it_did(name):
 
 
 def test_the_calls_of_a_planar_stack_grow_by_blocks_and_hardly_by_layers():
-    one, two, four = (calls(works(lambda n=n: Planar(4, n))[0]) for n in (40, 80, 160))
+    one, two, four = (
+        calls(works(lambda n=n: Planar(4, n))[0]) for n in (40, 80, 160)
+    )
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
-    assert two - one < 5 * 40  # the arithmetic of a layer alone is more than five calls
+    # the arithmetic of a layer alone is more than five calls
+    assert two - one < 5 * 40
 
 
 def test_a_step_of_the_trainer_adds_few_calls():

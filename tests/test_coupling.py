@@ -54,7 +54,9 @@ def seeded(seed=0):
 def event_jacobian(f, z, context=None):
     """The Jacobian of one event, both flattened."""
     n = z.numel()
-    return torch.func.jacrev(lambda z: f(z, context)[0])(z).reshape(n, n).detach()
+    return (
+        torch.func.jacrev(lambda z: f(z, context)[0])(z).reshape(n, n).detach()
+    )
 
 
 def make(mask, context_dim=0, scalar_map=AffineMap()):
@@ -70,7 +72,9 @@ masks = {
     "random": random_half(6, seeded(1)),
     "channel": channel((3, 4, 4)),
     "channels in turns": alternating(4)[:, None, None].expand(4, 2, 3),
-    "channels mixed": torch.tensor([True, False, False, True, True])[:, None, None].expand(5, 2, 2),
+    "channels mixed": torch.tensor([True, False, False, True, True])[
+        :, None, None
+    ].expand(5, 2, 2),
     "checkerboard": checkerboard(image),
     "random pixels": random_half(image, seeded(2)),
 }
@@ -90,7 +94,9 @@ def test_affine_maps_start_at_the_identity_and_come_back(name, dtype):
     assert_close(log_slope, torch.zeros_like(z))
     theta = torch.randn(7, h.n_params, dtype=dtype)
     x, log_slope = h.forward(z, theta)
-    slope = torch.func.vmap(torch.func.grad(lambda z, t: h.forward(z, t)[0]))(z, theta)
+    slope = torch.func.vmap(torch.func.grad(lambda z, t: h.forward(z, t)[0]))(
+        z, theta
+    )
     assert_close(log_slope, slope.log())
     back, back_slope = h.inverse(x, theta)
     assert_close(back, z)
@@ -99,8 +105,15 @@ def test_affine_maps_start_at_the_identity_and_come_back(name, dtype):
 
 def test_affine_scales_are_those_that_their_names_say():
     raw = torch.linspace(-4, 4, 9, dtype=torch.float64)
-    theta, one = torch.stack([raw, torch.zeros(9)], -1), torch.ones(9, dtype=torch.float64)
-    scale = {name: h.forward(one, theta)[0] for name, h in affine_maps.items() if h.n_params == 2}
+    theta, one = (
+        torch.stack([raw, torch.zeros(9)], -1),
+        torch.ones(9, dtype=torch.float64),
+    )
+    scale = {
+        name: h.forward(one, theta)[0]
+        for name, h in affine_maps.items()
+        if h.n_params == 2
+    }
     assert_close(scale["affine"], (3 * torch.tanh(raw / 3)).exp())
     assert_close(scale["affine-tanh"], raw.tanh().exp())
     assert_close(scale["affine-exp"], raw.exp())
@@ -110,9 +123,13 @@ def test_affine_scales_are_those_that_their_names_say():
     assert_close(unbounded, nn.functional.softplus(raw + math.log(math.e - 1)))
 
 
-@pytest.mark.parametrize("h", [AffineMap(), AffineMap(1.0), AffineMap(5.0, "softplus")], ids=repr)
+@pytest.mark.parametrize(
+    "h", [AffineMap(), AffineMap(1.0), AffineMap(5.0, "softplus")], ids=repr
+)
 def test_a_bound_keeps_any_raw_scale_finite_in_float32(h):
-    raw = torch.tensor([-1e30, -1e3, -100.0, 100.0, 1e3, 1e30], requires_grad=True)
+    raw = torch.tensor(
+        [-1e30, -1e3, -100.0, 100.0, 1e3, 1e30], requires_grad=True
+    )
     theta = torch.stack([raw, torch.zeros(6)], -1)
     x, log_slope = h.forward(torch.ones(6), theta)
     z, _ = h.inverse(x, theta)
@@ -122,7 +139,9 @@ def test_a_bound_keeps_any_raw_scale_finite_in_float32(h):
 
 
 def test_a_softplus_scale_without_a_bound_has_slopes_wherever_exp_underflows():
-    raw = torch.tensor([-200.0, -20.0, -15.0, 0.0, 50.0, 200.0], requires_grad=True)
+    raw = torch.tensor(
+        [-200.0, -20.0, -15.0, 0.0, 50.0, 200.0], requires_grad=True
+    )
     _, log_slope = AffineMap(None, "softplus").forward(
         torch.ones(6), torch.stack([raw, torch.zeros(6)], -1)
     )
@@ -145,21 +164,32 @@ def test_a_random_partition_follows_from_its_generator_alone(shape):
     before = torch.get_rng_state()
     drawn = [random_half(shape, seeded(s)) for s in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert drawn[0].dtype == torch.bool and int(drawn[0].sum()) == drawn[0].numel() // 2
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(
+        drawn[0], drawn[2]
+    )
+    assert (
+        drawn[0].dtype == torch.bool
+        and int(drawn[0].sum()) == drawn[0].numel() // 2
+    )
 
 
 def test_a_random_partition_passes_every_entry_through_equally_often():
     g = seeded()
-    share = torch.stack([random_half(7, g) for _ in range(2000)]).float().mean(0)
-    assert_close(share, torch.full((7,), 3 / 7), atol=4 * (0.25 / 2000) ** 0.5, rtol=0)
+    share = (
+        torch.stack([random_half(7, g) for _ in range(2000)]).float().mean(0)
+    )
+    assert_close(
+        share, torch.full((7,), 3 / 7), atol=4 * (0.25 / 2000) ** 0.5, rtol=0
+    )
 
 
 def test_partitions_of_images():
     board, channels = checkerboard((3, 4, 5)), channel((3, 4, 5))
     assert board.shape == channels.shape == (3, 4, 5)
     assert board[:, 0, 0].all() and torch.equal(board[0], board[2])
-    assert (board[:, 1:] != board[:, :-1]).all() and (board[..., 1:] != board[..., :-1]).all()
+    assert (board[:, 1:] != board[:, :-1]).all() and (
+        board[..., 1:] != board[..., :-1]
+    ).all()
     assert channels[0].all() and not channels[1:].any()
 
 
@@ -175,9 +205,18 @@ def test_a_layer_agrees_with_its_formula(mask, scramble):
         theta = f.conditioner(z[mask]).reshape(-1, 2)
     elif (mask.flatten(1).all(1) == mask.flatten(1).any(1)).all():
         kept = mask.flatten(1).all(1)
-        theta = f.conditioner(z[kept][None])[0].unflatten(0, (-1, 2)).movedim(1, -1).reshape(-1, 2)
+        theta = (
+            f.conditioner(z[kept][None])[0]
+            .unflatten(0, (-1, 2))
+            .movedim(1, -1)
+            .reshape(-1, 2)
+        )
     else:
-        theta = f.conditioner((z * mask)[None])[0].unflatten(0, (-1, 2)).movedim(1, -1)[~mask]
+        theta = (
+            f.conditioner((z * mask)[None])[0]
+            .unflatten(0, (-1, 2))
+            .movedim(1, -1)[~mask]
+        )
     moved, log_slope = AffineMap().forward(z[~mask], theta)
     x = z.clone()
     x[~mask] = moved
@@ -194,7 +233,8 @@ def test_the_jacobian_is_triangular_and_its_rank_above_the_identity_is_the_numbe
     f, flat = scramble(make(mask)), mask.flatten()
     J = event_jacobian(f, torch.randn(mask.shape, dtype=torch.float64))
     eye = torch.eye(len(flat), dtype=torch.bool)
-    assert_close(J[flat], eye[flat].double(), rtol=0, atol=0)  # these rows pass through
+    # these rows pass through
+    assert_close(J[flat], eye[flat].double(), rtol=0, atol=0)
     within = J[~flat][:, ~flat]
     assert torch.equal(within != 0, torch.eye(len(within), dtype=torch.bool))
     assert (J[~flat][:, flat] != 0).any()
@@ -208,7 +248,9 @@ def test_the_jacobian_is_triangular_and_its_rank_above_the_identity_is_the_numbe
 def test_three_layers_let_all_depend_on_all_and_one_side_never_does(scramble):
     z = torch.randn(6, dtype=torch.float64)
     for layers, full in ((1, False), (2, False), (3, True)):
-        f = scramble(Couplings(6, layers=layers, hidden=(16,), partition=half)).double()
+        f = scramble(
+            Couplings(6, layers=layers, hidden=(16,), partition=half)
+        ).double()
         assert (event_jacobian(f, z) != 0).all() == full
     one_sided = scramble(nn.Sequential(*(make(half(6)) for _ in range(5))))
     for f in one_sided:
@@ -226,8 +268,11 @@ def test_three_layers_let_all_depend_on_all_and_one_side_never_does(scramble):
 
 def test_a_convolution_sees_only_the_pixels_that_pass_through(scramble):
     f = scramble(make(checkerboard((1, 5, 5))))
-    J = event_jacobian(f, torch.randn(1, 5, 5, dtype=torch.float64)).reshape(5, 5, 5, 5)
-    at = J[1, 2] != 0  # a moved pixel: itself, and kept ones at most 2 away (two layers of 3 x 3)
+    J = event_jacobian(f, torch.randn(1, 5, 5, dtype=torch.float64)).reshape(
+        5, 5, 5, 5
+    )
+    # a moved pixel: itself, and kept ones at most 2 away (two layers of 3 x 3)
+    at = J[1, 2] != 0
     assert at[1, 2] and at[1, 1] and at[2, 2] and at[3, 3]
     assert not at[4].any()
     assert int(at.sum()) == int(checkerboard((1, 5, 5))[0, :4].sum()) + 1
@@ -241,7 +286,10 @@ def test_each_direction_evaluates_the_network_once(mask):
     f = make(mask, context_dim=2)
     calls = []
     f.conditioner.register_forward_hook(lambda *args: calls.append(1))
-    z, context = torch.randn(3, *mask.shape).double(), torch.randn(3, 2).double()
+    z, context = (
+        torch.randn(3, *mask.shape).double(),
+        torch.randn(3, 2).double(),
+    )
     f(z, context)
     assert len(calls) == 1
     f.inverse(z, context)
@@ -251,7 +299,10 @@ def test_each_direction_evaluates_the_network_once(mask):
 @each_mask
 def test_the_context_decides_and_broadcasts(mask, scramble):
     f = scramble(make(mask, context_dim=2))
-    z, context = torch.randn(3, 1, *mask.shape).double(), torch.randn(4, 2).double()
+    z, context = (
+        torch.randn(3, 1, *mask.shape).double(),
+        torch.randn(4, 2).double(),
+    )
     x, ladj = f(z, context)
     assert x.shape == (3, 4, *mask.shape) and ladj.shape == (3, 4)
     for i, j in product(range(3), range(4)):
@@ -281,13 +332,17 @@ def test_vmap_second_derivatives_and_compile(mask, scramble):
 def test_autocast_keeps_points_in_float32(scramble):
     for f, z in (
         (scramble(RealNVP(6, 2, (8,))), torch.randn(5, 6)),
-        (scramble(RealNVP(image, 2, (8,), partition=checkerboard)), torch.randn(5, *image)),
+        (
+            scramble(RealNVP(image, 2, (8,), partition=checkerboard)),
+            torch.randn(5, *image),
+        ),
     ):
         with torch.autocast("cpu", torch.bfloat16):
             x, ladj = f(z)
             back, _ = f.inverse(x)
         assert x.dtype == ladj.dtype == torch.float32
-        assert_close(back, z, atol=1e-4, rtol=1e-4)  # the same half-precision network both ways
+        # the same half-precision network both ways
+        assert_close(back, z, atol=1e-4, rtol=1e-4)
 
 
 # The same map elsewhere.
@@ -296,24 +351,37 @@ def test_autocast_keeps_points_in_float32(scramble):
 def test_pyro_makes_the_same_of_the_same_weights():
     net = DenseNN(3, [16, 16], [4, 4])  # shift first, then log-scale
     theirs = pyro_transforms.AffineCoupling(3, net)
-    ours = Coupling(half(7), AffineMap(None), partial(mlp, hidden=(16, 16), activation=nn.ReLU))
+    ours = Coupling(
+        half(7),
+        AffineMap(None),
+        partial(mlp, hidden=(16, 16), activation=nn.ReLU),
+    )
     with torch.no_grad():
-        linear = [layer for layer in ours.conditioner if isinstance(layer, nn.Linear)]
+        linear = [
+            layer for layer in ours.conditioner if isinstance(layer, nn.Linear)
+        ]
         for mine, other in zip(linear[:-1], net.layers):
             mine.weight.copy_(other.weight)
             mine.bias.copy_(other.bias)
         last = net.layers[-1]
         last.weight.mul_(3)
-        order = torch.stack([torch.arange(4) + 4, torch.arange(4)], -1).flatten()
+        order = torch.stack(
+            [torch.arange(4) + 4, torch.arange(4)], -1
+        ).flatten()
         linear[-1].weight.copy_(last.weight[order])
         linear[-1].bias.copy_(last.bias[order])
     z = torch.randn(50, 7)
     x, ladj = ours(z)
-    assert (ladj.abs() > 0.1).any() and ladj.abs().max() < 3  # within Pyro's clipping
+    # within Pyro's clipping
+    assert (ladj.abs() > 0.1).any() and ladj.abs().max() < 3
     wanted = theirs(z)
     assert_close(x, wanted, atol=1e-5, rtol=1e-5)
-    assert_close(ladj, theirs.log_abs_det_jacobian(z, wanted), atol=1e-5, rtol=1e-5)
-    assert_close(ours.inverse(x)[0], theirs.inv(wanted.clone()), atol=1e-5, rtol=1e-5)
+    assert_close(
+        ladj, theirs.log_abs_det_jacobian(z, wanted), atol=1e-5, rtol=1e-5
+    )
+    assert_close(
+        ours.inverse(x)[0], theirs.inv(wanted.clone()), atol=1e-5, rtol=1e-5
+    )
 
 
 # Checkpoints.
@@ -363,7 +431,9 @@ def test_the_mask_is_a_copy(scramble):
         (convnet(3, 4, (8,), kernel=5, dropout=0.5), (5, 3, 4, 6)),
     ],
 )
-def test_conditioners_start_at_zero_and_train_every_parameter(net, shape, scramble):
+def test_conditioners_start_at_zero_and_train_every_parameter(
+    net, shape, scramble
+):
     x = torch.randn(shape)
     assert not net(x).any()
     assert net(x).shape == (5, 4, *shape[2:])
@@ -376,7 +446,10 @@ def test_conditioners_start_at_zero_and_train_every_parameter(net, shape, scramb
 
 def test_a_residual_block_adds_to_its_input():
     net = residual(4, 4, (4, 9))
-    assert [tuple(p.shape) for p in net[2].inner.parameters()][::2] == [(9, 4), (4, 9)]
+    assert [tuple(p.shape) for p in net[2].inner.parameters()][::2] == [
+        (9, 4),
+        (4, 9),
+    ]
     with torch.no_grad():
         for block in net[1:3]:
             for p in block.parameters():
@@ -424,7 +497,9 @@ stacks = {
 
 @pytest.mark.parametrize(("dim", "partition"), stacks.values(), ids=stacks)
 @pytest.mark.parametrize("context_dim", [0, 2])
-def test_a_stack_equals_its_layers_one_after_another(dim, partition, context_dim, scramble):
+def test_a_stack_equals_its_layers_one_after_another(
+    dim, partition, context_dim, scramble
+):
     """What is shared between layers that cut alike changes neither values nor gradients."""
     f = Couplings(dim, SinhArcsinhMap(), 5, (4,), context_dim, partition)
     f = scramble(f).double()
@@ -444,14 +519,22 @@ def test_a_stack_equals_its_layers_one_after_another(dim, partition, context_dim
             exact(one, other)
 
 
-def test_a_stack_cuts_once_and_again_where_the_partition_changes(scramble, monkeypatch):
+def test_a_stack_cuts_once_and_again_where_the_partition_changes(
+    scramble, monkeypatch
+):
     cuts = []
     cut = Coupling._cut
-    monkeypatch.setattr(Coupling, "_cut", lambda self, point: cuts.append(self) or cut(self, point))
+    monkeypatch.setattr(
+        Coupling,
+        "_cut",
+        lambda self, point: cuts.append(self) or cut(self, point),
+    )
     f = RealNVP(6, 5, (4,))
     f(torch.randn(2, 6))
     assert cuts == [f.bijections[0]]
-    f = scramble(RealNVP(6, 6, (4,), partition=partial(random_half, generator=seeded(3))))
+    f = scramble(
+        RealNVP(6, 6, (4,), partition=partial(random_half, generator=seeded(3)))
+    )
     other = RealNVP(6, 6, (4,))
     other.load_state_dict(f.state_dict())  # partitions come with the weights
     z = torch.randn(2, 6)
@@ -465,19 +548,35 @@ def test_a_stack_of_every_kind_keeps_the_contract():
     z = torch.randn(6, 4)
     g = seeded()
     couplings = Couplings(
-        4, SinhArcsinhMap(), 2, (8,), 2, partial(random_half, generator=g), residual
+        4,
+        SinhArcsinhMap(),
+        2,
+        (8,),
+        2,
+        partial(random_half, generator=g),
+        residual,
     )
     check_bijection(couplings, z, torch.randn(6, 2), levels=(0.0, 1.0))
     f = Couplings(
-        image, AffineMap(), 2, (3,), 1, checkerboard, partial(residual, layer=convolution)
+        image,
+        AffineMap(),
+        2,
+        (3,),
+        1,
+        checkerboard,
+        partial(residual, layer=convolution),
     )
-    check_bijection(f, torch.randn(6, *image), torch.randn(6, 1), levels=(0.0, 1.0))
+    check_bijection(
+        f, torch.randn(6, *image), torch.randn(6, 1), levels=(0.0, 1.0)
+    )
 
 
 def test_sides_change_and_random_partitions_are_drawn_for_every_pair():
     stacks = {
         "alternating": RealNVP(6, 4, (4,)),
-        "random": RealNVP(6, 4, (4,), partition=partial(random_half, generator=seeded())),
+        "random": RealNVP(
+            6, 4, (4,), partition=partial(random_half, generator=seeded())
+        ),
     }
     for name, f in stacks.items():
         a, b, c, d = (layer.mask for layer in f.bijections)
@@ -493,7 +592,9 @@ def test_nice_scales_once_and_couplings_keep_every_volume(scramble):
     assert (log_scale == log_scale[0]).all() and log_scale[0].abs() > 1e-3
     x, ladj = f(z)
     assert_close(ladj, log_scale)
-    assert [type(c.scalar_map) for c in couplings.bijections] == [AdditiveMap] * 4
+    assert [type(c.scalar_map) for c in couplings.bijections] == [
+        AdditiveMap
+    ] * 4
     conditional = scramble(NICE(5, 2, (8,), context_dim=1))
     ladj = conditional(z, torch.linspace(-1, 1, 6)[:, None])[1]
     assert len(ladj.unique()) == 6
@@ -541,7 +642,11 @@ def test_a_scalar_map_needs_no_base_class(scramble):
 
 def test_a_repr_shows_structure():
     text = repr(RealNVP(image, 1, (4,), partition=checkerboard))
-    assert "event_shape=(2, 4, 4)" in text and "kept=16" in text and "Conv2d(2, 4" in text
+    assert (
+        "event_shape=(2, 4, 4)" in text
+        and "kept=16" in text
+        and "Conv2d(2, 4" in text
+    )
 
 
 # Refusals.

@@ -34,7 +34,8 @@ class LinearGaussian(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.a = nn.Parameter(torch.randn(5, 2, generator=generator))
-        self.prior, self.blur = StandardNormal(2), blur  # q is wider than the posterior by `blur`
+        # q is wider than the posterior by `blur`
+        self.prior, self.blur = StandardNormal(2), blur
         covariance = torch.linalg.inv(torch.eye(2) + self.a.T @ self.a / 0.25)
         self.root = blur * torch.linalg.cholesky(covariance)
         self.to_mean = covariance @ self.a.T / 0.25
@@ -68,10 +69,16 @@ def test_importance_sampling_is_exact_on_a_linear_gaussian(images):
         truth = model.log_prob(x)
     assert weights.shape == (5000, 7)
     assert_close(log_mean_weight(weights, 5000), truth, atol=0.02, rtol=0)
-    # fewer samples estimate less, in expectation; 5000 latents of 7 images leave no doubt about it
-    means = [log_mean_weight(weights, n).mean().item() for n in (1, 5, 50, 1000, 5000)]
+    # fewer samples estimate less, in expectation; 5000 latents of 7 images
+    # leave no doubt about it
+    means = [
+        log_mean_weight(weights, n).mean().item()
+        for n in (1, 5, 50, 1000, 5000)
+    ]
     assert means == sorted(means) and means[0] < truth.mean() - 0.05
-    with pytest.raises(ValueError, match="samples: expected a divisor of 5000, got 3"):
+    with pytest.raises(
+        ValueError, match="samples: expected a divisor of 5000, got 3"
+    ):
         log_mean_weight(weights, 3)
 
 
@@ -79,7 +86,9 @@ def test_exact_posterior_has_constant_weights(images):
     _, x, generator = images
     model = LinearGaussian(blur=1.0)
     weights = importance_weights(model, x, 8, generator)
-    assert_close(weights, model.log_prob(x).detach().expand(8, 7), atol=1e-4, rtol=0)
+    assert_close(
+        weights, model.log_prob(x).detach().expand(8, 7), atol=1e-4, rtol=0
+    )
 
 
 def test_annealed_importance_agrees_with_the_evidence(images):
@@ -116,7 +125,8 @@ def test_maxout_takes_the_largest_of_each_window():
     affine = x @ layer.affine.weight.T + layer.affine.bias
     assert torch.equal(out[..., 0], affine[..., :4].amax(-1))
     assert torch.equal(out[..., 1], affine[..., 4:].amax(-1))
-    within = torch.tensor([3, 1, 0, 2, 6, 7, 5, 4])  # the order inside a window does not matter
+    # the order inside a window does not matter
+    within = torch.tensor([3, 1, 0, 2, 6, 7, 5, 4])
     with torch.no_grad():
         layer.affine.weight.copy_(layer.affine.weight[within])
         layer.affine.bias.copy_(layer.affine.bias[within])
@@ -126,18 +136,31 @@ def test_maxout_takes_the_largest_of_each_window():
 @pytest.mark.parametrize("annealing", [None, Annealing(0.25, 100)])
 def test_free_energy_equals_the_hand_formula(annealing):
     torch.manual_seed(0)
-    model = DLGM(Planar(3, 4, 8, hidden=()), pixels=10, latent_dim=3, features=8, window=2)
+    model = DLGM(
+        Planar(3, 4, 8, hidden=()),
+        pixels=10,
+        latent_dim=3,
+        features=8,
+        window=2,
+    )
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     x = torch.randint(2, (6, 10), dtype=torch.uint8)
     noise = torch.randn(6, 3)
     features = model.encoder(x.float())
-    log_scale, mean = model.posterior.bijection.bijections[0].thetas[0](features).unbind(-1)
+    log_scale, mean = (
+        model.posterior.bijection.bijections[0].thetas[0](features).unbind(-1)
+    )
     z0 = mean + log_scale.exp() * noise
     log_q0 = Normal(mean, log_scale.exp()).log_prob(z0).sum(-1)
     z, ladj = z0, 0.0
     for w, u, b in zip(
-        *(t.unbind(1) for t in model.posterior.bijection.bijections[1].layers(features)[:3])
+        *(
+            t.unbind(1)
+            for t in model.posterior.bijection.bijections[1].layers(features)[
+                :3
+            ]
+        )
     ):
         slope = 1 - ((w * z).sum(-1) + b).tanh().square()
         ladj = ladj + (1 + slope * (w * u).sum(-1)).log()
@@ -159,13 +182,20 @@ def test_every_posterior_learns_from_every_parameter():
         objective = config.objective()
         with torch.no_grad():
             for p in objective.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+                p.add_(
+                    0.05
+                    * torch.randn(
+                        p.shape, generator=torch.Generator().manual_seed(0)
+                    )
+                )
         x = torch.randint(2, (8, 784), dtype=torch.uint8)
         loss = objective(x, objective.draw(8, torch.Generator().manual_seed(0)))
         loss.backward()
         assert loss.isfinite(), name
         for key, p in objective.named_parameters():
-            assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), (name, key)
+            assert (
+                p.grad is not None and p.grad.isfinite().all() and p.grad.any()
+            ), (name, key)
 
 
 def test_active_units_counts_what_depends_on_the_image():
@@ -181,22 +211,48 @@ def test_active_units_counts_what_depends_on_the_image():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="decoder: expected 'maxout' or 'linear', got 'deep'"):
+    with pytest.raises(
+        ValueError, match="decoder: expected 'maxout' or 'linear', got 'deep'"
+    ):
         DLGM(decoder="deep")
     config = configs["dlgm.dc.mnist"]
-    with pytest.raises(ValueError, match="posterior: expected one of gaussian, planar"):
+    with pytest.raises(
+        ValueError, match="posterior: expected one of gaussian, planar"
+    ):
         type(config)(posterior="gausian").objective()
 
 
 def test_command_line_trains_judges_and_records(tmp_path, capsys):
     out = tmp_path / "run"
-    small = ["--steps", "3", "--held-out", "59800", "--features", "8", "--trend", "4"]
-    words = ["train", "--config", "dlgm.nf10.mnist-threshold", "--out", str(out), *small]
+    small = [
+        "--steps",
+        "3",
+        "--held-out",
+        "59800",
+        "--features",
+        "8",
+        "--trend",
+        "4",
+    ]
+    words = [
+        "train",
+        "--config",
+        "dlgm.nf10.mnist-threshold",
+        "--out",
+        str(out),
+        *small,
+    ]
     assert main([*words, "--judged", "20", "--annealed", "2"]) == 0
     result = json.loads((out / "result.json").read_text())
-    trend = [result[f"-log p(x), {n} samples, 4 images [nat]"] for n in (1, 50, 200, 1000, 5000)]
+    trend = [
+        result[f"-log p(x), {n} samples, 4 images [nat]"]
+        for n in (1, 50, 200, 1000, 5000)
+    ]
     assert trend == sorted(trend, reverse=True)
-    bound, evidence = result["free energy [nat]"], result["-log p(x), 200 samples [nat]"]
+    bound, evidence = (
+        result["free energy [nat]"],
+        result["-log p(x), 200 samples [nat]"],
+    )
     gap = result["KL(q || p(z|x)), 200 samples [nat]"]
     assert gap == pytest.approx(bound - evidence, abs=1e-3) and gap > 0
     assert "active units: " in capsys.readouterr().out

@@ -38,7 +38,9 @@ normalisers = pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 
 
 def far_points(f, dtype):
-    t = torch.tensor([-100.0, -50.0, -17.0, -1.0, 0.0, 1.0, 17.0, 50.0, 100.0], dtype=dtype)
+    t = torch.tensor(
+        [-100.0, -50.0, -17.0, -1.0, 0.0, 1.0, 17.0, 50.0, 100.0], dtype=dtype
+    )
     t = t[:, None]
     for end, way in ((f.domain, "forward"), (f.codomain, "inverse")):
         if end.check(t).all():
@@ -69,7 +71,9 @@ def test_float32_agrees_with_float64_far_out(name):
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 2.0, 100.0])
-def test_sigmoid_and_logit_are_exact_in_the_tails_at_any_temperature(temperature):
+def test_sigmoid_and_logit_are_exact_in_the_tails_at_any_temperature(
+    temperature,
+):
     sigmoid, logit = Sigmoid(1, temperature), Logit(1, temperature)
     z = torch.tensor([-100.0, -30.0, -1.0, 0.0, 1.0, 30.0, 100.0])[:, None]
     _, ladj = sigmoid(z)
@@ -103,20 +107,28 @@ def test_the_density_of_every_map_weighs_one(name):
     }[_kind(inner)]
     flow = Flow((Compose(start, f) if start else f).double())
     end = f.codomain.base_constraint
-    low, high = (getattr(end, f"{side}_bound", None) for side in ("lower", "upper"))
+    low, high = (
+        getattr(end, f"{side}_bound", None) for side in ("lower", "upper")
+    )
     mass = total_mass(flow.double().log_prob, 1, low, high, dtype=torch.float64)
     assert abs(mass - 1) < 1e-3
 
 
 def _kind(constraint):
-    low, high = (getattr(constraint, f"{side}_bound", None) for side in ("lower", "upper"))
-    return {(None, None): "real", (0.0, None): "positive", (0.0, 1.0): "unit_interval"}.get(
-        (low, high), "interval"
+    low, high = (
+        getattr(constraint, f"{side}_bound", None)
+        for side in ("lower", "upper")
     )
+    return {
+        (None, None): "real",
+        (0.0, None): "positive",
+        (0.0, 1.0): "unit_interval",
+    }.get((low, high), "interval")
 
 
 def test_a_map_that_is_not_onto_the_line_loses_mass():
-    f = Inverse(Elementwise(1, TanhMap())).double()  # data are squeezed: z fills (-1, 1) only
+    # data are squeezed: z fills (-1, 1) only
+    f = Inverse(Elementwise(1, TanhMap())).double()
     base = StandardNormal(1).double()
     with pytest.raises(ValueError, match="^base: Inverse takes points of"):
         Flow(f, base)
@@ -158,10 +170,14 @@ def test_ranges_are_filled_with_the_identity(ranges, dim, lengths):
         moved[start:stop] = True
     assert_close(x, torch.where(moved, z.exp(), z))
     assert_close(ladj, z[:, moved].sum(-1))
-    assert f.codomain.check(x).all() and not f.codomain.check(-x.abs() - 1).any()
+    assert (
+        f.codomain.check(x).all() and not f.codomain.check(-x.abs() - 1).any()
+    )
 
 
-@pytest.mark.parametrize("ranges", [[(0, 2), (1, 3)], [(0, 5)], [(-1, 2)], [(2, 2)], [(2, 1)]])
+@pytest.mark.parametrize(
+    "ranges", [[(0, 2), (1, 3)], [(0, 5)], [(-1, 2)], [(2, 2)], [(2, 1)]]
+)
 def test_ranges_that_overlap_or_leave_the_event_are_refused(ranges):
     with pytest.raises(ValueError, match="maps: expected ranges"):
         Elementwise(4, {r: ExpMap() for r in ranges})
@@ -170,7 +186,9 @@ def test_ranges_that_overlap_or_leave_the_event_are_refused(ranges):
 def test_images_work_and_ranges_follow_the_last_axis():
     f = shaken(
         Elementwise(
-            (2, 3, 4), {(0, 2): RationalQuadraticSplineMap(4), (3, 4): PReLUMap()}, context_dim=2
+            (2, 3, 4),
+            {(0, 2): RationalQuadraticSplineMap(4), (3, 4): PReLUMap()},
+            context_dim=2,
         )
     )
     f = f.double()
@@ -225,11 +243,17 @@ def test_slopes_are_learned_for_each_dimension():
 
 
 @pytest.mark.parametrize(
-    "scalar_map", [PReLUMap(), SinhArcsinhMap(), PowerMap(), RationalQuadraticSplineMap(4)]
+    "scalar_map",
+    [PReLUMap(), SinhArcsinhMap(), PowerMap(), RationalQuadraticSplineMap(4)],
 )
 def test_the_same_maps_serve_a_coupling(scalar_map):
     f = Coupling(half(2), scalar_map)
-    check_bijection(f, torch.randn(6, 2), levels=(0.0, 1.0), exempt={"mass": "weighed alone"})
+    check_bijection(
+        f,
+        torch.randn(6, 2),
+        levels=(0.0, 1.0),
+        exempt={"mass": "weighed alone"},
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -239,25 +263,38 @@ def test_bounded_is_a_hyperbolic_tangent(bound, sign, dtype):
     raw = torch.linspace(-30, 30, 1001, dtype=dtype)
     want = (sign * bound * torch.tanh(raw.double() / bound)).to(dtype)
     assert_close(
-        bounded(raw, bound, sign), want, rtol=1e-6, atol=4 * torch.finfo(dtype).eps * min(bound, 16)
+        bounded(raw, bound, sign),
+        want,
+        rtol=1e-6,
+        atol=4 * torch.finfo(dtype).eps * min(bound, 16),
     )
     ends = bounded(torch.tensor([0.0, 1e9, -1e9], dtype=dtype), bound, sign)
     assert ends.tolist() == [0, sign * bound, -sign * bound]
     raw = raw.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda raw: bounded(raw, bound, sign), raw[::100])
+    assert torch.autograd.gradcheck(
+        lambda raw: bounded(raw, bound, sign), raw[::100]
+    )
 
 
 def test_the_spline_is_smooth_across_knots_and_the_identity_outside():
-    f = shaken(Elementwise(1, RationalQuadraticSplineMap(6, bound=2.0)), seed=3).double()
+    f = shaken(
+        Elementwise(1, RationalQuadraticSplineMap(6, bound=2.0)), seed=3
+    ).double()
     t = torch.linspace(-2.5, 2.5, 200_001, dtype=torch.float64)[:, None]
     x, ladj = f(t)
     assert (x.diff(dim=0) > 0).all()
-    assert ladj.diff().abs().max() < 0.01  # no jump of the slope, at the bound included
+    # no jump of the slope, at the bound included
+    assert ladj.diff().abs().max() < 0.01
     outside, end = t.abs() > 2, t.abs() == 2
-    assert torch.equal(x[outside], t[outside]) and not ladj[outside.squeeze()].any()
+    assert (
+        torch.equal(x[outside], t[outside])
+        and not ladj[outside.squeeze()].any()
+    )
     assert end.sum() == 2
     assert_close(x[end], t[end], rtol=0, atol=1e-14)
-    assert_close(ladj[end.squeeze()], torch.zeros(2).double(), rtol=0, atol=1e-14)
+    assert_close(
+        ladj[end.squeeze()], torch.zeros(2).double(), rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e6])
@@ -305,7 +342,9 @@ def test_actnorm_keeps_its_first_batch_and_batchnorm_runs_on():
     assert_close(act.mean, first.mean(0))
     assert_close(batch.mean, 0.7 * first.mean(0) + 0.3 * second.mean(0))
     reference.running_mean, reference.running_var = first.mean(0), first.var(0)
-    assert_close(batch.inverse(second)[0], reference(second), rtol=1e-4, atol=1e-5)
+    assert_close(
+        batch.inverse(second)[0], reference(second), rtol=1e-4, atol=1e-5
+    )
     reference(second)
     assert_close(batch.mean, reference.running_mean)
 
@@ -314,7 +353,9 @@ def test_actnorm_keeps_its_first_batch_and_batchnorm_runs_on():
 def test_a_batch_of_one_is_refused_in_train_mode_only(kind):
     f = kind(2)
     for x in (torch.randn(1, 2), torch.randn(2)):
-        with pytest.raises(ValueError, match=f"{kind.__name__} in train mode .* got 1"):
+        with pytest.raises(
+            ValueError, match=f"{kind.__name__} in train mode .* got 1"
+        ):
             f.inverse(x)
     assert not f.initialised
     f.eval().inverse(torch.randn(1, 2))
@@ -329,7 +370,12 @@ def test_state_is_saved_with_initialised(kind, context_dim):
     other.load_state_dict(f.state_dict())
     assert other.initialised
     x = torch.randn(50, 3)
-    assert_close(other.eval().inverse(x, context), f.eval().inverse(x, context), rtol=0, atol=0)
+    assert_close(
+        other.eval().inverse(x, context),
+        f.eval().inverse(x, context),
+        rtol=0,
+        atol=0,
+    )
     mean = other.mean.clone()
     other.train().inverse(9 + x, context)
     assert torch.equal(other.mean, mean) == (kind is ActNorm)
@@ -345,7 +391,10 @@ def test_eval_mode_treats_each_row_alone(kind):
     rows = [torch.cat(v) for v in zip(*(f.inverse(row[None]) for row in x))]
     assert_close(tuple(rows), whole)
     check_bijection(
-        shaken(f), torch.randn(6, 2), levels=(0.0,), exempt={"identity": "it has seen data"}
+        shaken(f),
+        torch.randn(6, 2),
+        levels=(0.0,),
+        exempt={"identity": "it has seen data"},
     )
 
 
@@ -357,7 +406,9 @@ def test_images_are_normalised_by_channel(kind):
     z, ladj = f.inverse(x)
     assert f.mean.shape == (2, 1, 1) and ladj.shape == (10,)
     assert_close(z.std((0, 2, 3)), torch.ones(2), rtol=1e-2, atol=0)
-    assert_close(ladj[0], -20 * x.std((0, 2, 3)).log().sum(), rtol=1e-2, atol=0.05)
+    assert_close(
+        ladj[0], -20 * x.std((0, 2, 3)).log().sum(), rtol=1e-2, atol=0.05
+    )
 
 
 @normalisers
@@ -365,7 +416,10 @@ def test_training_goes_through_the_statistics(kind):
     flow = Flow(kind(2))
     x = torch.randn(50, 2).requires_grad_()
     (flow.log_prob(x).mean() + flow.log_prob(2 * x).mean()).backward()
-    assert x.grad.isfinite().all() and flow.bijection.theta.value.grad.abs().sum() > 0
+    assert (
+        x.grad.isfinite().all()
+        and flow.bijection.theta.value.grad.abs().sum() > 0
+    )
 
 
 def test_conditional_starts_where_it_is_told():
@@ -378,7 +432,9 @@ def test_conditional_starts_where_it_is_told():
 
 def test_elu_and_inverse_maps_say_where_they_live():
     f = Elementwise(1, InverseMap(ELUMap()))
-    assert f.domain.check(torch.tensor([-0.9])) and not f.domain.check(torch.tensor([-1.1]))
+    assert f.domain.check(torch.tensor([-0.9])) and not f.domain.check(
+        torch.tensor([-1.1])
+    )
     assert "InverseMap(ELUMap())" in repr(f)
 
 

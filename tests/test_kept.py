@@ -47,7 +47,9 @@ def test_an_old_run_goes_on(tmp_path):
     shutil.copytree(KEPT / "realnvp", tmp_path / "run")
     words = "--steps 210 --schedule constant --layers 2 --hidden 16 --resume"
     command = ["train", "--config", "realnvp.faithful", *words.split()]
-    assert main([*command, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert (
+        main([*command, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    )
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert len(history["loss"]) == 210
 
@@ -55,6 +57,12 @@ def test_an_old_run_goes_on(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_old_run_can_be_tested_again(name, tmp_path):
     shutil.copytree(KEPT / name, tmp_path / "run")
-    command = ["test", "--config", CONFIGS[name], "--out", str(tmp_path / "run")]
+    command = [
+        "test",
+        "--config",
+        CONFIGS[name],
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main([*command, "--device", "cpu"]) == 0
     assert (tmp_path / "run" / "result.json").exists()

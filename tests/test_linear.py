@@ -36,7 +36,9 @@ full_rank = {
     "matrix exponential": MatrixExponential,
     "full": Full,
     "plu": PLU,
-    "plu, P reverses": lambda n: PLU(n, torch.arange(n if isinstance(n, int) else n[0]).flip(0)),
+    "plu, P reverses": lambda n: PLU(
+        n, torch.arange(n if isinstance(n, int) else n[0]).flip(0)
+    ),
     "qr": QR,
     "svd": SVD,
     "low rank, all": lambda n: LowRank(n, n if isinstance(n, int) else n[0]),
@@ -103,7 +105,9 @@ def test_low_rank_obeys_the_determinant_lemma():
     a, scale = matrix(f), f.raw()[:6].asinh().exp()
     update = a / scale - torch.eye(6)
     assert torch.linalg.matrix_rank(update) == 2
-    assert_close(f(torch.zeros(6).double())[1], torch.linalg.slogdet(a).logabsdet)
+    assert_close(
+        f(torch.zeros(6).double())[1], torch.linalg.slogdet(a).logabsdet
+    )
 
 
 @pytest.mark.parametrize("make", [*full_rank.values(), Diagonal, Cayley])
@@ -126,12 +130,16 @@ def test_full_rank_maps_reach_the_gaussian_optimum(make):
     covariance = root @ root.T
     mean = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     flow = Flow(make(4)).double()
-    # A quadratic log-density has the same mean over these 8 points as over the Gaussian.
+    # A quadratic log-density has the same mean over these 8 points as over the
+    # Gaussian.
     sides = 2.0 * torch.linalg.cholesky(covariance).T
     x = mean + torch.cat([sides, -sides])
     entropy = torch.distributions.MultivariateNormal(mean, covariance).entropy()
     optimizer = torch.optim.LBFGS(
-        flow.parameters(), max_iter=500, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        flow.parameters(),
+        max_iter=500,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
     )
 
     def loss():
@@ -148,7 +156,9 @@ def test_a_fixed_permutation_limits_plu_and_qr_is_not_limited():
     """Fit the map itself, at a quarter turn, where the leading minor vanishes, and beyond."""
     for degrees in (90.0, 120.0):
         angle = torch.tensor(degrees).deg2rad().double()
-        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+        turn = torch.stack(
+            [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
+        ).view(2, 2)
         misfit = {}
         for name, make in {"qr": QR, "plu": PLU}.items():
             torch.manual_seed(0)
@@ -164,19 +174,29 @@ def test_a_fixed_permutation_limits_plu_and_qr_is_not_limited():
                 return value
 
             optimizer.step(loss)
-            misfit[name] = loss().item(), max(p.abs().max().item() for p in f.parameters())
+            misfit[name] = (
+                loss().item(),
+                max(p.abs().max().item() for p in f.parameters()),
+            )
         assert misfit["qr"][0] < 1e-8 and misfit["qr"][1] < 10
-        assert misfit["plu"][0] > angle.cos().square() - 1e-9 and misfit["plu"][1] > 1e3
+        assert (
+            misfit["plu"][0] > angle.cos().square() - 1e-9
+            and misfit["plu"][1] > 1e3
+        )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_a_masked_convolution_is_triangular(kernel_size, reverse):
     f = shaken(MaskedConv((2, 3, 4), kernel_size, reverse, bias=False))
-    a = matrix(f).view(2, 12, 2, 12).permute(1, 0, 3, 2).reshape(24, 24)  # pixel, then channel
+    # pixel, then channel
+    a = matrix(f).view(2, 12, 2, 12).permute(1, 0, 3, 2).reshape(24, 24)
     a = a.flip(0, 1) if reverse else a
     assert not a.triu(1).any()
-    assert a.diagonal().log().sum().sub(f(torch.zeros(2, 3, 4).double())[1]).abs() < 1e-10
+    assert (
+        a.diagonal().log().sum().sub(f(torch.zeros(2, 3, 4).double())[1]).abs()
+        < 1e-10
+    )
 
 
 def test_an_emerging_convolution_sees_all_around():
@@ -216,7 +236,10 @@ def test_autocast_leaves_the_precision_alone():
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (lambda: Permutation(3, torch.tensor([0, 1, 1])), "order: .*permutation"),
+        (
+            lambda: Permutation(3, torch.tensor([0, 1, 1])),
+            "order: .*permutation",
+        ),
         (lambda: Permutation(3, torch.tensor([1, 0])), "order: expected 3"),
         (lambda: PLU(3, torch.tensor([1, 0])), "order: expected 3"),
         (lambda: Householder(1), "event_shape: .* at least 2"),

@@ -19,7 +19,11 @@ from flowcourse.training import MaximumLikelihood, fit, load_checkpoint
 
 def learn(data, **options):
     return fit(
-        MaximumLikelihood(Flow(RealNVP(2, 2, (4,)))), data, steps=2, progress=False, **options
+        MaximumLikelihood(Flow(RealNVP(2, 2, (4,)))),
+        data,
+        steps=2,
+        progress=False,
+        **options,
     )
 
 
@@ -35,7 +39,9 @@ MISTAKES = {
         [r"^x: ", r"last dimension 2", r"got shape \(5, 3\)"],
     ),
     "wrong dtype": (
-        lambda folder: Flow(RealNVP(2)).log_prob(torch.zeros(5, 2, dtype=torch.float64)),
+        lambda folder: Flow(RealNVP(2)).log_prob(
+            torch.zeros(5, 2, dtype=torch.float64)
+        ),
         [r"^x: ", "float32", "float64"],
     ),
     "context missing": (
@@ -55,17 +61,26 @@ MISTAKES = {
         lambda folder: learn(torch.tensor([[0.0, 1.0], [math.nan, 2.0]])),
         [r"^data: ", "finite", "(?i)nan"],
     ),
-    "empty data": (lambda folder: learn(torch.zeros(0, 2)), [r"^data: ", "at least one row", "0"]),
+    "empty data": (
+        lambda folder: learn(torch.zeros(0, 2)),
+        [r"^data: ", "at least one row", "0"],
+    ),
     "unknown config": (
         lambda folder: configs["realnvp.mnist"],
-        ["^name: ", "expected one of .*'realnvp.digits'", "got 'realnvp.mnist'"],
+        [
+            "^name: ",
+            "expected one of .*'realnvp.digits'",
+            "got 'realnvp.mnist'",
+        ],
     ),
     "unreadable checkpoint": (
         lambda folder: load_checkpoint(foreign(folder)),
         [r"^checkpoint: ", "foreign.pt", "expected", "not a checkpoint"],
     ),
     "unwritable output": (
-        lambda folder: learn(torch.randn(4, 2), checkpoint=foreign(folder) / "below.pt"),
+        lambda folder: learn(
+            torch.randn(4, 2), checkpoint=foreign(folder) / "below.pt"
+        ),
         [r"^checkpoint: ", "below.pt|foreign.pt"],
     ),
 }
@@ -102,12 +117,20 @@ ANSWERS = {  # the checker, a wrong answer, and what is said to it
     "10.3, overflow of log_z": (
         check_weights,
         lambda log_w: weigh(log_w, shift=False),
-        ["log_z of large weights", "overflows", "subtract the largest log-weight"],
+        [
+            "log_z of large weights",
+            "overflows",
+            "subtract the largest log-weight",
+        ],
     ),
     "10.3, overflow of the share": (
         check_weights,
         lambda log_w: (weigh(log_w)[0], weigh(log_w, shift=False)[1]),
-        ["ess_share of large weights", "overflows", "subtract the largest log-weight"],
+        [
+            "ess_share of large weights",
+            "overflows",
+            "subtract the largest log-weight",
+        ],
     ),
     "10.3, largest weight not added": (
         check_weights,
@@ -141,7 +164,10 @@ ANSWERS = {  # the checker, a wrong answer, and what is said to it
     ),
     "10.5, sign of log p by s": (
         check_path_gradient,
-        lambda *given: (path_gradient(*given)[0], path_gradient(*given, sign_p=1)[1]),
+        lambda *given: (
+            path_gradient(*given)[0],
+            path_gradient(*given, sign_p=1)[1],
+        ),
         ["by s", "wrong sign of the slope of log p"],
     ),
 }

@@ -30,7 +30,9 @@ LINE = torch.linspace(-6, 6, 121, dtype=torch.float64)
 
 def raw(scalar_map, sd, *batch, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    theta = torch.randn(*batch, scalar_map.n_params, generator=generator, dtype=torch.float64)
+    theta = torch.randn(
+        *batch, scalar_map.n_params, generator=generator, dtype=torch.float64
+    )
     return (sd * theta).to(dtype)
 
 
@@ -43,14 +45,16 @@ def logit(p):
     return (p / (1 - p)).log()
 
 
-# The published formulas, written as in the papers, with nothing done for far points.
+# The published formulas, written as in the papers, with nothing done for far
+# points.
 
 
 def flowpp(z, theta, scalar_map):
     """Ho et al. 2019: log-odds of a mixture of logistic distribution functions, then affine."""
     weight, place, width, scale, shift = read(scalar_map, theta)
     total = sum(
-        w * torch.sigmoid((z - m) / s.exp()) for w, m, s in zip(weight[:, 0], place[:, 0], width)
+        w * torch.sigmoid((z - m) / s.exp())
+        for w, m, s in zip(weight[:, 0], place[:, 0], width)
     )
     return logit(total) * scale.exp() + shift
 
@@ -67,7 +71,9 @@ def nlsq(z, theta, scalar_map):
 def sos(z, theta, scalar_map):
     """Jaini et al. 2019: the exact integral of a sum of squares, here by numpy's polynomials."""
     first, second, _ = read(scalar_map, theta)
-    ps = [np.polynomial.Polynomial([float(c) for c in p]) for p in (first, second)]
+    ps = [
+        np.polynomial.Polynomial([float(c) for c in p]) for p in (first, second)
+    ]
     slope = ps[0] ** 2 + ps[1] ** 2 + scalar_map.floor
     integral = slope.integ(lbnd=0)
     t = z.numpy() / scalar_map.bound
@@ -112,7 +118,10 @@ def bernstein(z, theta, scalar_map):
     coefficients, _ = read(scalar_map, theta)
     assert (coefficients.diff(dim=0) > 0).all()
     n, u = scalar_map.degree, (z + scalar_map.bound) / (2 * scalar_map.bound)
-    return sum(c * math.comb(n, k) * u**k * (1 - u) ** (n - k) for k, c in enumerate(coefficients))
+    return sum(
+        c * math.comb(n, k) * u**k * (1 - u) ** (n - k)
+        for k, c in enumerate(coefficients)
+    )
 
 
 FORMULAS = {
@@ -135,10 +144,15 @@ def test_the_published_formula(name, sd, seed):
     z = torch.linspace(-far, far, 61, dtype=torch.float64)
     x, _ = scalar_map.forward(z, theta)
     wanted = FORMULAS[name](z, theta, scalar_map)
-    kept = wanted.isfinite() if name in ("logistic-mixture", "deep-sigmoidal") else slice(None)
+    kept = (
+        wanted.isfinite()
+        if name in ("logistic-mixture", "deep-sigmoidal")
+        else slice(None)
+    )
     error = ((x - wanted).abs() / (1 + wanted.abs()))[kept]
     assert len(error) > 40 and error.max() < 1e-5
-    if name not in ("logistic-mixture", "deep-sigmoidal"):  # 1 - p cancels in the formula, not here
+    # 1 - p cancels in the formula, not here
+    if name not in ("logistic-mixture", "deep-sigmoidal"):
         assert error.max() < 1e-9
 
 
@@ -164,7 +178,12 @@ def test_the_root_is_found_wherever_x_is(name, sd, dtype):
     scalar_map = monotone_maps[name]
     for seed in range(5):
         theta = raw(scalar_map, sd, seed=seed, dtype=dtype)
-        x = torch.cat([torch.linspace(-20, 20, 201), torch.tensor([-1e4, -300.0, 300.0, 1e4])])
+        x = torch.cat(
+            [
+                torch.linspace(-20, 20, 201),
+                torch.tensor([-1e4, -300.0, 300.0, 1e4]),
+            ]
+        )
         x = x.to(dtype)
         z, log_slope = scalar_map.inverse(x, theta)
         again, back = scalar_map.forward(z, theta)
@@ -197,7 +216,9 @@ def test_first_derivatives_of_the_root_are_the_implicit_ones(name, sd):
             x, log_slope = scalar_map.forward(z, theta)
             of_theta = torch.func.jacrev(scalar_map.forward, 1)(z, theta)[0]
             got = torch.func.jacrev(scalar_map.inverse, 1)(x, theta)[0]
-            assert_close(got, -of_theta * (-log_slope).exp(), rtol=1e-8, atol=1e-8)
+            assert_close(
+                got, -of_theta * (-log_slope).exp(), rtol=1e-8, atol=1e-8
+            )
 
 
 @names
@@ -211,12 +232,17 @@ def test_second_derivatives_of_the_root_are_the_implicit_ones(name):
     def h(joint):
         return scalar_map.forward(joint[0], joint[1:])[0]
 
-    g, second = torch.func.jacrev(h)(joint), torch.func.jacrev(torch.func.jacrev(h))(joint)
+    g, second = (
+        torch.func.jacrev(h)(joint),
+        torch.func.jacrev(torch.func.jacrev(h))(joint),
+    )
     dz = -g[1:] / g[0]  # differentiate h(z(theta), theta) = x twice
     along = torch.cat([dz[None], torch.eye(n, dtype=torch.float64)])
     wanted = -along.T @ second @ along / g[0]
     x = h(joint)
-    inverse = torch.func.jacrev(torch.func.jacrev(lambda theta: scalar_map.inverse(x, theta)[0]))
+    inverse = torch.func.jacrev(
+        torch.func.jacrev(lambda theta: scalar_map.inverse(x, theta)[0])
+    )
     got = inverse(theta)
     assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
@@ -264,12 +290,16 @@ def test_values_and_gradients_are_finite_far_out(name, dtype):
     scalar_map = monotone_maps[name]
     for seed in range(5):
         theta = raw(scalar_map, 3.0, seed=seed, dtype=dtype).requires_grad_()
-        t = torch.tensor([-1e6, -100.0, -17.0, -1.0, 0.0, 1.0, 17.0, 100.0, 1e6], dtype=dtype)
+        t = torch.tensor(
+            [-1e6, -100.0, -17.0, -1.0, 0.0, 1.0, 17.0, 100.0, 1e6], dtype=dtype
+        )
         t.requires_grad_()
         for way in (scalar_map.forward, scalar_map.inverse):
             image, log_slope = way(t, theta)
             grads = torch.autograd.grad((image + log_slope).sum(), (t, theta))
-            assert all(value.isfinite().all() for value in (image, log_slope, *grads)), way
+            assert all(
+                value.isfinite().all() for value in (image, log_slope, *grads)
+            ), way
 
 
 @names
@@ -279,7 +309,10 @@ def test_float32_agrees_with_float64_far_out(name, sd):
     t = torch.tensor([-100.0, -50.0, -17.0, -1.0, 0.0, 1.0, 17.0, 50.0, 100.0])
     for seed in range(5):
         theta = raw(scalar_map, sd, seed=seed, dtype=torch.float32)
-        pairs = zip(scalar_map.forward(t, theta), scalar_map.forward(t.double(), theta.double()))
+        pairs = zip(
+            scalar_map.forward(t, theta),
+            scalar_map.forward(t.double(), theta.double()),
+        )
         for got, wanted in pairs:
             assert_close(got.double(), wanted, rtol=3e-5, atol=3e-5)
 
@@ -303,19 +336,27 @@ def test_tails_are_straight_so_that_the_map_is_onto_the_line(name, sd):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("sd", [0.0, 1.0])
 def test_the_density_weighs_one(name, turned, sd):
-    scalar_map = InverseMap(monotone_maps[name]) if turned else monotone_maps[name]
+    scalar_map = (
+        InverseMap(monotone_maps[name]) if turned else monotone_maps[name]
+    )
     f = Elementwise(1, scalar_map).double()
     with torch.no_grad():
         f.thetas[0].value.copy_(raw(scalar_map, sd))
-    mass = total_mass(Flow(f).double().log_prob, 1, dtype=torch.float64, max_evals=500_000)
+    mass = total_mass(
+        Flow(f).double().log_prob, 1, dtype=torch.float64, max_evals=500_000
+    )
     assert abs(mass - 1) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["sum-of-squares", "monotone-network", "bernstein"])
+@pytest.mark.parametrize(
+    "name", ["sum-of-squares", "monotone-network", "bernstein"]
+)
 def test_slopes_match_on_the_ends_of_the_box(name):
     scalar_map = monotone_maps[name]
     theta, end = raw(scalar_map, 1.0), scalar_map.bound
-    z = torch.tensor([-end, -end + 1e-9, -end - 1e-9, end, end - 1e-9, end + 1e-9]).double()
+    z = torch.tensor(
+        [-end, -end + 1e-9, -end - 1e-9, end, end - 1e-9, end + 1e-9]
+    ).double()
     x, log_slope = scalar_map.forward(z.requires_grad_(), theta)
     (slope,) = torch.autograd.grad(x.sum(), z)
     assert_close(slope.log(), log_slope)
@@ -329,13 +370,18 @@ def test_slopes_match_on_the_ends_of_the_box(name):
 @names
 def test_raw_parameters_may_be_shared_or_not(name):
     scalar_map = monotone_maps[name]
-    z, theta = torch.randn(4, 3, dtype=torch.float64), raw(scalar_map, 1.0, 4, 3)
+    z, theta = (
+        torch.randn(4, 3, dtype=torch.float64),
+        raw(scalar_map, 1.0, 4, 3),
+    )
     for way in (scalar_map.forward, scalar_map.inverse):
         each = way(z, theta)
         for i in range(3):
             for got, wanted in zip(way(z[:, i], theta[:, i]), each):
                 assert_close(got, wanted[:, i])
-        for got, wanted in zip(way(z, theta[0]), way(z, theta[:1].expand(4, -1, -1))):
+        for got, wanted in zip(
+            way(z, theta[0]), way(z, theta[:1].expand(4, -1, -1))
+        ):
             assert_close(got, wanted)
         assert way(z[:0], theta[:0])[0].shape == (0, 3)
         assert way(z[0, 0], theta[0, 0])[1].shape == ()
@@ -380,7 +426,10 @@ def test_costs_and_reprs(name):
     f = Elementwise(3, scalar_map)
     assert (f.forward_cost, f.inverse_cost) == ("one pass", "numerical")
     turned = Elementwise(3, {(1, 2): InverseMap(scalar_map)})
-    assert (turned.forward_cost, turned.inverse_cost) == ("numerical", "one pass")
+    assert (turned.forward_cost, turned.inverse_cost) == (
+        "numerical",
+        "one pass",
+    )
     assert type(scalar_map).__name__ in repr(f) and "_" not in repr(scalar_map)
     assert scalar_map.reference and isinstance(scalar_map, MonotoneMap)
 
@@ -423,7 +472,10 @@ def test_deep_sigmoidal_maps_of_other_sizes(units, layers):
 @pytest.mark.parametrize("scalar_map", SMALL, ids=repr)
 def test_the_contract_turned_round_in_a_coupling(scalar_map):
     f = Coupling(half(3), InverseMap(scalar_map), torch.nn.Linear, 1)
-    exempt = {"identity": "random weights", ("gradients", torch.float64, 3.0): "too sharp"}
+    exempt = {
+        "identity": "random weights",
+        ("gradients", torch.float64, 3.0): "too sharp",
+    }
     check_bijection(f, torch.randn(8, 3), torch.randn(8, 1), exempt=exempt)
 
 
@@ -443,15 +495,20 @@ def test_it_starts_near_the_identity(name):
 def bimodal(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
     side = torch.rand(n, 1, generator=generator) < 0.4
-    return torch.where(side, -1.5, 1.2) + 0.3 * torch.randn(n, 1, generator=generator)
+    return torch.where(side, -1.5, 1.2) + 0.3 * torch.randn(
+        n, 1, generator=generator
+    )
 
 
 def trained(scalar_map, steps=150):
-    flow = Flow(Elementwise(1, InverseMap(scalar_map)))  # data to base in one pass
+    # data to base in one pass
+    flow = Flow(Elementwise(1, InverseMap(scalar_map)))
     x = bimodal(2000)
     fit(MaximumLikelihood(flow), x, steps=steps, batch_size=500, lr=3e-2)
     with torch.no_grad():
-        return flow.bijection.thetas[0].value[0], -flow.log_prob(bimodal(4000, 1)).mean().item()
+        return flow.bijection.thetas[0].value[0], -flow.log_prob(
+            bimodal(4000, 1)
+        ).mean().item()
 
 
 @names
@@ -467,11 +524,16 @@ def test_the_gradient_reaches_every_parameter_after_one_step(name):
 def test_equal_components_never_separate_and_ours_do(kind):
     def places(scalar_map, theta):
         shape = scalar_map.read(theta[:, None])
-        return (shape[1] if kind is LogisticMixtureMap else shape[0][1]).flatten()
+        return (
+            shape[1] if kind is LogisticMixtureMap else shape[0][1]
+        ).flatten()
 
     equal, ours = kind(apart=0.0), kind()
-    if kind is DeepSigmoidalMap:  # its rows have favourites; take them away as well
-        equal._rows = lambda raw, n: raw.unflatten(0, (n, -1)).softmax(1) if len(raw) else None
+    # its rows have favourites; take them away as well
+    if kind is DeepSigmoidalMap:
+        equal._rows = lambda raw, n: (
+            raw.unflatten(0, (n, -1)).softmax(1) if len(raw) else None
+        )
     theta_equal, loss_equal = trained(equal)
     theta, loss = trained(ours)
     assert places(equal, theta_equal).std() < 1e-4  # rounding apart
@@ -494,10 +556,15 @@ def test_a_second_polynomial_at_zero_never_wakes_and_ours_does():
 def test_it_learns_two_bumps(name):
     """Entropy of the mixture: that of its two halves, apart by six widths or more."""
     entropy = (
-        0.5 * math.log(2 * math.pi * math.e * 0.09) - 0.4 * math.log(0.4) - 0.6 * math.log(0.6)
+        0.5 * math.log(2 * math.pi * math.e * 0.09)
+        - 0.4 * math.log(0.4)
+        - 0.6 * math.log(0.6)
     )
     _, loss = trained(monotone_maps[name], steps=300)
-    gaussian = 0.5 * math.log(2 * math.pi * math.e * bimodal(4000, 1).var().item())
-    # one bend, and a basis of smooth bumps as wide as the data's: both come only part of the way
+    gaussian = 0.5 * math.log(
+        2 * math.pi * math.e * bimodal(4000, 1).var().item()
+    )
+    # one bend, and a basis of smooth bumps as wide as the data's: both come
+    # only part of the way
     part = {"nonlinear-squared": 0.1, "bernstein": 0.6}
     assert loss < (gaussian - part[name] if name in part else entropy + 0.15)

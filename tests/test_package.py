@@ -10,29 +10,53 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK_TOOLS = ["nbdev", "fastcore", "execnb", "IPython", "jupyter_core", "ipykernel", "sklearn"]
+NOTEBOOK_TOOLS = [
+    "nbdev",
+    "fastcore",
+    "execnb",
+    "IPython",
+    "jupyter_core",
+    "ipykernel",
+    "sklearn",
+]
 
 
 def seconds(statement):
     """Time of an import in a new process, start of Python not included."""
     code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
     return float(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, check=True
+        ).stdout
     )
 
 
 def test_import_takes_at_most_0_7_s_more_than_torch():
-    pairs = [(seconds("import flowcourse"), seconds("import torch")) for _ in range(5)]
+    pairs = [
+        (seconds("import flowcourse"), seconds("import torch"))
+        for _ in range(5)
+    ]
     ours, torch = map(min, zip(*pairs))  # the least disturbed of each
     assert ours - torch < 0.7
 
 
 def test_heavy_packages_are_imported_where_they_are_used():
-    code = "import flowcourse, sys, json; print(json.dumps(sorted(sys.modules)))"
-    modules = json.loads(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    code = (
+        "import flowcourse, sys, json; print(json.dumps(sorted(sys.modules)))"
     )
-    heavy = {"matplotlib", "accelerate", "tyro", "torchdiffeq", "pooch", *NOTEBOOK_TOOLS}
+    modules = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, check=True
+        ).stdout
+    )
+    heavy = {
+        "matplotlib",
+        "accelerate",
+        "tyro",
+        "torchdiffeq",
+        "pooch",
+        *NOTEBOOK_TOOLS,
+    }
     assert not heavy & set(modules)
 
 
@@ -48,13 +72,21 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_is_small_and_complete(wheel):
-    names = {info.filename: info.compress_size for info in zipfile.ZipFile(wheel).infolist()}
+    names = {
+        info.filename: info.compress_size
+        for info in zipfile.ZipFile(wheel).infolist()
+    }
     data = [name for name in names if name.startswith("flowcourse/files/")]
     assert len(data) == len(list((ROOT / "flowcourse/files").iterdir()))
     assert sum(names[name] for name in data) < 5e6
-    assert all(f"flowcourse/{path.name}" in names for path in (ROOT / "flowcourse").glob("*.py"))
+    assert all(
+        f"flowcourse/{path.name}" in names
+        for path in (ROOT / "flowcourse").glob("*.py")
+    )
     assert any(name.endswith("LICENSE") for name in names)
-    assert not any(name.startswith(("tests/", "nbs/", "tools/")) for name in names)
+    assert not any(
+        name.startswith(("tests/", "nbs/", "tools/")) for name in names
+    )
 
 
 def test_the_wheel_trains_without_notebook_tools(wheel, tmp_path):

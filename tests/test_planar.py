@@ -55,8 +55,12 @@ def loop(f, z, context=None):
 
 @pytest.mark.parametrize("unit", UNITS, ids=str)
 @pytest.mark.parametrize("context_dim", [0, 3])
-@pytest.mark.parametrize("length, block", [(1, 16), (7, 1), (7, 3), (7, 7), (20, 16)])
-def test_blocks_give_the_numbers_and_gradients_of_the_loop(unit, context_dim, length, block):
+@pytest.mark.parametrize(
+    "length, block", [(1, 16), (7, 1), (7, 3), (7, 7), (20, 16)]
+)
+def test_blocks_give_the_numbers_and_gradients_of_the_loop(
+    unit, context_dim, length, block
+):
     f = perturbed(Planar(4, length, context_dim, unit=unit, block=block), 0.5)
     z = noise(6, 4).requires_grad_()
     context = noise(6, 3, seed=1).requires_grad_() if context_dim else None
@@ -84,7 +88,9 @@ def test_second_derivatives_are_those_of_the_loop(unit, context_dim):
         grads = torch.autograd.grad(value, leaves, create_graph=True)
         total = sum((g * noise(*g.shape, seed=3)).sum() for g in grads)
         found.append(torch.autograd.grad(total, leaves, materialize_grads=True))
-        at_first = partial(way, context=None if context is None else context.detach()[0])
+        at_first = partial(
+            way, context=None if context is None else context.detach()[0]
+        )
         hessians = torch.func.jacrev(torch.func.jacrev(at_first))(z.detach()[0])
         found[-1] += hessians
     for fast, plain in zip(*found):
@@ -116,20 +122,30 @@ def test_one_context_for_all_points_and_gradients_of_each_point(context_dim):
         assert_close(fast, plain, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("error")  # functorch warns where it falls back to a loop
-@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (None, 1), (2, 1)])
+# functorch warns where it falls back to a loop
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "dims", [(0, 0), (0, None), (None, 0), (None, 1), (2, 1)]
+)
 @pytest.mark.parametrize("batch", [(), (4,)])
 def test_vmap_over_layers_and_points(dims, batch):
     """An ensemble of stacks, on points of their own or the same, and one stack on many points."""
     n = 6
-    dims = tuple(None if d is None else min(d, most) for d, most in zip(dims, (2, len(batch))))
+    dims = tuple(
+        None if d is None else min(d, most)
+        for d, most in zip(dims, (2, len(batch)))
+    )
     f = perturbed(Planar(5, 7, block=3), 0.5)
     (name, raw), *_ = f.named_parameters()
     if dims[0] is not None:
-        raw = torch.stack([raw + noise(*raw.shape, seed=i) for i in range(n)], dims[0])
+        raw = torch.stack(
+            [raw + noise(*raw.shape, seed=i) for i in range(n)], dims[0]
+        )
     z = noise(*batch, 5)
     if dims[1] is not None:
-        z = torch.stack([z + noise(*z.shape, seed=i) for i in range(n)], dims[1])
+        z = torch.stack(
+            [z + noise(*z.shape, seed=i) for i in range(n)], dims[1]
+        )
 
     def value(raw, z):
         x, ladj = torch.func.functional_call(f, {name: raw}, (z,))
@@ -141,10 +157,14 @@ def test_vmap_over_layers_and_points(dims, batch):
 
     for way in (value, torch.func.grad(value), torch.func.grad(value, 1)):
         want = torch.stack([way(*one(i)) for i in range(n)])
-        assert_close(torch.vmap(way, dims)(raw, z), want, rtol=1e-10, atol=1e-10)
+        assert_close(
+            torch.vmap(way, dims)(raw, z), want, rtol=1e-10, atol=1e-10
+        )
     with torch.no_grad():
         want = torch.stack([value(*one(i)) for i in range(n)])
-        assert_close(torch.vmap(value, dims)(raw, z), want, rtol=1e-10, atol=1e-10)
+        assert_close(
+            torch.vmap(value, dims)(raw, z), want, rtol=1e-10, atol=1e-10
+        )
 
 
 def test_the_cost_is_linear_in_the_length():
@@ -163,16 +183,26 @@ def test_a_tanh_layer_is_that_of_pyro():
     for _ in range(20):
         theirs = PyroPlanar(5)
         for p in (theirs.w, theirs.u, theirs.bias):
-            p.data = torch.randn(p.shape, dtype=torch.float64) * 2  # theirs loses digits in float32
-        ours = layer(theirs.w.data, theirs.u.data, float(theirs.bias.detach()), offset=0.0)
+            # theirs loses digits in float32
+            p.data = torch.randn(p.shape, dtype=torch.float64) * 2
+        ours = layer(
+            theirs.w.data,
+            theirs.u.data,
+            float(theirs.bias.detach()),
+            offset=0.0,
+        )
         z = torch.randn(50, 5, dtype=torch.float64)
         x, ladj = ours(z)
         want = theirs(z)
         assert_close(x, want, rtol=1e-7, atol=1e-7)
-        assert_close(ladj, theirs.log_abs_det_jacobian(z, want), rtol=1e-7, atol=1e-7)
+        assert_close(
+            ladj, theirs.log_abs_det_jacobian(z, want), rtol=1e-7, atol=1e-7
+        )
 
 
-@pytest.mark.parametrize("norm, product, broken", [(0.5, -2.0, -1.44), (4.0, 1.1, -1.75)])
+@pytest.mark.parametrize(
+    "norm, product, broken", [(0.5, -2.0, -1.44), (4.0, 1.1, -1.75)]
+)
 def test_division_by_the_norm_alone_folds_space(norm, product, broken):
     w = torch.tensor([norm, 0.0], dtype=torch.float64)
     u = torch.tensor([product / norm, 1.0], dtype=torch.float64)
@@ -192,13 +222,16 @@ def test_the_slope_stays_positive(unit):
     f = Planar(3, len(w), unit=unit).double()
     f.raw.value.data = torch.cat([w, u, torch.zeros(len(w), 1)], -1)
     _, u_hat, _, gain, log_steepest = f.layers()
-    assert (gain >= -1 / unit.max_slope).all() and log_steepest.isfinite().all()  # 1 + m > 0
+    # 1 + m > 0
+    assert (gain >= -1 / unit.max_slope).all() and log_steepest.isfinite().all()
     assert_close((w * u_hat).sum(-1), gain, rtol=1e-9, atol=1e-9)
 
 
 def test_the_logistic_unit_bends_by_more_than_minus_four():
     for product, least in ((-30.0, -4.0), (-3.0, -4.0), (5.0, 0.0)):
-        _, _, _, gain, _ = layer([1.0, 0.0], [product, 0.3], unit=LogisticUnit()).layers()
+        _, _, _, gain, _ = layer(
+            [1.0, 0.0], [product, 0.3], unit=LogisticUnit()
+        ).layers()
         assert least <= gain.item()
     assert layer([1.0], [-30.0], unit=LogisticUnit()).layers()[3].item() < -3.9
 
@@ -206,9 +239,14 @@ def test_the_logistic_unit_bends_by_more_than_minus_four():
 def exact_log_slope(a, product, half):
     """log(tanh² + sech² softplus) with as many digits as it takes."""
     with mpmath.workdps(60):
-        a, product = mpmath.mpf(a) / (2 if half else 1), mpmath.mpf(product) / (4 if half else 1)
+        a, product = (
+            mpmath.mpf(a) / (2 if half else 1),
+            mpmath.mpf(product) / (4 if half else 1),
+        )
         top = mpmath.log1p(mpmath.exp(product + mpmath.log(mpmath.e - 1)))
-        return float(mpmath.log(mpmath.tanh(a) ** 2 + mpmath.sech(a) ** 2 * top))
+        return float(
+            mpmath.log(mpmath.tanh(a) ** 2 + mpmath.sech(a) ** 2 * top)
+        )
 
 
 @pytest.mark.parametrize("unit", UNITS[:2], ids=str)
@@ -228,7 +266,9 @@ def test_the_log_slope_is_right_in_float32(unit):
 @pytest.mark.parametrize("unit", UNITS, ids=str)
 def test_the_ladj_is_finite_for_any_w_and_u(unit):
     g = torch.Generator().manual_seed(0)
-    direction = torch.nn.functional.normalize(torch.randn(2000, 3, generator=g), dim=-1)
+    direction = torch.nn.functional.normalize(
+        torch.randn(2000, 3, generator=g), dim=-1
+    )
     for norm in (0.0, 1e-30, 1e-10, 1e-3, 1.0, 100.0, 1e4):
         for product in (-1e4, -100.0, -1.0, 0.0, 100.0, 1e4):
             w = direction * norm
@@ -241,7 +281,9 @@ def test_the_ladj_is_finite_for_any_w_and_u(unit):
             z = torch.randn(2000, 3, generator=g)
             ladj = unit.log_slope((w * z).sum(-1) + b, log_steepest)
             assert ladj.isfinite().all() and u_hat.isfinite().all()
-            slopes = torch.autograd.grad(ladj.sum() + u_hat.sum(), f.raw.value)[0]
+            slopes = torch.autograd.grad(ladj.sum() + u_hat.sum(), f.raw.value)[
+                0
+            ]
             assert slopes.isfinite().all()
 
 
@@ -255,20 +297,30 @@ def test_u_hat_stays_bounded_as_w_vanishes_and_the_paper_s_does_not():
 
 
 def test_u_zero_is_the_identity():
-    f, z = layer(noise(4), torch.zeros(4, dtype=torch.float64), 0.7), noise(5, 4, seed=1)
+    f, z = (
+        layer(noise(4), torch.zeros(4, dtype=torch.float64), 0.7),
+        noise(5, 4, seed=1),
+    )
     x, ladj = f(z)
     assert torch.equal(x, z)
     assert_close(ladj, torch.zeros_like(ladj), rtol=0, atol=1e-15)
 
 
 MAKERS = {
-    **{f"planar {u}": lambda c, u=u: Planar(4, 3, c, unit=u, block=2) for u in UNITS},
+    **{
+        f"planar {u}": lambda c, u=u: Planar(4, 3, c, unit=u, block=2)
+        for u in UNITS
+    },
     "radial": lambda c: Radial(4, 3, c),
     **{
-        f"sylvester {v}": lambda c, v=v: Sylvester(4, length=2, context_dim=c, variant=v)
+        f"sylvester {v}": lambda c, v=v: Sylvester(
+            4, length=2, context_dim=c, variant=v
+        )
         for v in ("orthogonal", "householder", "triangular")
     },
-    "sylvester narrow": lambda c: Sylvester(4, units=2, length=2, context_dim=c),
+    "sylvester narrow": lambda c: Sylvester(
+        4, units=2, length=2, context_dim=c
+    ),
 }
 
 
@@ -289,7 +341,9 @@ def test_derivatives_of_the_inverse_are_the_implicit_ones(name, scale):
     assert good.sum() >= 5
     assert_close(f.inverse(x)[0][good], z[good], rtol=1e-8, atol=1e-8)
     want = torch.linalg.inv(forward)
-    error = (inverse - want).flatten(1).norm(dim=-1) / want.flatten(1).norm(dim=-1)
+    error = (inverse - want).flatten(1).norm(dim=-1) / want.flatten(1).norm(
+        dim=-1
+    )
     assert (error < 1e-12 * condition.square())[good].all()
     want = -torch.linalg.solve(forward.mT, z_slope)
     error = (x_slope - want).norm(dim=-1) / (1 + want.norm(dim=-1))
@@ -299,7 +353,9 @@ def test_derivatives_of_the_inverse_are_the_implicit_ones(name, scale):
 def test_second_derivatives_of_the_inverse_are_right():
     f = perturbed(Planar(3, 2))
     x = noise(3, seed=3)
-    assert torch.autograd.gradgradcheck(lambda t: f.inverse(t), x.requires_grad_())
+    assert torch.autograd.gradgradcheck(
+        lambda t: f.inverse(t), x.requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -323,7 +379,8 @@ def test_the_ladj_of_the_inverse_is_right_in_float32_at_wild_parameters(seed):
     x, context = 2 * torch.randn(64, 5), torch.randn(64, 2)
     _, ladj = f.inverse(x, context)
     exact = copy.deepcopy(f).double()
-    exact.raw = Given(f.raw(context).detach().double())  # the network rounds as well
+    # the network rounds as well
+    exact.raw = Given(f.raw(context).detach().double())
     _, true = exact.inverse(x.double(), context.double())
     assert ((ladj - true).abs() / (1 + true.abs())).max() < 1e-6
 
@@ -342,17 +399,25 @@ class Given(torch.nn.Module):
 @pytest.mark.parametrize("make", [Planar, partial(Sylvester, units=2)])
 def test_context_scale_multiplies_the_context(make):
     context, z = noise(7, 2), noise(7, 3)
-    quiet, loud = (make(3, length=4, context_dim=2, hidden=(), context_scale=s) for s in (0.1, 1.0))
+    quiet, loud = (
+        make(3, length=4, context_dim=2, hidden=(), context_scale=s)
+        for s in (0.1, 1.0)
+    )
     perturbed(quiet)
     loud.double().load_state_dict(quiet.state_dict())
-    for found, expected in zip(quiet(z, context), loud(z, 0.1 * context), strict=True):
+    for found, expected in zip(
+        quiet(z, context), loud(z, 0.1 * context), strict=True
+    ):
         assert_close(found, expected)
     assert not torch.allclose(quiet(z, context)[0], loud(z, context)[0])
 
 
 def test_log_add_square_is_smooth_at_zero():
     for v in (-3.0, 0.5):
-        t, v = torch.zeros((), dtype=torch.float64), torch.tensor(v, dtype=torch.float64)
+        t, v = (
+            torch.zeros((), dtype=torch.float64),
+            torch.tensor(v, dtype=torch.float64),
+        )
         slope = torch.func.grad(log_add_square)
         assert_close(log_add_square(t, v), v)
         assert slope(t, v) == 0
@@ -382,7 +447,9 @@ def test_the_radial_layer_is_its_formula():
     h, slope = 1 / (alpha + r), -1 / (alpha + r).square()
     x, ladj = f(z)
     assert_close(x, z + (beta * h)[:, None] * ray)
-    assert_close(ladj, (1 + beta * h + beta * slope * r).log() + 2 * (1 + beta * h).log())
+    assert_close(
+        ladj, (1 + beta * h + beta * slope * r).log() + 2 * (1 + beta * h).log()
+    )
     assert f(z0)[0].isfinite().all() and f.inverse(z0)[1].isfinite()
 
 
@@ -405,10 +472,18 @@ def test_sylvester_ladj_at_large_parameters(variant, scale):
     f = perturbed(Sylvester(3, variant=variant), scale)
     z = noise(20, 3).float().double()
     jacobian = torch.vmap(torch.func.jacrev(lambda t: f(t)[0]))(z)
-    want, known = torch.linalg.slogdet(jacobian).logabsdet, torch.linalg.cond(jacobian) < 1e9
+    want, known = (
+        torch.linalg.slogdet(jacobian).logabsdet,
+        torch.linalg.cond(jacobian) < 1e9,
+    )
     assert known.sum() > 5
     assert_close(f(z)[1][known], want[known], rtol=1e-6, atol=1e-6)
-    assert_close(f.float()(z.float())[1][known], want[known].float(), rtol=1e-3, atol=1e-3)
+    assert_close(
+        f.float()(z.float())[1][known],
+        want[known].float(),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_frames_are_orthonormal_and_move_smoothly():
@@ -416,20 +491,49 @@ def test_frames_are_orthonormal_and_move_smoothly():
     eye = torch.eye(3, dtype=torch.float64).expand(7, 3, 3)
     for q in (gram_schmidt(raw), reflect(raw.mT, 3)):
         assert_close(q.mT @ q, eye)
-    assert_close(reflect(torch.zeros_like(raw.mT), 3)[0], torch.eye(5, 3, dtype=torch.float64))
-    right = torch.tensor([[1e-9, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert_close(
+        reflect(torch.zeros_like(raw.mT), 3)[0],
+        torch.eye(5, 3, dtype=torch.float64),
+    )
+    right = torch.tensor(
+        [[1e-9, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64
+    )
     left = right * torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64)
     assert_close(gram_schmidt(left), gram_schmidt(right), atol=1e-8, rtol=0)
 
 
 def test_softplus_and_m_keep_their_digits():
-    for s in (-1e4, -200.0, -18.0001, -17.9999, -1.0, 0.0, 19.0, 21.0, 39.0, 41.0, 1e4):
+    for s in (
+        -1e4,
+        -200.0,
+        -18.0001,
+        -17.9999,
+        -1.0,
+        0.0,
+        19.0,
+        21.0,
+        39.0,
+        41.0,
+        1e4,
+    ):
         s = torch.tensor(s, dtype=torch.float64)
         with mpmath.workdps(60):
-            want = float(mpmath.log(mpmath.log1p(mpmath.exp(mpmath.mpf(float(s))))))
-        assert_close(log_softplus(s), torch.tensor(want, dtype=torch.float64), rtol=1e-14, atol=0)
+            want = float(
+                mpmath.log(mpmath.log1p(mpmath.exp(mpmath.mpf(float(s)))))
+            )
+        assert_close(
+            log_softplus(s),
+            torch.tensor(want, dtype=torch.float64),
+            rtol=1e-14,
+            atol=0,
+        )
     small = torch.tensor([1e-12, -1e-30], dtype=torch.float64)
-    assert_close(above_minus_one(small)[0], small * (1 - math.exp(-1)), rtol=1e-11, atol=0)
+    assert_close(
+        above_minus_one(small)[0],
+        small * (1 - math.exp(-1)),
+        rtol=1e-11,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,11 +542,17 @@ def test_softplus_and_m_keep_their_digits():
         (lambda: LeakyUnit(1.5), "slope"),
         (lambda: Planar(2, 0), "length"),
         (lambda: Planar(2, 3, block=0), "block"),
-        (lambda: Planar(2, 3, context_dim=2, context_scale=0.0), "context_scale"),
+        (
+            lambda: Planar(2, 3, context_dim=2, context_scale=0.0),
+            "context_scale",
+        ),
         (lambda: Sylvester(3, units=4), "units"),
         (lambda: Sylvester(3, units=2, variant="triangular"), "units"),
         (lambda: Sylvester(3, variant="qr"), "variant"),
-        (lambda: Sylvester(3, variant="householder", reflections=0), "reflections"),
+        (
+            lambda: Sylvester(3, variant="householder", reflections=0),
+            "reflections",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, word):

@@ -16,7 +16,14 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("_quarto.yml", "settings.ini", "references.bib", "nbs", "assets", "tools")
+PARTS = (
+    "_quarto.yml",
+    "settings.ini",
+    "references.bib",
+    "nbs",
+    "assets",
+    "tools",
+)
 sys.path.insert(0, str(ROOT / "tools"))
 
 GOOD = r"""
@@ -67,7 +74,12 @@ def copy_project(folder):
 def write_notebook(path, title, body):
     """A notebook with a title, one markdown cell and one code cell."""
     cells = [
-        {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# {title}\n\n> A page"},
+        {
+            "cell_type": "markdown",
+            "id": "a",
+            "metadata": {},
+            "source": f"# {title}\n\n> A page",
+        },
         {"cell_type": "markdown", "id": "b", "metadata": {}, "source": body},
         {
             "cell_type": "code",
@@ -92,10 +104,18 @@ def small(tmp_path):
         (tmp_path / "nbs").mkdir()
         write_notebook(tmp_path / "nbs/index.ipynb", "Home", "Welcome.")
         write_notebook(tmp_path / "nbs/01-lesson.ipynb", "Lesson", body)
-        write_notebook(tmp_path / "nbs/99-reference.ipynb", "Reference", "### Flow.log_prob")
+        write_notebook(
+            tmp_path / "nbs/99-reference.ipynb",
+            "Reference",
+            "### Flow.log_prob",
+        )
         config = yaml.safe_load((tmp_path / "_quarto.yml").read_text())
         config["website"]["navbar"] = {"left": ["nbs/index.ipynb"]}
-        pages = ["nbs/index.ipynb", "nbs/01-lesson.ipynb", "nbs/99-reference.ipynb"]
+        pages = [
+            "nbs/index.ipynb",
+            "nbs/01-lesson.ipynb",
+            "nbs/99-reference.ipynb",
+        ]
         config["website"]["sidebar"]["contents"] = pages
         (tmp_path / "_quarto.yml").write_text(yaml.safe_dump(config))
         (tmp_path / "_docs").mkdir()
@@ -122,14 +142,21 @@ def test_numbers_citations_and_relative_links(small):
     assert run.returncode == 0, run.stdout + run.stderr
     assert not (project / "_docs/old.html").exists()
     page = (project / "_docs/nbs/01-lesson.html").read_text()
-    for label, text in {"eq-density": "Equation 1", "thm-change": "Theorem 1"}.items():
+    for label, text in {
+        "eq-density": "Equation 1",
+        "thm-change": "Theorem 1",
+    }.items():
         assert f'<a href="#{label}">{text}</a>' in page
     assert "Theorem 1 (Change of variables)." in page
     assert "Table 1: Two numbers" in page
     assert "Rezende and Mohamed" in page and "Papamakarios et al." in page
     assert re.search(r"<details[^>]*>", page), "a folded cell"
-    assert 'href="index.html">again' in page, "a link to our own address becomes relative"
-    assert 'href="99-reference.html#flow.log_prob"' in page, "a method leads to the reference"
+    assert 'href="index.html">again' in page, (
+        "a link to our own address becomes relative"
+    )
+    assert 'href="99-reference.html#flow.log_prob"' in page, (
+        "a method leads to the reference"
+    )
     assert "flow.__init__" not in page, "a private name leads nowhere"
     assert "cdn" not in page
 
@@ -154,15 +181,22 @@ def test_sidebar_and_notebooks_must_agree(small):
     (project / "nbs/01-lesson.ipynb").rename(project / "nbs/02-other.ipynb")
     run = build(project, "--offline")
     assert run.returncode == 1
-    assert "the sidebar lists nbs/01-lesson.ipynb, which does not exist" in run.stdout
+    assert (
+        "the sidebar lists nbs/01-lesson.ipynb, which does not exist"
+        in run.stdout
+    )
     assert "the sidebar does not list nbs/02-other.ipynb" in run.stdout
 
 
-@pytest.mark.parametrize("warning", ["", "WARN: Unable to resolve crossref @fig-absent"])
+@pytest.mark.parametrize(
+    "warning", ["", "WARN: Unable to resolve crossref @fig-absent"]
+)
 def test_quarto_is_used_where_there_is_one(small, tmp_path_factory, warning):
     project, bin_ = small(GOOD), tmp_path_factory.mktemp("bin")
     render = f"mkdir -p _docs && echo '<p>new</p>' > _docs/index.html && echo '{warning}' >&2"
-    (bin_ / "quarto").write_text(f'#!/bin/sh\n[ "$1" = inspect ] || {{ {render}; }}\n')
+    (bin_ / "quarto").write_text(
+        f'#!/bin/sh\n[ "$1" = inspect ] || {{ {render}; }}\n'
+    )
     (bin_ / "quarto").chmod(0o755)
     run = build(project, PATH=f"{bin_}{os.pathsep}{os.environ['PATH']}")
     assert run.returncode == bool(warning), run.stdout + run.stderr
@@ -180,7 +214,10 @@ def test_config_files_agree():
     assert website["description"] == settings["description"]
     assert website["repo-url"] == settings["git_url"]
     assert website["repo-branch"] == settings["branch"]
-    assert website["site-url"] == settings["doc_host"] + settings["doc_baseurl"] + "/"
+    assert (
+        website["site-url"]
+        == settings["doc_host"] + settings["doc_baseurl"] + "/"
+    )
     assert config["project"]["output-dir"] == settings["doc_path"]
     assert config["project"]["render"][0] == settings["readme_nb"]
 
@@ -191,7 +228,11 @@ def test_readme_reads_well_outside_the_site():
     assert "#|" not in readme
     targets = re.findall(r"\]\(([^)]+)\)", readme)
     assert len(targets) > 5
-    assert [t for t in targets if not t.startswith("https://") and not (ROOT / t).is_file()] == []
+    assert [
+        t
+        for t in targets
+        if not t.startswith("https://") and not (ROOT / t).is_file()
+    ] == []
 
 
 @pytest.fixture(scope="session")
@@ -212,16 +253,21 @@ def address(site):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=site)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-@pytest.fixture(scope="module")  # its event loop must end with this file: others start their own
+# its event loop must end with this file: others start their own
+@pytest.fixture(scope="module")
 def browser():
     """Chromium, or a skip with the reason."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed"
+    )
     if shutil.which("chromium") is None:
         pytest.skip("no chromium on PATH")
     from lab_smoke import launch_chromium
@@ -242,10 +288,19 @@ RAW_FORMULAS = """() => {
 def test_every_page_loads_alone_and_shows_its_formulas(browser, site, address):
     troubles, formulas = [], 0
     page = browser.new_page(viewport={"width": 400, "height": 800})
-    page.on("console", lambda m: m.type == "error" and troubles.append(f"console: {m.text}"))
+    page.on(
+        "console",
+        lambda m: m.type == "error" and troubles.append(f"console: {m.text}"),
+    )
     page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-    page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
-    page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
+    page.on(
+        "requestfailed",
+        lambda request: troubles.append(f"failed: {request.url}"),
+    )
+    page.on(
+        "response",
+        lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"),
+    )
     page.on(
         "request",
         lambda request: (
@@ -256,13 +311,16 @@ def test_every_page_loads_alone_and_shows_its_formulas(browser, site, address):
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         page.goto(f"{address}/{name}", wait_until="networkidle")
-        for _wait in range(100):  # a busy machine may set formulas after the network is idle
+        # a busy machine may set formulas after the network is idle
+        for _wait in range(100):
             left = page.evaluate(RAW_FORMULAS)
             if not left:
                 break
             page.wait_for_timeout(100)
         troubles += [f"raw {text} in the text" for text in left]
-        troubles += ["a formula is broken"] * page.locator(".katex-error").count()
+        troubles += ["a formula is broken"] * page.locator(
+            ".katex-error"
+        ).count()
         if page.evaluate("document.documentElement.scrollWidth") > 400:
             troubles.append("the page is wider than a phone")
         formulas += page.locator(".katex").count()
@@ -275,18 +333,24 @@ def test_search_finds_a_lesson(browser, address):
     page = browser.new_page(viewport={"width": 1300, "height": 900})
     page.goto(f"{address}/nbs/index.html")
     page.fill("#quarto-search input", "change of variables")
-    page.locator(".smalldocs-search-results a", has_text="variables").first.click()
+    page.locator(
+        ".smalldocs-search-results a", has_text="variables"
+    ).first.click()
     page.wait_for_url("**/01-change-of-variables*.html*")
     page.close()
 
 
 def test_dark_mode_toggles_and_is_remembered(browser, address):
-    context = browser.new_context(color_scheme="light", viewport={"width": 1300, "height": 900})
+    context = browser.new_context(
+        color_scheme="light", viewport={"width": 1300, "height": 900}
+    )
     page = context.new_page()
 
     def brightness():
         page.wait_for_timeout(300)
-        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        colour = page.evaluate(
+            "getComputedStyle(document.body).backgroundColor"
+        )
         return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
 
     page.goto(f"{address}/nbs/index.html")

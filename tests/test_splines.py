@@ -45,14 +45,20 @@ def draw(scalar_map, n, sd=1.0, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     low, high = scalar_map.ends
     t = low + (high - low) * torch.rand(n, generator=generator, dtype=dtype)
-    return t, sd * torch.randn(n, scalar_map.n_params, generator=generator, dtype=dtype)
+    return t, sd * torch.randn(
+        n, scalar_map.n_params, generator=generator, dtype=dtype
+    )
 
 
 def distance(scalar_map, a, b):
     """On a circle, the shorter way round."""
     gap = (a - b).abs()
     low, high = scalar_map.ends
-    return torch.minimum(gap, high - low - gap) if scalar_map.tails == "circular" else gap
+    return (
+        torch.minimum(gap, high - low - gap)
+        if scalar_map.tails == "circular"
+        else gap
+    )
 
 
 def knots_of(scalar_map, theta):
@@ -68,7 +74,8 @@ def test_the_contract_up_to_raw_parameters_of_size_6(scalar_map):
     check_bijection(f, z, levels=(0.0, 1.0, 3.0, 6.0))
 
 
-# The same maps in plain loops, from the papers' formulas in z and x rather than in the unit square.
+# The same maps in plain loops, from the papers' formulas in z and x rather than
+# in the unit square.
 
 
 def naive_linear(z, zs, xs):
@@ -100,7 +107,9 @@ def naive_cubic(z, zs, xs, slopes):
             h, t = zs[k + 1] - zs[k], z - zs[k]
             s, d0, d1 = (xs[k + 1] - xs[k]) / h, slopes[k], slopes[k + 1]
             a, b = (d0 + d1 - 2 * s) / h**2, (3 * s - 2 * d0 - d1) / h
-            return xs[k] + d0 * t + b * t**2 + a * t**3, d0 + 2 * b * t + 3 * a * t**2
+            return xs[
+                k
+            ] + d0 * t + b * t**2 + a * t**3, d0 + 2 * b * t + 3 * a * t**2
 
 
 def naive_rational_linear(z, zs, xs, slopes, meets):
@@ -112,7 +121,9 @@ def naive_rational_linear(z, zs, xs, slopes, meets):
             wa, wb = 1.0, math.sqrt(slopes[k] / slopes[k + 1])
             wc = (lam * wa * slopes[k] + (1 - lam) * wb * slopes[k + 1]) / s
             ya, yb = xs[k], xs[k + 1]
-            yc = ((1 - lam) * wa * ya + lam * wb * yb) / ((1 - lam) * wa + lam * wb)
+            yc = ((1 - lam) * wa * ya + lam * wb * yb) / (
+                (1 - lam) * wa + lam * wb
+            )
             if phi <= lam:
                 below = wa * (lam - phi) + wc * phi
                 y = (wa * ya * (lam - phi) + wc * yc * phi) / below
@@ -132,8 +143,13 @@ def naive_rational_quadratic(z, zs, xs, slopes):
             )
             xi = (z - zs[k]) / (zs[k + 1] - zs[k])
             below = s + (d1 + d0 - 2 * s) * xi * (1 - xi)
-            y = xs[k] + (xs[k + 1] - xs[k]) * (s * xi**2 + d0 * xi * (1 - xi)) / below
-            top = s**2 * (d1 * xi**2 + 2 * s * xi * (1 - xi) + d0 * (1 - xi) ** 2)
+            y = (
+                xs[k]
+                + (xs[k + 1] - xs[k]) * (s * xi**2 + d0 * xi * (1 - xi)) / below
+            )
+            top = s**2 * (
+                d1 * xi**2 + 2 * s * xi * (1 - xi) + d0 * (1 - xi) ** 2
+            )
             return y, top / below**2
 
 
@@ -156,9 +172,13 @@ def test_a_map_agrees_with_plain_loops(scalar_map):
     t, theta = draw(scalar_map, 300, sd=2.0)
     x, log_slope = scalar_map.forward(t, theta)
     for i in range(len(t)):
-        want, slope = NAIVE[type(scalar_map)](t[i].item(), *knots_of(scalar_map, theta[i]))
+        want, slope = NAIVE[type(scalar_map)](
+            t[i].item(), *knots_of(scalar_map, theta[i])
+        )
         if scalar_map.tails == "circular":
-            want = (want + theta[i, -1].item() + math.pi) % (2 * math.pi) - math.pi
+            want = (want + theta[i, -1].item() + math.pi) % (
+                2 * math.pi
+            ) - math.pi
         assert_close(x[i].item(), want, rtol=1e-9, atol=1e-9)
         assert_close(log_slope[i].item(), math.log(slope), rtol=1e-8, atol=1e-8)
 
@@ -172,7 +192,9 @@ def test_cubic_slopes_are_those_of_steffen():
             assert_close(slopes[k], steffen(zs, xs, k), rtol=1e-9, atol=0)
     # on a circle the neighbours of the first knot lie across the cut
     zs, xs, slopes = knots_of(CubicSplineMap(6, 1.0, "circular"), theta[0, :13])
-    around_z, around_x = ([v - 2 for v in knots[:-1]] + knots for knots in (zs, xs))
+    around_z, around_x = (
+        [v - 2 for v in knots[:-1]] + knots for knots in (zs, xs)
+    )
     assert_close(slopes[0], steffen(around_z, around_x, 6), rtol=1e-9, atol=0)
     assert slopes[0] == slopes[-1]
 
@@ -187,7 +209,9 @@ def test_bins_hold_their_share_and_quadratic_slopes_their_area():
         scalar_map = QuadraticSplineMap(5, bound, tails)
         _, theta = draw(scalar_map, 20, sd=3.0)
         for row in theta:
-            zs, xs, v = torch.tensor(knots_of(scalar_map, row), dtype=torch.float64)
+            zs, xs, v = torch.tensor(
+                knots_of(scalar_map, row), dtype=torch.float64
+            )
             assert_close(xs.diff(), zs.diff() * (v[:-1] + v[1:]) / 2)
             if tails == "linear":
                 assert v[0] == v[-1] == 1
@@ -196,19 +220,33 @@ def test_bins_hold_their_share_and_quadratic_slopes_their_area():
 @pytest.mark.parametrize("order", ["linear", "quadratic"])
 def test_the_rational_splines_are_those_of_pyro(order):
     """Pyro's floors are undone on the way in; its slope at the ends is 0.999."""
-    kind = RationalLinearSplineMap if order == "linear" else RationalQuadraticSplineMap
+    kind = (
+        RationalLinearSplineMap
+        if order == "linear"
+        else RationalQuadraticSplineMap
+    )
 
     class AsPyro(kind):
         end_slope = 1 - 1e-3
 
     scalar_map = AsPyro(6)
     generator = torch.Generator().manual_seed(0)
-    theta = 2 * torch.randn(3, scalar_map.n_params, generator=generator, dtype=torch.float64)
-    z = 3.5 * (2 * torch.rand(4000, 3, generator=generator, dtype=torch.float64) - 1)
-    zs, xs, slopes, *rest = scalar_map.knots(*theta.split(scalar_map.parts(), -1)).unbind(-2)
-    shares = [(knots.diff(dim=-1) / 6 - 1e-3) / (1 - 6e-3) for knots in (zs, xs)]
+    theta = 2 * torch.randn(
+        3, scalar_map.n_params, generator=generator, dtype=torch.float64
+    )
+    z = 3.5 * (
+        2 * torch.rand(4000, 3, generator=generator, dtype=torch.float64) - 1
+    )
+    zs, xs, slopes, *rest = scalar_map.knots(
+        *theta.split(scalar_map.parts(), -1)
+    ).unbind(-2)
+    shares = [
+        (knots.diff(dim=-1) / 6 - 1e-3) / (1 - 6e-3) for knots in (zs, xs)
+    ]
     meets = [(rest[0][..., :-1] - 0.025) / 0.95] if rest else [None]
-    theirs = sys.modules["pyro.distributions.transforms.spline"].ConditionedSpline(
+    theirs = sys.modules[
+        "pyro.distributions.transforms.spline"
+    ].ConditionedSpline(
         (*shares, slopes[..., 1:-1] - 1e-3, *meets), bound=3.0, order=order
     )
     x, log_slope = scalar_map.forward(z, theta)
@@ -218,7 +256,12 @@ def test_the_rational_splines_are_those_of_pyro(order):
     # within 1e-6 above a knot Pyro still uses the bin below
     near = ((z.unsqueeze(-1) - zs).abs() < 2e-6).any(-1)
     assert near.float().mean() < 1e-3
-    assert_close(log_slope[~near], theirs.log_abs_det_jacobian(z, want)[~near], rtol=0, atol=1e-5)
+    assert_close(
+        log_slope[~near],
+        theirs.log_abs_det_jacobian(z, want)[~near],
+        rtol=0,
+        atol=1e-5,
+    )
     assert torch.equal(x[~inside], z[~inside])
     back, log_back = scalar_map.inverse(want, theta)
     assert_close(back, z, rtol=0, atol=1e-5)
@@ -229,7 +272,9 @@ def test_the_rational_splines_are_those_of_pyro(order):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zeros_are_the_identity(scalar_map, dtype):
     z, _ = draw(scalar_map, 1000, dtype=dtype)
-    x, log_slope = scalar_map.forward(z, torch.zeros(scalar_map.n_params, dtype=dtype))
+    x, log_slope = scalar_map.forward(
+        z, torch.zeros(scalar_map.n_params, dtype=dtype)
+    )
     tol = 8 * torch.finfo(dtype).eps
     assert_close(x, z, rtol=tol, atol=tol)
     assert log_slope.abs().max() < 4 * tol
@@ -244,7 +289,10 @@ def test_pieces_join_at_the_knots_and_at_the_ends(scalar_map):
         inner = zs if scalar_map.tails == "linear" else zs[1:-1]
         sides = [inner - 1e-9, inner + 1e-9]
         if scalar_map.tails == "circular":  # the two ends are one point
-            sides = [torch.cat([t, end]) for t, end in zip(sides, (zs[-1:] - 1e-9, zs[:1] + 1e-9))]
+            sides = [
+                torch.cat([t, end])
+                for t, end in zip(sides, (zs[-1:] - 1e-9, zs[:1] + 1e-9))
+            ]
         (x0, slope0), (x1, slope1) = (scalar_map.forward(t, row) for t in sides)
         assert distance(scalar_map, x0, x1).max() < 1e-5
         if type(scalar_map) is not LinearSplineMap:
@@ -272,14 +320,19 @@ def test_a_box_keeps_its_ends_and_leaves_alone_what_lies_outside(kind):
     _, theta = draw(scalar_map, 100, sd=3.0)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None].expand(2, 100)
     assert_close(scalar_map.forward(ends, theta)[0], ends)
-    outside = torch.tensor([-0.5, 1.5], dtype=torch.float64)[:, None].expand(2, 100)
+    outside = torch.tensor([-0.5, 1.5], dtype=torch.float64)[:, None].expand(
+        2, 100
+    )
     x, log_slope = scalar_map.forward(outside, theta)
     assert torch.equal(x, outside) and not log_slope.any()
-    f = Flow(Elementwise(1, scalar_map), Uniform(1))  # no density where there is no base
+    # no density where there is no base
+    f = Flow(Elementwise(1, scalar_map), Uniform(1))
     with torch.no_grad():
         f.bijection.thetas[0].value.normal_()
         assert f.log_prob(torch.tensor([[1.5], [-0.1]])).isneginf().all()
-        assert_close(total_mass(f.log_prob, low=0, high=1).item(), 1.0, atol=1e-3, rtol=0)
+        assert_close(
+            total_mass(f.log_prob, low=0, high=1).item(), 1.0, atol=1e-3, rtol=0
+        )
 
 
 @kinds
@@ -300,16 +353,30 @@ def test_a_circle_has_no_ends(kind):
 def test_wrap_stays_in_its_interval_despite_rounding():
     for dtype in (torch.float32, torch.float64):
         pi = torch.tensor(math.pi, dtype=dtype)
-        t = torch.cat([torch.linspace(-50, 50, 100_001, dtype=dtype), pi[None], -pi[None]])
-        t = torch.cat([t, *(s * pi.nextafter(e * pi)[None] for s in (-1, 1) for e in (0, 2))])
+        t = torch.cat(
+            [torch.linspace(-50, 50, 100_001, dtype=dtype), pi[None], -pi[None]]
+        )
+        t = torch.cat(
+            [
+                t,
+                *(
+                    s * pi.nextafter(e * pi)[None]
+                    for s in (-1, 1)
+                    for e in (0, 2)
+                ),
+            ]
+        )
         turned = wrap(t)
         assert ((turned >= -math.pi) & (turned < math.pi)).all()
-        assert_close(turned.sin(), t.sin(), rtol=0, atol=100 * torch.finfo(dtype).eps)
+        assert_close(
+            turned.sin(), t.sin(), rtol=0, atol=100 * torch.finfo(dtype).eps
+        )
     assert wrap(torch.tensor(math.nan)).isnan()
 
 
-# The largest |forward(inverse(x)) - x| and |inverse(forward(z)) - z| of 100,000 points, each with
-# raw parameters of its own of standard deviation 6; measured, and doubled.
+# The largest |forward(inverse(x)) - x| and |inverse(forward(z)) - z| of 100,000
+# points, each with raw parameters of its own of standard deviation 6; measured,
+# and doubled.
 FLOAT32 = {
     "linear-spline": (3e-6, 5e-6),
     "quadratic-spline": (6e-6, 2e-5),
@@ -329,7 +396,9 @@ def test_float32_comes_back_from_raw_parameters_of_size_6(name):
     x, log_there = scalar_map.forward(z, theta)
     in_x = distance(scalar_map, x, t).max()
     in_z = distance(
-        scalar_map, scalar_map.inverse(scalar_map.forward(t, theta)[0], theta)[0], t
+        scalar_map,
+        scalar_map.inverse(scalar_map.forward(t, theta)[0], theta)[0],
+        t,
     ).max()
     assert in_x < FLOAT32[name][0] and in_z < FLOAT32[name][1]
     assert (log_back + log_there).abs().max() < 2e-3
@@ -340,7 +409,9 @@ def test_float32_comes_back_from_raw_parameters_of_size_6(name):
 def test_wild_parameters_stay_finite_in_float32(scalar_map, scale):
     t, theta = draw(scalar_map, 2000, sd=scale, dtype=torch.float32)
     theta.requires_grad_()
-    t = torch.cat([t, t + 100, t - 100, torch.tensor(scalar_map.ends).repeat(1000)[:2000]])
+    t = torch.cat(
+        [t, t + 100, t - 100, torch.tensor(scalar_map.ends).repeat(1000)[:2000]]
+    )
     t = t.requires_grad_()
     for way in (scalar_map.forward, scalar_map.inverse):
         image, log_slope = way(t, theta.repeat(4, 1))
@@ -352,13 +423,17 @@ def test_wild_parameters_stay_finite_in_float32(scalar_map, scale):
 def test_nan_is_not_hidden():
     for scalar_map in spline_maps.values():
         for way in (scalar_map.forward, scalar_map.inverse):
-            assert way(torch.tensor(math.nan), torch.zeros(scalar_map.n_params))[0].isnan()
+            assert way(
+                torch.tensor(math.nan), torch.zeros(scalar_map.n_params)
+            )[0].isnan()
 
 
 @pytest.mark.parametrize("shape", [(50, 3), (3,), (1,)], ids=str)
 @pytest.mark.parametrize("way", ["forward", "inverse"])
 @pytest.mark.parametrize("tails", BOXES)
-def test_the_quick_rational_quadratic_spline_is_the_plain_one(tails, way, shape):
+def test_the_quick_rational_quadratic_spline_is_the_plain_one(
+    tails, way, shape
+):
     """Values, gradients and second derivatives, with parameters of the points or shared."""
     quick = RationalQuadraticSplineMap(5, BOXES[tails], tails)
 
@@ -367,7 +442,9 @@ def test_the_quick_rational_quadratic_spline_is_the_plain_one(tails, way, shape)
 
     generator = torch.Generator().manual_seed(1)
     t = draw(quick, 150)[0].view(50, 3).requires_grad_()
-    theta = torch.randn(*shape, quick.n_params, generator=generator, dtype=torch.float64)
+    theta = torch.randn(
+        *shape, quick.n_params, generator=generator, dtype=torch.float64
+    )
     theta = (2 * theta).requires_grad_()
     weight = torch.randn(2, 50, 3, generator=generator, dtype=torch.float64)
     found = []
@@ -398,7 +475,9 @@ def test_transforms_of_functions(scalar_map, way):
         log_slope(*free).sum(), free, create_graph=True, materialize_grads=True
     )
     assert_close(once, plain)
-    twice = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(log_slope, 1), 1))(t, theta)
+    twice = torch.func.vmap(
+        torch.func.jacrev(torch.func.jacrev(log_slope, 1), 1)
+    )(t, theta)
     weight = torch.randn(scalar_map.n_params, dtype=torch.float64)
     (want,) = torch.autograd.grad((plain[1] * weight).sum(), free[1])
     assert_close(twice @ weight, want)
@@ -406,14 +485,19 @@ def test_transforms_of_functions(scalar_map, way):
 
 @pytest.mark.parametrize(
     "scalar_map",
-    [*(kind(5) for kind in KINDS), RationalQuadraticSplineMap(5, math.pi, "circular")],
+    [
+        *(kind(5) for kind in KINDS),
+        RationalQuadraticSplineMap(5, math.pi, "circular"),
+    ],
     ids=lambda m: f"{type(m).__name__}-{m.tails}",
 )
 @pytest.mark.parametrize("way", ["forward", "inverse"])
 def test_the_compiler_sees_one_graph(scalar_map, way):
     torch.compiler.reset()
     t, theta = draw(scalar_map, 6)
-    compiled = torch.compile(getattr(scalar_map, way), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        getattr(scalar_map, way), fullgraph=True, backend="aot_eager"
+    )
     free = theta.clone().requires_grad_()
     got, want = compiled(t, free), getattr(scalar_map, way)(t, theta)
     assert_close(got, want)
@@ -439,7 +523,9 @@ def test_gradients_reach_every_parameter(kind):
     scalar_map = kind(5)
     t, theta = draw(scalar_map, 400)
     one = theta[0].clone().requires_grad_()
-    (grad,) = torch.autograd.grad(scalar_map.forward(t, one)[1].square().sum(), one)
+    (grad,) = torch.autograd.grad(
+        scalar_map.forward(t, one)[1].square().sum(), one
+    )
     assert (grad != 0).all()
 
 
@@ -473,4 +559,7 @@ def test_bad_arguments_are_named(make, message):
 
 
 def test_a_repr_says_what_it_is():
-    assert repr(LinearSplineMap(4)) == "LinearSplineMap(bins=4, bound=3.0, tails=linear)"
+    assert (
+        repr(LinearSplineMap(4))
+        == "LinearSplineMap(bins=4, bound=3.0, tails=linear)"
+    )

@@ -89,16 +89,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, run, at):
     with pytest.raises(TrainingInterrupted, match="after step") as stopped:
         run(checkpoint=path, callbacks=(StopAt(at, press),))
     assert at <= len(stopped.value.history) <= at + 1
-    torch.manual_seed(random.randrange(2**31))  # nothing may depend on the global state
+    # nothing may depend on the global state
+    torch.manual_seed(random.randrange(2**31))
     assert_same(run(checkpoint=path, resume=True), want)
-    assert_same(run(checkpoint=path, resume=True), want)  # a finished run stays as it is
+    # a finished run stays as it is
+    assert_same(run(checkpoint=path, resume=True), want)
 
 
 def test_lost_steps_are_done_again(tmp_path):
     want = run_likelihood()
     path = tmp_path / "run.pt"
     with pytest.raises(RuntimeError, match="power cut"):
-        run_likelihood(checkpoint=path, checkpoint_every=10, callbacks=(StopAt(25, fail),))
+        run_likelihood(
+            checkpoint=path, checkpoint_every=10, callbacks=(StopAt(25, fail),)
+        )
     assert len(load_checkpoint(path)["history"]["loss"]) == 20
     assert_same(run_likelihood(checkpoint=path, resume=True), want)
 
@@ -109,7 +113,9 @@ def test_early_stopped_run_resumes_as_it_was(tmp_path):
     assert len(want[1]) < 60
     path = tmp_path / "run.pt"
     with pytest.raises(TrainingInterrupted):
-        run_likelihood(**options, checkpoint=path, callbacks=(StopAt(4, press),))
+        run_likelihood(
+            **options, checkpoint=path, callbacks=(StopAt(4, press),)
+        )
     assert_same(run_likelihood(**options, checkpoint=path, resume=True), want)
     assert_same(run_likelihood(**options, checkpoint=path, resume="auto"), want)
 
@@ -117,7 +123,10 @@ def test_early_stopped_run_resumes_as_it_was(tmp_path):
 def test_longer_run_goes_on_and_shorter_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_reverse(steps=6, checkpoint=path)
-    assert_same(run_reverse(steps=12, checkpoint=path, resume=True), run_reverse(steps=12))
+    assert_same(
+        run_reverse(steps=12, checkpoint=path, resume=True),
+        run_reverse(steps=12),
+    )
     with pytest.raises(CheckpointError, match="steps = 12, but this run has 6"):
         run_reverse(steps=6, checkpoint=path, resume=True)
 
@@ -126,7 +135,14 @@ def test_annealing_counts_updates_and_resumes(tmp_path):
     def run(**options):
         flow = make_flow()
         objective = ReverseKL(flow, log_target, Annealing(0.0, 20))
-        history = fit(objective, steps=12, batch_size=33, lr=1e-2, progress=False, **options)
+        history = fit(
+            objective,
+            steps=12,
+            batch_size=33,
+            lr=1e-2,
+            progress=False,
+            **options,
+        )
         assert objective.annealing.done == len(history)
         return flow, history
 
@@ -136,7 +152,9 @@ def test_annealing_counts_updates_and_resumes(tmp_path):
     assert_same(run(checkpoint=path, resume=True), want)
     assert want[1].loss != run_reverse()[1].loss  # the weight matters
 
-    with pytest.raises(ValueError, match="start: expected a weight from 0 to 1, got 2"):
+    with pytest.raises(
+        ValueError, match="start: expected a weight from 0 to 1, got 2"
+    ):
         Annealing(2)
     with pytest.raises(ValueError, match="updates: expected at least 1, got 0"):
         Annealing(updates=0)
@@ -146,15 +164,21 @@ def test_draws_inside_the_objective_resume_too(tmp_path):
     class Noisy(Objective):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+            self.layer = nn.Sequential(
+                nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1)
+            )
 
         def forward(self, batch, noise=None):
-            return (self.layer(batch).squeeze(-1) - batch.sum(-1)).square().mean()
+            return (
+                (self.layer(batch).squeeze(-1) - batch.sum(-1)).square().mean()
+            )
 
     def run(**options):
         torch.manual_seed(0)
         objective = Noisy()
-        return objective, fit(objective, make_data()[0], steps=20, progress=False, **options)
+        return objective, fit(
+            objective, make_data()[0], steps=20, progress=False, **options
+        )
 
     want, path = run(), tmp_path / "run.pt"
     with pytest.raises(TrainingInterrupted):
@@ -189,7 +213,10 @@ def steps_in(path):
 
 def start_child(folder):
     return subprocess.Popen(
-        [sys.executable, CHILD, "slow", folder], env=ENV, stderr=subprocess.PIPE, text=True
+        [sys.executable, CHILD, "slow", folder],
+        env=ENV,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -238,7 +265,9 @@ def test_second_ctrl_c_stops_at_once_and_the_handler_comes_back(tmp_path):
 
 def test_runs_outside_the_main_thread():
     found = []
-    thread = threading.Thread(target=lambda: found.append(run_reverse(steps=2)[1]))
+    thread = threading.Thread(
+        target=lambda: found.append(run_reverse(steps=2)[1])
+    )
     thread.start()
     thread.join()
     assert found == [run_reverse(steps=2)[1]]
@@ -297,7 +326,8 @@ def test_damage_falls_back_to_the_previous_one(tmp_path, damage):
     with pytest.warns(UserWarning, match=DAMAGES[damage]) as seen:
         assert load_checkpoint(path)["value"][0] == 1
     assert "run.pt.previous" in str(seen[0].message)
-    # the next checkpoint must not push the damaged one into the place of the good one
+    # the next checkpoint must not push the damaged one into the place of the
+    # good one
     save_checkpoint(path, state(4.0))
     remove(path)
     with pytest.warns(UserWarning):
@@ -318,7 +348,9 @@ def test_every_flipped_bit_of_a_small_file_is_found(tmp_path):
     save_checkpoint(path, {"a": 1})
     content = path.read_bytes()
     for k in range(0, len(content), 7):
-        path.write_bytes(content[:k] + bytes([content[k] ^ (1 << k % 8)]) + content[k + 1 :])
+        path.write_bytes(
+            content[:k] + bytes([content[k] ^ (1 << k % 8)]) + content[k + 1 :]
+        )
         with pytest.raises(CheckpointError):
             load_checkpoint(path)
 
@@ -367,7 +399,9 @@ def test_another_run_is_refused(tmp_path):
     run_reverse(steps=3, checkpoint=path)
     with pytest.raises(ValueError, match="exists; resume=True"):
         run_reverse(steps=3, checkpoint=path)
-    with pytest.raises(CheckpointError, match="lr = 0.01, but this run has 0.5"):
+    with pytest.raises(
+        CheckpointError, match="lr = 0.01, but this run has 0.5"
+    ):
         run_reverse(steps=3, checkpoint=path, resume=True, lr=0.5)
     with pytest.raises(CheckpointError, match="another model"):
         fit(
@@ -395,7 +429,8 @@ def nn_free():
     return RealNVP(2, layers=4, hidden=(16,))
 
 
-# ---------------------------------------------------------------- against a loop written by hand
+# ---------------------------------------------------------------- against a
+# loop written by hand
 
 
 def by_hand(flow, x, steps, batch, lr, clip, warmup, ema, validation, every):
@@ -420,7 +455,9 @@ def by_hand(flow, x, steps, batch, lr, clip, warmup, ema, validation, every):
         optimizer.step()
         now = [p.detach().clone() for p in flow.parameters()]
         average = now if average is None else average
-        average = [a.lerp(p, 1 - ema) for a, p in zip(average, now, strict=True)]
+        average = [
+            a.lerp(p, 1 - ema) for a, p in zip(average, now, strict=True)
+        ]
         losses.append(loss.item())
         norms.append(norm.item())
         if (step + 1) % every == 0:
@@ -449,10 +486,16 @@ def test_equals_a_loop_written_by_hand():
         progress=False,
         **options,
     )
-    losses, norms, checked, best = by_hand(other, x, 30, 32, validation=y, every=10, **options)
+    losses, norms, checked, best = by_hand(
+        other, x, 30, 32, validation=y, every=10, **options
+    )
     assert history.loss == losses
     assert history.gradient_norm == norms and min(norms) < 1.5 < max(norms)
-    assert history.validation_loss == checked and history.validation_step == [10, 20, 30]
+    assert history.validation_loss == checked and history.validation_step == [
+        10,
+        20,
+        30,
+    ]
     for p, a in zip(flow.parameters(), best, strict=True):
         assert torch.equal(p, a)
 
@@ -485,7 +528,12 @@ def test_best_weights_come_back_after_early_stopping():
 
 def test_schedule():
     assert [learning_rate_factor(k, 10) for k in (0, 9)] == [1.0, 1.0]
-    assert [learning_rate_factor(k, 10, warmup=3) for k in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [learning_rate_factor(k, 10, warmup=3) for k in range(4)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    ]
     assert learning_rate_factor(5, 10, "cosine") == pytest.approx(0.5)
     assert learning_rate_factor(10, 10, "cosine") == pytest.approx(0.0)
     history = run_likelihood()[1]
@@ -495,12 +543,19 @@ def test_schedule():
 def test_own_optimizer_and_trainable_base():
     flow = Flow(make_flow().bijection, DiagonalGaussian(2))
     before = flow.base.loc.clone()
-    fit(ReverseKL(flow, log_target), steps=3, optimizer=torch.optim.RMSprop, progress=False)
+    fit(
+        ReverseKL(flow, log_target),
+        steps=3,
+        optimizer=torch.optim.RMSprop,
+        progress=False,
+    )
     assert not torch.equal(flow.base.loc, before)
 
 
 def test_parameters_without_gradient_stay():
-    flow = Flow(make_flow().bijection, DiagonalGaussian(2, scale=2.0)).requires_grad_(False)
+    flow = Flow(
+        make_flow().bijection, DiagonalGaussian(2, scale=2.0)
+    ).requires_grad_(False)
     flow.base.requires_grad_(True)
     frozen = [p.clone() for p in flow.bijection.parameters()]
     fit(MaximumLikelihood(flow), make_data()[0], steps=5, progress=False)
@@ -509,7 +564,8 @@ def test_parameters_without_gradient_stay():
     assert not torch.equal(flow.base.loc, torch.zeros(2))
 
 
-# ---------------------------------------------------------------- processes, precision, devices
+# ---------------------------------------------------------------- processes,
+# precision, devices
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -534,16 +590,27 @@ def test_two_processes_equal_one(tmp_path):
     saved = two.pop("saved")
     one = {
         "likelihood": run_likelihood(steps=12)[1],
-        "one row left": run_likelihood(steps=12, batch_size=17, validation=None)[1],
+        "one row left": run_likelihood(
+            steps=12, batch_size=17, validation=None
+        )[1],
         "reverse": run_reverse()[1],
         "blurred": run_blurred()[1],
     }
     for name, history in one.items():
-        for key in ("loss", "gradient_norm", "parameter_norm", "validation_loss"):
-            assert two[name][key] == pytest.approx(getattr(history, key), rel=1e-5), (name, key)
+        for key in (
+            "loss",
+            "gradient_norm",
+            "parameter_norm",
+            "validation_loss",
+        ):
+            assert two[name][key] == pytest.approx(
+                getattr(history, key), rel=1e-5
+            ), (name, key)
     # what two processes saved, one can go on from
     assert saved["loss"] == two["likelihood"]["loss"]
-    resumed = run_likelihood(steps=12, checkpoint=tmp_path / "two.pt", resume=True)[1]
+    resumed = run_likelihood(
+        steps=12, checkpoint=tmp_path / "two.pt", resume=True
+    )[1]
     assert resumed.loss == saved["loss"]
 
 
@@ -559,7 +626,8 @@ def test_bf16_and_then_full_precision_in_one_process():
     full = run_reverse(steps=5)[1]
     half = run_reverse(steps=5, amp="bf16")[1]
     assert full.loss != half.loss
-    # bfloat16 has 8 bits: 0.4 % on a number, and the first loss is a mean of 33 of size 1
+    # bfloat16 has 8 bits: 0.4 % on a number, and the first loss is a mean of 33
+    # of size 1
     assert half.loss[0] == pytest.approx(full.loss[0], abs=0.05)
     assert run_reverse(steps=5)[1] == full
 
@@ -575,7 +643,10 @@ def test_an_accelerator_of_the_caller_is_left_alone():
 
 
 def test_compile():
-    plain, compiled = run_reverse(steps=4)[1], run_reverse(steps=4, compile="aot_eager")[1]
+    plain, compiled = (
+        run_reverse(steps=4)[1],
+        run_reverse(steps=4, compile="aot_eager")[1],
+    )
     assert compiled.loss == pytest.approx(plain.loss, rel=1e-5)
 
 
@@ -589,8 +660,16 @@ def test_cuda(tmp_path, amp):
     assert gpu[1].loss == pytest.approx(cpu[1].loss, **close)
     path = tmp_path / "run.pt"
     with pytest.raises(TrainingInterrupted):
-        run_likelihood(device="cuda", amp=amp, checkpoint=path, callbacks=(StopAt(9, press),))
-    assert_same(run_likelihood(device="cuda", amp=amp, checkpoint=path, resume=True), gpu)
+        run_likelihood(
+            device="cuda",
+            amp=amp,
+            checkpoint=path,
+            callbacks=(StopAt(9, press),),
+        )
+    assert_same(
+        run_likelihood(device="cuda", amp=amp, checkpoint=path, resume=True),
+        gpu,
+    )
     flow = make_flow().cuda()
     fit(ReverseKL(flow, log_target), steps=3, progress=False)
     assert flow.base.loc.device.type == "cuda"
@@ -624,7 +703,9 @@ def test_divergence_stops_at_once(tmp_path, gradient_only):
     with pytest.raises(TrainingDiverged) as found:
         fit(objective, checkpoint=path, checkpoint_every=10, progress=False)
     message = str(found.value)
-    assert message.startswith("step 15: the loss is " + ("0." if gradient_only else "nan"))
+    assert message.startswith(
+        "step 15: the loss is " + ("0." if gradient_only else "nan")
+    )
     assert "gradient norm" in message and f"{path}, after step 10" in message
     assert objective.weight.isfinite().all()
     assert len(found.value.history) == 14 and objective.calls == 15
@@ -635,25 +716,49 @@ X = torch.zeros(4, 2)
 NAN = torch.tensor([[0.0, 1.0], [math.nan, 1.0]])
 MISTAKES = [
     (dict(data=NAN), "data: expected finite numbers, got 1 .* row 1"),
-    (dict(data=torch.zeros(0, 2)), r"data: expected at least one row, got shape \(0, 2\)"),
+    (
+        dict(data=torch.zeros(0, 2)),
+        r"data: expected at least one row, got shape \(0, 2\)",
+    ),
     (dict(data=[[0.0, 1.0]]), "data: expected a tensor, got list"),
-    (dict(data=(X, X[:3])), r"data\[1\]: expected 4 rows as in data\[0\], got 3"),
-    (dict(data=torch.zeros(4, 3)), r"x: .* expects last dimension 2, got shape \(4, 3\)"),
+    (
+        dict(data=(X, X[:3])),
+        r"data\[1\]: expected 4 rows as in data\[0\], got 3",
+    ),
+    (
+        dict(data=torch.zeros(4, 3)),
+        r"x: .* expects last dimension 2, got shape \(4, 3\)",
+    ),
     (dict(data=X.double()), "float32.*float64|float64.*float32"),
     (dict(data=(X, X)), "context: "),
     (
         dict(validation=torch.zeros(3, 3)),
         r"validation: expected rows like .*\(4, 2\).*got \(3, 3\)",
     ),
-    (dict(validation=1.5), "validation: expected a fraction that splits 4 rows in two, got 1.5"),
-    (dict(batch_size=0), "batch_size: expected a whole number of at least 1, got 0"),
+    (
+        dict(validation=1.5),
+        "validation: expected a fraction that splits 4 rows in two, got 1.5",
+    ),
+    (
+        dict(batch_size=0),
+        "batch_size: expected a whole number of at least 1, got 0",
+    ),
     (dict(steps=0), "steps: expected a whole number of at least 1, got 0"),
     (dict(steps=2.5), "steps: expected a whole number of at least 1, got 2.5"),
     (dict(lr=-1e-3), "lr: expected a number above 0, got -0.001"),
     (dict(lr=math.nan), "lr: expected a number above 0, got nan"),
-    (dict(optimizer="adma"), "optimizer: expected one of 'adam', .*, got 'adma'"),
-    (dict(schedule="linear"), "schedule: expected one of 'constant', 'cosine', got 'linear'"),
-    (dict(ema=2.0), "ema: expected a number of at least 0 and at most 1, got 2.0"),
+    (
+        dict(optimizer="adma"),
+        "optimizer: expected one of 'adam', .*, got 'adma'",
+    ),
+    (
+        dict(schedule="linear"),
+        "schedule: expected one of 'constant', 'cosine', got 'linear'",
+    ),
+    (
+        dict(ema=2.0),
+        "ema: expected a number of at least 0 and at most 1, got 2.0",
+    ),
     (dict(amp="half"), "amp: expected one of 'no', 'bf16', 'fp16', got 'half'"),
     (dict(amp="fp16"), "amp: expected 'no' or 'bf16' on the CPU"),
     (dict(patience=3), "patience: early stopping needs held-out rows"),
@@ -665,7 +770,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), MISTAKES, ids=[str(*m[0]) + str(k) for k, m in enumerate(MISTAKES)]
+    ("wrong", "message"),
+    MISTAKES,
+    ids=[str(*m[0]) + str(k) for k, m in enumerate(MISTAKES)],
 )
 def test_mistakes_are_named(wrong, message):
     options = {"data": X, "steps": 1, "progress": False, **wrong}
@@ -674,15 +781,27 @@ def test_mistakes_are_named(wrong, message):
 
 
 def test_wrong_objectives_are_named():
-    with pytest.raises(ValueError, match="objective: expected an Objective.*got Flow"):
+    with pytest.raises(
+        ValueError, match="objective: expected an Objective.*got Flow"
+    ):
         fit(make_flow(), X)
-    with pytest.raises(ValueError, match=r"such as Flow\(bijection\), got RealNVP"):
+    with pytest.raises(
+        ValueError, match=r"such as Flow\(bijection\), got RealNVP"
+    ):
         MaximumLikelihood(make_flow().bijection)
-    with pytest.raises(ValueError, match="whose draws carry gradients, got GaussianMixture"):
-        ReverseKL(Flow(make_flow().bijection, GaussianMixture(X[:2])), log_target)
-    with pytest.raises(ValueError, match="objective: expected parameters to train"):
+    with pytest.raises(
+        ValueError, match="whose draws carry gradients, got GaussianMixture"
+    ):
+        ReverseKL(
+            Flow(make_flow().bijection, GaussianMixture(X[:2])), log_target
+        )
+    with pytest.raises(
+        ValueError, match="objective: expected parameters to train"
+    ):
         fit(MaximumLikelihood(make_flow().requires_grad_(False)), X)
-    with pytest.raises(ValueError, match="epochs: expected None, because there is no data"):
+    with pytest.raises(
+        ValueError, match="epochs: expected None, because there is no data"
+    ):
         fit(ReverseKL(make_flow(), log_target), epochs=3)
 
 
@@ -690,12 +809,21 @@ def test_output_that_cannot_be_written_is_found_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "run.pt", tmp_path):
         objective = Breaks(1)
-        with pytest.raises(ValueError, match="checkpoint: expected a path that can be written"):
+        with pytest.raises(
+            ValueError, match="checkpoint: expected a path that can be written"
+        ):
             fit(objective, checkpoint=path, progress=False)
         assert objective.calls == 0
     with pytest.raises(CheckpointError, match="cannot read .*nothing.pt"):
         run_reverse(checkpoint=tmp_path / "nothing.pt", resume=True)
-    assert len(run_reverse(checkpoint=tmp_path / "nothing.pt", resume="auto", steps=2)[1]) == 2
+    assert (
+        len(
+            run_reverse(
+                checkpoint=tmp_path / "nothing.pt", resume="auto", steps=2
+            )[1]
+        )
+        == 2
+    )
 
 
 # ---------------------------------------------------------------- history
@@ -703,7 +831,9 @@ def test_output_that_cannot_be_written_is_found_before_training(tmp_path):
 
 def test_history_is_tidy(tmp_path, capsys):
     history = run_likelihood(steps=10)[1]
-    assert len(history) == 10 and all(len(v) == 10 for v in list(history.to_dict().values())[:4])
+    assert len(history) == 10 and all(
+        len(v) == 10 for v in list(history.to_dict().values())[:4]
+    )
     assert history.validation_step == [7, 10] and history.best_step in (7, 10)
     assert len(history.seconds) == 10 and min(history.seconds) > 0
     history.save(tmp_path / "history.json")
@@ -711,7 +841,9 @@ def test_history_is_tidy(tmp_path, capsys):
     assert repr(history).startswith("History(10 steps, loss ")
     assert repr(History()) == "History(0 steps)" and History().best_step is None
     axes = history.plot()
-    assert axes[0].get_ylabel() == "loss [nat]" and axes[1].get_yscale() == "log"
+    assert (
+        axes[0].get_ylabel() == "loss [nat]" and axes[1].get_yscale() == "log"
+    )
     run_likelihood(steps=3, progress=True)
     shown = capsys.readouterr().err
     assert "loss=" in shown and "grad=" in shown

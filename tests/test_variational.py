@@ -41,7 +41,9 @@ def seeded(seed=0):
 
 def grid(energy, n=1601, margin=4.0):
     """Points, log-density and the area of a cell, of a fine grid in float64."""
-    side = torch.linspace(-energy.window - margin, energy.window + margin, n, dtype=torch.float64)
+    side = torch.linspace(
+        -energy.window - margin, energy.window + margin, n, dtype=torch.float64
+    )
     z = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1)
     return z, energy.log_density(z), (side[1] - side[0]).item() ** 2
 
@@ -68,15 +70,21 @@ def paper(name, z1, z2):
         return 0.5 * ((z2 - w1) / 0.4) ** 2 + beyond
     first, drop = (0.35, w2) if name == "U3" else (0.4, w3)
     ridges = np.exp(-0.5 * ((z2 - w1) / first) ** 2)
-    return beyond - np.log(ridges + np.exp(-0.5 * ((z2 - w1 + drop) / 0.35) ** 2))
+    return beyond - np.log(
+        ridges + np.exp(-0.5 * ((z2 - w1 + drop) / 0.35) ** 2)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_energies_are_those_of_the_paper(name):
     # Not far out, where the printed form takes the logarithm of an underflow.
-    for z in (grid_points(-4.6, 4.6, 12, torch.float64).reshape(-1, 2) + 0.01).tolist():
+    for z in (
+        grid_points(-4.6, 4.6, 12, torch.float64).reshape(-1, 2) + 0.01
+    ).tolist():
         found = energies[name].log_density(torch.tensor(z, dtype=torch.float64))
-        assert found.item() == pytest.approx(-paper(name, *z), rel=1e-9, abs=1e-9)
+        assert found.item() == pytest.approx(
+            -paper(name, *z), rel=1e-9, abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,27 +110,40 @@ def test_entropy_and_draws_are_those_of_quadrature(name):
     assert x.shape == (n, 2) and x.dtype == torch.float32
     surprise = -energy.log_prob(x)
     assert abs(surprise.mean() - entropy) < 4 * surprise.std() / math.sqrt(n)
-    for part in (lambda t: t[..., 0], lambda t: t[..., 1], lambda t: t.norm(dim=-1)):
+    for part in (
+        lambda t: t[..., 0],
+        lambda t: t[..., 1],
+        lambda t: t.norm(dim=-1),
+    ):
         for power in (1, 2):
             exact = (p * part(z) ** power).sum()
             drawn = part(x.double()) ** power
-            assert abs(drawn.mean() - exact) < 4 * drawn.std() / math.sqrt(n) + 1e-4
+            assert (
+                abs(drawn.mean() - exact)
+                < 4 * drawn.std() / math.sqrt(n) + 1e-4
+            )
     corners = p.unflatten(0, (-1,)) * ((z[..., 0] > 0) == (z[..., 1] > 0.5))
     share = ((x[:, 0] > 0) == (x[:, 1] > 0.5)).double().mean()
-    assert abs(share - corners.sum()) < 4 * 0.5 / math.sqrt(n) + 2e-3  # and the grid's cells
+    # and the grid's cells
+    assert abs(share - corners.sum()) < 4 * 0.5 / math.sqrt(n) + 2e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_energies_keep_dtype_and_shape_and_are_smooth(name, dtype):
     energy = energies[name]
-    z = torch.tensor([[0.0, 0.0], [4.0, 0.3], [-50.0, 80.0], [300.0, -2.0]], dtype=dtype)
+    z = torch.tensor(
+        [[0.0, 0.0], [4.0, 0.3], [-50.0, 80.0], [300.0, -2.0]], dtype=dtype
+    )
     z.requires_grad_()
     log_p = energy.log_prob(z)
-    assert log_p.dtype == dtype and log_p.shape == (4,) and log_p.isfinite().all()
+    assert (
+        log_p.dtype == dtype and log_p.shape == (4,) and log_p.isfinite().all()
+    )
     gradient = torch.autograd.grad(log_p.sum(), z)[0]
     assert gradient.isfinite().all()
-    assert (log_p[2:] < -1000).all() and (gradient[2:].norm(dim=-1) > 10).all()  # no flat floor
+    # no flat floor
+    assert (log_p[2:] < -1000).all() and (gradient[2:].norm(dim=-1) > 10).all()
     assert energy.log_prob(z.detach().expand(3, 1, 4, 2)).shape == (3, 1, 4)
     rows = torch.vmap(energy.log_density)(z.detach())
     assert_close(rows, energy.log_density(z.detach()))
@@ -136,7 +157,9 @@ def test_energies_keep_dtype_and_shape_and_are_smooth(name, dtype):
 def test_the_wall_is_smooth_and_stands_where_it_should():
     z = torch.tensor([-4.4, -4.0, 0.0, 4.0, 4.8])
     assert_close(wall(z), torch.tensor([0.5, 0.0, 0.0, 0.0, 2.0]))
-    assert_close(wall(torch.tensor(5.0), edge=3.0, width=1.0), torch.tensor(2.0))
+    assert_close(
+        wall(torch.tensor(5.0), edge=3.0, width=1.0), torch.tensor(2.0)
+    )
 
 
 def test_an_unknown_energy_is_answered_with_the_names():
@@ -149,7 +172,12 @@ def ring_chains():
     energy = energies["U1-radius-4"]
     start = 3 * torch.randn(1000, 2, generator=seeded(1))
     return metropolis_hastings(
-        energy.log_density, start, 500, burn_in=300, target=0.3, generator=seeded(2)
+        energy.log_density,
+        start,
+        500,
+        burn_in=300,
+        target=0.3,
+        generator=seeded(2),
     )
 
 
@@ -169,7 +197,11 @@ def test_chains_on_a_gaussian_have_its_moments():
     scale = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     start = scale * noise(100, 3)
     found = metropolis_hastings(
-        lambda z: -0.5 * (z / scale).square().sum(-1), start, 5000, step=0.8, generator=seeded()
+        lambda z: -0.5 * (z / scale).square().sum(-1),
+        start,
+        5000,
+        step=0.8,
+        generator=seeded(),
     )
     assert found.states.dtype == torch.float64
     error = scale / found.ess.sqrt()
@@ -182,24 +214,33 @@ def test_chains_on_a_gaussian_have_its_moments():
 def test_a_chain_that_starts_right_stays_right():
     energy = energies["four-gaussians"]
     start = energy.sample(100_000, seeded())
-    after = metropolis_hastings(energy.log_density, start, 1, step=1.5, generator=seeded(1))
+    after = metropolis_hastings(
+        energy.log_density, start, 1, step=1.5, generator=seeded(1)
+    )
     for x in (start, after.states[0]):
         share = (x[:, 0] > x[:, 1]).double().mean()
         assert abs(share - 0.5) < 4 * 0.5 / math.sqrt(len(x))
         surprise = -energy.log_prob(x)
-        assert abs(surprise.mean() - energy.entropy) < 4 * surprise.std() / math.sqrt(len(x))
+        assert abs(
+            surprise.mean() - energy.entropy
+        ) < 4 * surprise.std() / math.sqrt(len(x))
     moved = (after.states[0] != start).any(-1).double().mean().item()
-    assert after.acceptance == pytest.approx(moved, abs=1e-6) and 0.1 < moved < 0.5
+    assert (
+        after.acceptance == pytest.approx(moved, abs=1e-6) and 0.1 < moved < 0.5
+    )
 
 
 def test_log_space_survives_where_densities_underflow():
-    # 50 and 49 standard deviations out, both densities are zero and their ratio is 0/0
+    # 50 and 49 standard deviations out, both densities are zero and their ratio
+    # is 0/0
     def log_density(z):
         return -0.5 * z.square().sum(-1)
 
     start = torch.full((50, 1), 50.0)
     assert log_density(start).exp().max() == 0
-    found = metropolis_hastings(log_density, start, 500, step=1.0, generator=seeded())
+    found = metropolis_hastings(
+        log_density, start, 500, step=1.0, generator=seeded()
+    )
     assert found.states[-1].abs().max() < 10 and found.states.isfinite().all()
 
 
@@ -208,16 +249,21 @@ def test_points_of_density_zero_or_nan_are_never_entered():
         inside = torch.where(z[:, 0] < 1, 0.0, -math.inf)
         return torch.where(z[:, 0] > -1, inside, math.nan)
 
-    found = metropolis_hastings(log_density, torch.zeros(200, 1), 300, generator=seeded())
+    found = metropolis_hastings(
+        log_density, torch.zeros(200, 1), 300, generator=seeded()
+    )
     assert found.states.abs().max() < 1
-    assert found.states.var().item() == pytest.approx(1 / 3, abs=0.03)  # uniform on (-1, 1)
+    # uniform on (-1, 1)
+    assert found.states.var().item() == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_thinning_burn_in_and_noise_in_blocks_change_only_what_is_kept():
     log_density, start = energies["U2"].log_density, torch.zeros(3, 2)
 
     def run(steps, **options):
-        return metropolis_hastings(log_density, start, steps, generator=seeded(), **options).states
+        return metropolis_hastings(
+            log_density, start, steps, generator=seeded(), **options
+        ).states
 
     full = run(230)
     assert full.shape == (230, 3, 2)
@@ -239,7 +285,11 @@ def test_tuning_stops_with_the_burn_in():
         )
         assert found.acceptance == pytest.approx(0.4, abs=0.03)
     fixed = metropolis_hastings(
-        energies["U1"].log_density, torch.randn(9, 2, generator=seeded()), 10, step=0.7, burn_in=5
+        energies["U1"].log_density,
+        torch.randn(9, 2, generator=seeded()),
+        10,
+        step=0.7,
+        burn_in=5,
     )
     assert fixed.step == pytest.approx(0.7)
 
@@ -267,11 +317,18 @@ def test_bad_arguments_of_chains_are_named():
 
 def numpy_loop(steps, seed=0):
     """One chain on the first density, a step at a time."""
-    rng, z, kept = np.random.default_rng(seed), np.zeros(2), np.empty((steps, 2))
+    rng, z, kept = (
+        np.random.default_rng(seed),
+        np.zeros(2),
+        np.empty((steps, 2)),
+    )
 
     def log_density(z):
         ring = 0.5 * ((np.sqrt(z @ z) - 2) / 0.4) ** 2
-        left, right = -0.5 * ((z[0] + 2) / 0.6) ** 2, -0.5 * ((z[0] - 2) / 0.6) ** 2
+        left, right = (
+            -0.5 * ((z[0] + 2) / 0.6) ** 2,
+            -0.5 * ((z[0] - 2) / 0.6) ** 2,
+        )
         return np.logaddexp(left, right) - ring
 
     log_p = log_density(z)
@@ -290,14 +347,19 @@ def test_many_chains_are_fifty_times_as_quick_as_a_loop():
 
     def seconds(run):
         best = math.inf
-        for _ in range(3):  # the best of three: other work on the machine only slows
+        # the best of three: other work on the machine only slows
+        for _ in range(3):
             began = time.perf_counter()
             run()
             best = min(best, time.perf_counter() - began)
         return best
 
     loop = 3000 / seconds(lambda: numpy_loop(3000))
-    many = 10_000 * 60 / seconds(lambda: metropolis_hastings(log_density, start, 60))
+    many = (
+        10_000
+        * 60
+        / seconds(lambda: metropolis_hastings(log_density, start, 60))
+    )
     assert many >= 50 * loop, (many, loop)
 
 
@@ -321,10 +383,16 @@ def test_effective_sample_size_of_an_autoregression(phi):
 
 def test_effective_sample_size_is_pyros_where_pyro_can():
     for n in (4, 51, 600):
-        x = torch.stack([autoregression(0.8, n, 5), autoregression(0.2, n, 5, 1)], -1)
-        assert_close(effective_sample_size(x), pyro_ess(x, chain_dim=1, sample_dim=0))
+        x = torch.stack(
+            [autoregression(0.8, n, 5), autoregression(0.2, n, 5, 1)], -1
+        )
+        assert_close(
+            effective_sample_size(x), pyro_ess(x, chain_dim=1, sample_dim=0)
+        )
     x = autoregression(0.9, 100_000, 1)  # pyro would want 20 GB here
-    assert effective_sample_size(x).item() == pytest.approx(100_000 / 19, rel=0.15)
+    assert effective_sample_size(x).item() == pytest.approx(
+        100_000 / 19, rel=0.15
+    )
     with expect_fail(ValueError, contains="(kept, chains"):
         effective_sample_size(torch.zeros(3, 2))
 
@@ -339,7 +407,8 @@ def test_r_hat_accepts_what_is_right():
     assert (r_hat(x) < 1.01).all() and (r_hat(x) > 0.99).all()
     ties = x.round()  # rejected moves repeat states
     assert (r_hat(ties) < 1.01).all()
-    assert_close(r_hat(x), r_hat(10 - 3 * x), rtol=1e-4, atol=0)  # only ranks count
+    # only ranks count
+    assert_close(r_hat(x), r_hat(10 - 3 * x), rtol=1e-4, atol=0)
     assert_close(r_hat(x.float()), r_hat(x).float())
 
 
@@ -353,9 +422,14 @@ def test_r_hat_finds_what_is_wrong():
     drift = torch.linspace(-1, 1, 1000)[:, None, None]
     assert r_hat(x + drift) > 1.05  # only the halves see it
     cauchy = torch.tan(math.pi * (torch.special.ndtr(x) - 0.5)) + 2 * shift
-    assert split_gelman_rubin(cauchy, chain_dim=1, sample_dim=0) < 1.05  # no variance to go by
+    # no variance to go by
+    assert split_gelman_rubin(cauchy, chain_dim=1, sample_dim=0) < 1.05
     assert r_hat(cauchy) > 1.05
-    for wrong in (torch.zeros(3, 2, 1), torch.zeros(9, 1, 1), torch.zeros(9, 2)):
+    for wrong in (
+        torch.zeros(3, 2, 1),
+        torch.zeros(9, 1, 1),
+        torch.zeros(9, 2),
+    ):
         with expect_fail(ValueError, contains="at least 2 chains"):
             r_hat(wrong)
 
@@ -369,7 +443,9 @@ def test_ess_share():
     assert ess_share(w.log()) == pytest.approx(36 / (3 * 14))
     # q = N(0, 1), p = N(m, 1): the share is exp(-m²)
     z = noise(400_000)
-    assert ess_share(0.5 * z - 0.125) == pytest.approx(math.exp(-0.25), abs=0.01)
+    assert ess_share(0.5 * z - 0.125) == pytest.approx(
+        math.exp(-0.25), abs=0.01
+    )
 
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
@@ -386,10 +462,14 @@ def test_pareto_k_at_the_ends():
     u = torch.rand(100_000, generator=seeded(), dtype=torch.float64)
     assert pareto_k(u.log()) < -0.5  # uniform weights have k = -1
     z = noise(100_000)
-    assert pareto_k(-0.5 * (z / 3).square() + 0.5 * z.square()) > 0.7  # q far too narrow
-    assert pareto_k(-0.5 * (3 * z).square() + 0.5 * z.square()) < 0.2  # q too wide: bounded
+    # q far too narrow
+    assert pareto_k(-0.5 * (z / 3).square() + 0.5 * z.square()) > 0.7
+    # q too wide: bounded
+    assert pareto_k(-0.5 * (3 * z).square() + 0.5 * z.square()) < 0.2
     assert pareto_k(torch.zeros(1000)) == -math.inf
-    assert math.isfinite(pareto_k(torch.cat([torch.full((900,), -math.inf), z[:100]])))
+    assert math.isfinite(
+        pareto_k(torch.cat([torch.full((900,), -math.inf), z[:100]]))
+    )
     with expect_fail(ValueError, contains="25"):
         pareto_k(torch.zeros(24))
 
@@ -404,20 +484,31 @@ def test_assess_knows_the_divergence_of_gaussians():
     exact = 2 * (0.5 * (0.8**2 + 0.5**2 - 1) - math.log(0.8))
     assert abs(found.kl - exact) < 4 * found.error and found.error < 0.01
     assert abs(found.log_z) < 0.05 and 0.1 < found.ess_share < 0.5
-    raw = assess(flow, lambda x: target.log_prob(x) + 2.0, 200_000, generator=seeded())
+    raw = assess(
+        flow, lambda x: target.log_prob(x) + 2.0, 200_000, generator=seeded()
+    )
     assert raw.kl == pytest.approx(found.kl - 2, abs=1e-5)
     assert raw.log_z == pytest.approx(found.log_z + 2, abs=1e-5)
-    assert (raw.ess_share, raw.pareto_k) == pytest.approx((found.ess_share, found.pareto_k))
+    assert (raw.ess_share, raw.pareto_k) == pytest.approx(
+        (found.ess_share, found.pareto_k)
+    )
     assert "KL 0.3" in repr(found)
     perfect = assess(gaussian_flow(0.0, 1.0), target.log_prob, 1000)
-    assert perfect.kl == pytest.approx(0, abs=1e-6) and perfect.ess_share == pytest.approx(1)
+    assert perfect.kl == pytest.approx(
+        0, abs=1e-6
+    ) and perfect.ess_share == pytest.approx(1)
 
 
 def test_assess_states_its_error_right():
     flow, target = gaussian_flow(0.3, 1.2), StandardNormal(2)
-    runs = [assess(flow, target.log_prob, 500, generator=seeded(i)) for i in range(300)]
+    runs = [
+        assess(flow, target.log_prob, 500, generator=seeded(i))
+        for i in range(300)
+    ]
     kls = torch.tensor([run.kl for run in runs])
-    assert kls.std().item() == pytest.approx(np.mean([run.error for run in runs]), rel=0.15)
+    assert kls.std().item() == pytest.approx(
+        np.mean([run.error for run in runs]), rel=0.15
+    )
     uneven = assess(flow, target.log_prob, 1001, generator=seeded(), batch=100)
     assert abs(uneven.kl - kls.mean()) < 5 * uneven.error
 
@@ -425,7 +516,9 @@ def test_assess_states_its_error_right():
 def test_assess_takes_a_context():
     flow = Flow(Planar(2, 3, context_dim=4))
     shaken(flow, 0.3)
-    found = assess(flow, StandardNormal(2).log_prob, 3000, torch.zeros(4), seeded())
+    found = assess(
+        flow, StandardNormal(2).log_prob, 3000, torch.zeros(4), seeded()
+    )
     assert found.kl > -3 * found.error
 
 
@@ -434,7 +527,9 @@ def trained():
     """Eight planar layers on U1, trained for a short time."""
     torch.manual_seed(0)
     flow = Flow(Planar(2, length=8), DiagonalGaussian(2))
-    recipe = dict(steps=400, batch_size=256, lr=2e-2, schedule="cosine", progress=False)
+    recipe = dict(
+        steps=400, batch_size=256, lr=2e-2, schedule="cosine", progress=False
+    )
     fit(ReverseKL(flow, energies["U1"].log_density), **recipe)
     return flow.eval()
 
@@ -450,13 +545,22 @@ def test_density_of_a_trained_flow_weighs_one_and_is_that_of_its_draws(trained):
     side, bins, fine = 5.0, 30, 20
     points = grid_points(-side, side, bins * fine)
     with torch.no_grad():
-        q = torch.cat([trained.log_prob(part) for part in points.reshape(-1, 2).split(40_000)])
-    q = q.exp().reshape(bins * fine, bins * fine) * (2 * side / (bins * fine)) ** 2
+        q = torch.cat(
+            [
+                trained.log_prob(part)
+                for part in points.reshape(-1, 2).split(40_000)
+            ]
+        )
+    q = (
+        q.exp().reshape(bins * fine, bins * fine)
+        * (2 * side / (bins * fine)) ** 2
+    )
     assert abs(q.sum().item() - 1) < 0.01
     q = q.unflatten(0, (bins, fine)).unflatten(2, (bins, fine)).sum((1, 3))
     x = trained.sample(1_000_000, generator=seeded())
     edges = [torch.linspace(-side, side, bins + 1)] * 2
-    counts = torch.histogramdd(x.flip(-1), edges)[0] / len(x)  # rows are the second coordinate
+    # rows are the second coordinate
+    counts = torch.histogramdd(x.flip(-1), edges)[0] / len(x)
     assert (counts - q).abs().sum().item() <= 0.05
 
 
@@ -469,19 +573,27 @@ def test_chains_and_what_they_are_worth_travel_together(ring_chains):
 
 def gradients(objective, noise):
     """The gradient in all parameters, as one vector."""
-    found = torch.autograd.grad(objective(None, noise), list(objective.parameters()))
+    found = torch.autograd.grad(
+        objective(None, noise), list(objective.parameters())
+    )
     return torch.cat([g.flatten() for g in found])
 
 
-@pytest.mark.parametrize("make", [lambda: Planar(2, 3), lambda: IAF(2, 2, (8,))])
+@pytest.mark.parametrize(
+    "make", [lambda: Planar(2, 3), lambda: IAF(2, 2, (8,))]
+)
 def test_path_gradient_is_unbiased(make):
     torch.manual_seed(0)
     flow = shaken(Flow(make(), DiagonalGaussian(2, 0.3, 0.9)).double(), 0.3)
     target = energies["U1"].log_density
     plain, path = ReverseKL(flow, target), ReverseKL(flow, target, path=True)
     draws = noise(20_000, 2)
-    assert_close(plain(None, draws), path(None, draws))  # the same number, another gradient
-    pairs = [(gradients(plain, part), gradients(path, part)) for part in draws.split(100)]
+    # the same number, another gradient
+    assert_close(plain(None, draws), path(None, draws))
+    pairs = [
+        (gradients(plain, part), gradients(path, part))
+        for part in draws.split(100)
+    ]
     gap = torch.stack([a - b for a, b in pairs])
     scale = gap.std(0) / math.sqrt(len(gap))
     assert (gap.mean(0).abs() <= 4.5 * scale + 1e-12).all()
@@ -494,14 +606,18 @@ def test_path_gradient_vanishes_where_the_flow_is_the_target():
     target = copy.deepcopy(flow).requires_grad_(False).log_prob
     draws = noise(50, 2)
     assert gradients(ReverseKL(flow, target), draws).abs().max() > 1e-2
-    assert gradients(ReverseKL(flow, target, path=True), draws).abs().max() < 1e-9
+    assert (
+        gradients(ReverseKL(flow, target, path=True), draws).abs().max() < 1e-9
+    )
 
 
 def test_path_gradient_trains_resumes_and_compiles(tmp_path):
     def run(steps, **options):
         torch.manual_seed(0)
         flow = Flow(RealNVP(2, 4, (16,)), DiagonalGaussian(2))
-        objective = ReverseKL(flow, energies["U1"].log_density, Annealing(0.1, 40), path=True)
+        objective = ReverseKL(
+            flow, energies["U1"].log_density, Annealing(0.1, 40), path=True
+        )
         options = {"batch_size": 200, "lr": 2e-2, "progress": False} | options
         history = fit(objective, steps=steps, **options)
         return flow, history.loss
@@ -512,9 +628,14 @@ def test_path_gradient_trains_resumes_and_compiles(tmp_path):
     for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
         assert torch.equal(a, b)
     # not with Adam, which makes whole steps of gradients that are rounding
-    compiled, plain = (run(3, compile=c, optimizer="sgd", lr=1e-3)[1] for c in ("aot_eager", False))
+    compiled, plain = (
+        run(3, compile=c, optimizer="sgd", lr=1e-3)[1]
+        for c in ("aot_eager", False)
+    )
     assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-3, atol=0)
-    better = assess(run(300)[0], energies["U1"].log_prob, 20_000, generator=seeded())
+    better = assess(
+        run(300)[0], energies["U1"].log_prob, 20_000, generator=seeded()
+    )
     assert better.kl < 0.6
 
 

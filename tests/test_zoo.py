@@ -8,11 +8,17 @@ from flowcourse.testing import check_bijection
 from flowcourse.zoo import zoo
 
 cases = [
-    pytest.param(row, shape, context_dim, id=f"{name}-{'x'.join(map(str, shape))}-{context_dim}")
+    pytest.param(
+        row,
+        shape,
+        context_dim,
+        id=f"{name}-{'x'.join(map(str, shape))}-{context_dim}",
+    )
     for name, row in zoo.items()
     for shape in row.event_shapes
     for context_dim in (0, 2)
-    if row.make(shape, context_dim).context_dim == context_dim  # a fixed map takes none
+    if row.make(shape, context_dim).context_dim
+    == context_dim  # a fixed map takes none
 ]
 
 

@@ -30,11 +30,13 @@ def make_data(n=150):
 def log_target(x):
     """Two bumps, not normalised."""
     return torch.logsumexp(
-        torch.stack([-(x - 1).square().sum(-1), -2 * (x + 1).square().sum(-1)]), 0
+        torch.stack([-(x - 1).square().sum(-1), -2 * (x + 1).square().sum(-1)]),
+        0,
     )
 
 
-# all that has state at once: moments, average, schedule, best weights, uneven batches
+# all that has state at once: moments, average, schedule, best weights, uneven
+# batches
 FULL = dict(
     steps=60,
     batch_size=32,
@@ -52,13 +54,21 @@ FULL = dict(
 def run_likelihood(**options):
     """Maximum likelihood with context: the flow and its history."""
     flow = make_flow(context_dim=1)
-    return flow, fit(MaximumLikelihood(flow), make_data(), **{**FULL, **options})
+    return flow, fit(
+        MaximumLikelihood(flow), make_data(), **{**FULL, **options}
+    )
 
 
 def run_reverse(**options):
     """Reverse KL, which draws noise: the flow and its history."""
     flow = make_flow()
-    options = {"steps": 12, "batch_size": 33, "lr": 1e-2, "progress": False, **options}
+    options = {
+        "steps": 12,
+        "batch_size": 33,
+        "lr": 1e-2,
+        "progress": False,
+        **options,
+    }
     return flow, fit(ReverseKL(flow, log_target), **options)
 
 
@@ -79,7 +89,13 @@ class Blurred(Objective):
 def run_blurred(**options):
     """Data and noise together, with an uneven last batch: the flow and its history."""
     flow = make_flow()
-    options = {"steps": 12, "batch_size": 17, "validation": 0.1, "progress": False, **options}
+    options = {
+        "steps": 12,
+        "batch_size": 17,
+        "validation": 0.1,
+        "progress": False,
+        **options,
+    }
     return flow, fit(Blurred(flow), make_data()[0], **options)
 
 
@@ -87,18 +103,28 @@ def main(kind, folder):
     torch.set_num_threads(1)
     folder = Path(folder)
     if kind == "slow":  # killed or interrupted from outside
-        pause = lambda step, objective, history: time.sleep(0.02 if step < 30 else 10)  # noqa: E731
-        run_likelihood(checkpoint=folder / "run.pt", checkpoint_every=10, callbacks=(pause,))
+        pause = lambda step, objective, history: time.sleep(
+            0.02 if step < 30 else 10
+        )  # noqa: E731
+        run_likelihood(
+            checkpoint=folder / "run.pt",
+            checkpoint_every=10,
+            callbacks=(pause,),
+        )
     if kind == "processes":
         histories = {
             "likelihood": run_likelihood(steps=12)[1],
-            "one row left": run_likelihood(steps=12, batch_size=17, validation=None)[1],
+            "one row left": run_likelihood(
+                steps=12, batch_size=17, validation=None
+            )[1],
             "reverse": run_reverse()[1],
             "blurred": run_blurred()[1],
             "saved": run_likelihood(steps=12, checkpoint=folder / "two.pt")[1],
         }
         if torch.distributed.get_rank() == 0:
-            counted = {name: history.to_dict() for name, history in histories.items()}
+            counted = {
+                name: history.to_dict() for name, history in histories.items()
+            }
             counted["processes"] = torch.distributed.get_world_size()
             (folder / "two.json").write_text(json.dumps(counted))
         torch.distributed.destroy_process_group()

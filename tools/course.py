@@ -30,7 +30,9 @@ def headings(
     found, current = [], "Start"
     for cell in cells:
         if cell.cell_type == "markdown":
-            current = ([current] + re.findall(r"^#+ (.*)", cell.source, re.MULTILINE))[-1]
+            current = (
+                [current] + re.findall(r"^#+ (.*)", cell.source, re.MULTILINE)
+            )[-1]
         found.append(current)
     return found
 
@@ -43,7 +45,8 @@ async def execute(
     sections = headings(nb.cells)
 
     async def tick():
-        while True:  # a cell that trains takes a while: the clock shows that it is alive
+        # a cell that trains takes a while: the clock shows that it is alive
+        while True:
             bar.refresh()
             await asyncio.sleep(1)
 
@@ -51,7 +54,9 @@ async def execute(
         nb,
         timeout=1800,
         resources={"metadata": {"path": str(LESSON.parent)}},
-        on_cell_start=lambda cell, cell_index: bar.set_description(sections[cell_index]),
+        on_cell_start=lambda cell, cell_index: bar.set_description(
+            sections[cell_index]
+        ),
         on_cell_complete=lambda cell, cell_index: bar.update(),
     )
     clock = asyncio.create_task(tick())
@@ -65,7 +70,9 @@ def show(
     results,  # For each data set, mean and standard deviation of each model
 ):
     """Print what was learned."""
-    print("\nHeld-out log-likelihood, mean over 3 seeds (standard deviation); higher is better")
+    print(
+        "\nHeld-out log-likelihood, mean over 3 seeds (standard deviation); higher is better"
+    )
     for name, models in results.items():
         print(f"\n  {name}")
         for model, value in models.items():
@@ -75,25 +82,36 @@ def show(
 def main():
     """Run the lesson, build the site, report."""
     started = time.monotonic()
-    out = Path(os.environ.setdefault("FLOWCOURSE_OUT", str(ROOT / "_course"))).resolve()
-    os.environ["FLOWCOURSE_OUT"] = str(out)  # the notebook runs in another folder
+    out = Path(
+        os.environ.setdefault("FLOWCOURSE_OUT", str(ROOT / "_course"))
+    ).resolve()
+    # the notebook runs in another folder
+    os.environ["FLOWCOURSE_OUT"] = str(out)
     nb = nbformat.read(LESSON, as_version=4)
-    print(f"Running {LESSON.relative_to(ROOT)}: it trains six flows, in a minute or two")
+    print(
+        f"Running {LESSON.relative_to(ROOT)}: it trains six flows, in a minute or two"
+    )
     try:
         cells = sum(cell.cell_type == "code" for cell in nb.cells)
         with tqdm(total=cells, unit="cell") as bar:
             asyncio.run(execute(nb, bar))
     except CellExecutionError as error:
         message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-        sys.exit(f"\n{LESSON.relative_to(ROOT)} failed in this cell:\n{message}")
+        sys.exit(
+            f"\n{LESSON.relative_to(ROOT)} failed in this cell:\n{message}"
+        )
     learned = time.monotonic()
     print("Building the site")
-    site = subprocess.run([sys.executable, ROOT / "tools" / "build_docs"], cwd=ROOT)
+    site = subprocess.run(
+        [sys.executable, ROOT / "tools" / "build_docs"], cwd=ROOT
+    )
     if site.returncode:
         sys.exit("The lesson ran, but the site could not be built: see above")
     show(json.loads((out / "quick-start.json").read_text()))
     took = time.monotonic() - started
-    print(f"\nThe lesson took {learned - started:.0f} s, with the site {took:.0f} s.")
+    print(
+        f"\nThe lesson took {learned - started:.0f} s, with the site {took:.0f} s."
+    )
     print(f"The picture: {out / 'quick-start.png'}")
     print("Open the lessons with  make lab  and the site with  make site-serve")
 

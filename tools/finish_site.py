@@ -15,8 +15,9 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "nbs/99-reference.html"
 
-# What themes, Quarto and matplotlib's player ask of the network and the pages work without:
-# web fonts, require.js and jquery (for widgets in outputs), Font Awesome.
+# What themes, Quarto and matplotlib's player ask of the network and the pages
+# work without: web fonts, require.js and jquery (for widgets in outputs), Font
+# Awesome.
 WEB_FONT = re.compile(
     r"""@import\s*(?:url\(["']?https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')\s*;?"""
 )
@@ -25,7 +26,13 @@ FOREIGN = re.compile(
     r"""|<script[^>]*>\s*define\('jquery'[^<]*</script>"""
     r"""|<link[^>]*href="https?://[^"]*font-awesome[^"]*"[^>]*>"""
 )
-LOADS = {"script": "src", "img": "src", "iframe": "src", "video": "src", "audio": "src"}
+LOADS = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "video": "src",
+    "audio": "src",
+}
 LOADS |= {"source": "src", "embed": "src", "link": "href"}
 
 
@@ -51,7 +58,9 @@ def own_address():
     """The address the site is published at, from settings.ini, without a slash at its end."""
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    return (config["DEFAULT"]["doc_host"] + config["DEFAULT"]["doc_baseurl"]).rstrip("/")
+    return (
+        config["DEFAULT"]["doc_host"] + config["DEFAULT"]["doc_baseurl"]
+    ).rstrip("/")
 
 
 def localise(
@@ -87,7 +96,9 @@ def check(
     site,  # Folder of a built site
 ):  # A line for each link that leads nowhere and each file from the network
     """Check every link, anchor and loaded file of a site."""
-    pages = {path.resolve(): Page(path.read_text()) for path in site.rglob("*.html")}
+    pages = {
+        path.resolve(): Page(path.read_text()) for path in site.rglob("*.html")
+    }
     problems = []
     for path, page in pages.items():
         name = path.relative_to(site.resolve()).as_posix()
@@ -97,13 +108,19 @@ def check(
                 if url in page.loads and parts.scheme not in ("data", "blob"):
                     problems.append(f"{name}: loads {url} from the network")
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = (
+                (path.parent / unquote(parts.path)).resolve()
+                if parts.path
+                else path
+            )
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file():
                 problems.append(f"{name}: broken link {url}")
             elif parts.fragment and target in pages:
                 if unquote(parts.fragment) not in pages[target].anchors:
-                    problems.append(f"{name}: broken link {url} (no such anchor)")
+                    problems.append(
+                        f"{name}: broken link {url} (no such anchor)"
+                    )
     return sorted(set(problems))
 
 

@@ -36,7 +36,9 @@ RUN_ALL = """async (seconds) => {
 
 def launch_chromium(playwright):
     """The system's Chromium, without a window and without traffic of its own."""
-    return playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_FLAGS)
+    return playwright.chromium.launch(
+        executable_path=shutil.which("chromium"), args=CHROMIUM_FLAGS
+    )
 
 
 def start_lab(folder, log):
@@ -44,16 +46,27 @@ def start_lab(folder, log):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+    ]
     command += ["--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token="]
-    command += [f"--ServerApp.root_dir={folder / 'repo'}", "--LabApp.news_url=None"]
+    command += [
+        f"--ServerApp.root_dir={folder / 'repo'}",
+        "--LabApp.news_url=None",
+    ]
     command += ["--expose-app-in-browser"]
     env = {
         **os.environ,
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
     }
-    return subprocess.Popen(command, env=env, stdout=log, stderr=log), f"http://127.0.0.1:{port}"
+    return subprocess.Popen(
+        command, env=env, stdout=log, stderr=log
+    ), f"http://127.0.0.1:{port}"
 
 
 def wait_for(address, process, seconds=60):
@@ -76,7 +89,8 @@ def run_in_lab(
     """Run a copy of a notebook in JupyterLab, as a reader would, and read what was saved."""
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        for part in ("nbs", "flowcourse"):  # JupyterLab saves and nbdev exports: use a copy
+        # JupyterLab saves and nbdev exports: use a copy
+        for part in ("nbs", "flowcourse"):
             shutil.copytree(ROOT / part, folder / "repo" / part)
         for part in ("settings.ini", "pyproject.toml"):
             shutil.copy(ROOT / part, folder / "repo" / part)
@@ -86,9 +100,13 @@ def run_in_lab(
                 wait_for(address, lab)
                 with sync_playwright() as playwright:
                     browser = launch_chromium(playwright)
-                    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+                    page = browser.new_page(
+                        viewport={"width": 1300, "height": 1000}
+                    )
                     page.goto(f"{address}/lab/tree/{notebook}?reset")
-                    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+                    page.wait_for_selector(
+                        ".jp-Notebook .jp-Cell", timeout=60_000
+                    )
                     page.evaluate(RUN_ALL, timeout)
                     if shot:
                         page.screenshot(path=shot)
@@ -97,17 +115,29 @@ def run_in_lab(
                 lab.terminate()
                 lab.wait(30)
         cells = json.loads((folder / "repo" / notebook).read_text())["cells"]
-    code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    code = [
+        c
+        for c in cells
+        if c["cell_type"] == "code" and "".join(c["source"]).strip()
+    ]
     errors = [
         f"{output['ename']}: {output['evalue']}"
         for cell in code
         for output in cell["outputs"]
         if output["output_type"] == "error"
     ]
-    return len(code), sum(cell["execution_count"] is not None for cell in code), errors
+    return (
+        len(code),
+        sum(cell["execution_count"] is not None for cell in code),
+        errors,
+    )
 
 
 if __name__ == "__main__":
     n, done, errors = run_in_lab(*sys.argv[1:])
-    print(*errors, f"{sys.argv[1]}: {done} of {n} code cells ran in JupyterLab", sep="\n")
+    print(
+        *errors,
+        f"{sys.argv[1]}: {done} of {n} code cells ran in JupyterLab",
+        sep="\n",
+    )
     sys.exit(bool(errors) or done < n)

@@ -22,7 +22,8 @@ FILES = Path(__file__).parents[1] / "flowcourse" / "files"
 LIMIT = 2_400_000  # bytes in one file
 SEEDS = {"train": 20150607, "test": 20150608}  # of the Bernoulli binarisation
 
-# Eruption and waiting time, in minutes, of `faithful` in R (Azzalini and Bowman 1990).
+# Eruption and waiting time, in minutes, of `faithful` in R (Azzalini and Bowman
+# 1990).
 OLD_FAITHFUL = """
 3.6,79 1.8,54 3.333,74 2.283,62 4.533,85 2.883,55 4.7,88 3.6,85 1.95,51 4.35,85 1.833,54
 3.917,84 4.2,78 1.75,47 4.7,83 2.167,52 1.75,62 4.8,84 1.6,52 4.25,79 1.8,51 1.75,47 3.45,78
@@ -59,7 +60,8 @@ def bernoulli(grey, seed):
     """
     bits = np.random.Philox(key=seed)
     out = np.empty(grey.shape, bool)
-    for i in range(0, len(grey), 5000):  # the words of all 60,000 images would fill 400 MB
+    # the words of all 60,000 images would fill 400 MB
+    for i in range(0, len(grey), 5000):
         block = grey[i : i + 5000]
         uniform = (bits.random_raw(block.size) >> np.uint64(11)) * 2.0**-53
         out[i : i + 5000] = uniform.reshape(block.shape) < block / 255.0
@@ -80,13 +82,20 @@ def pack(**arrays):
 
 def same(a, b):
     """Whether two dictionaries hold equal arrays."""
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[key], b[key]) for key in a
+    )
 
 
 def mnist(folder, split):
     """The packed arrays of both binarisations of one split, by file name."""
-    images, labels = (read_idx(Path(folder) / name) for name in MNIST_FILES[split])
-    binary = {"mnist": bernoulli(images, SEEDS[split]), "mnist-threshold": threshold(images)}
+    images, labels = (
+        read_idx(Path(folder) / name) for name in MNIST_FILES[split]
+    )
+    binary = {
+        "mnist": bernoulli(images, SEEDS[split]),
+        "mnist-threshold": threshold(images),
+    }
     return {
         f"{name}-{split}.npz.xz": {"bits": np.packbits(x, axis=-1), "y": labels}
         for name, x in binary.items()
@@ -105,16 +114,23 @@ def small():
             "y": digits.target.astype(np.uint8),
         },
         "old-faithful-all.npz.xz": {"x": np.array(pairs, dtype=np.float64)},
-        "breast-cancer-all.npz.xz": {"x": cancer.data, "y": cancer.target.astype(np.uint8)},
+        "breast-cancer-all.npz.xz": {
+            "x": cancer.data,
+            "y": cancer.target.astype(np.uint8),
+        },
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="where the IDX files of MNIST are")
-    parser.add_argument("--check", action="store_true", help="compare arrays, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare arrays, write nothing"
+    )
     args = parser.parse_args()
-    contents = mnist(args.folder, "train") | mnist(args.folder, "test") | small()
+    contents = (
+        mnist(args.folder, "train") | mnist(args.folder, "test") | small()
+    )
     total = 0
     for name, arrays in contents.items():
         packed = pack(**arrays)

@@ -33,7 +33,8 @@ def command_for(name, config):
 def record(folder):
     """The record of one run."""
     run, result, history = (
-        json.loads((folder / f"{part}.json").read_text()) for part in ("run", "result", "history")
+        json.loads((folder / f"{part}.json").read_text())
+        for part in ("run", "result", "history")
     )
     loss, ended = history["loss"], (folder / "model.pt").stat().st_mtime
     config = dataclasses.asdict(configs[run["name"]]) | run["config"]
@@ -47,7 +48,9 @@ def record(folder):
         "hours": round(sum(history["seconds"]) / 3600, 2),
         "result": result,
         "validation_step": history["validation_step"],
-        "validation_loss": [round(value, 3) for value in history["validation_loss"]],
+        "validation_loss": [
+            round(value, 3) for value in history["validation_loss"]
+        ],
         "loss": [
             round(sum(part) / len(part), 3)
             for part in (loss[i : i + 1000] for i in range(0, len(loss), 1000))
@@ -58,9 +61,15 @@ def record(folder):
 def main():
     """Record the runs that were named."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="of runs that are trained and tested")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        help="of runs that are trained and tested",
+    )
     for folder in parser.parse_args().folders:
         found = record(folder)
         path = RESULTS / found["name"].split(".")[0] / f"{found['name']}.json"

@@ -22,13 +22,26 @@ THEOREMS = {
     "exm": "Example",
     "exr": "Exercise",
 }
-NAMES = {"eq": "Equation", "fig": "Figure", "tbl": "Table", "sec": "Section", **THEOREMS}
+NAMES = {
+    "eq": "Equation",
+    "fig": "Figure",
+    "tbl": "Table",
+    "sec": "Section",
+    **THEOREMS,
+}
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.M | re.S)
 REFERENCE = re.compile(rf"(?<![\w@])@((?:{'|'.join(NAMES)})-[\w-]*\w)")
 CITATION_LEFT = re.compile(r"(?<![\w@/`.])@[A-Za-z][\w:-]+")
 
-# Keys of _quarto.yml that smalldocs does not know and this builder serves or can do without.
-SERVED = ("bibliography", "ipynb-filters", "execute.enabled", "html-math-method", "output-file")
+# Keys of _quarto.yml that smalldocs does not know and this builder serves or
+# can do without.
+SERVED = (
+    "bibliography",
+    "ipynb-filters",
+    "execute.enabled",
+    "html-math-method",
+    "output-file",
+)
 
 
 class Numbers:
@@ -89,7 +102,9 @@ def label_markdown(text, numbers):
 
     multiline = re.M | re.S
     theorems = "|".join(THEOREMS)
-    text = re.sub(r"\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}", equation, text, flags=re.S)
+    text = re.sub(
+        r"\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}", equation, text, flags=re.S
+    )
     text = re.sub(
         r"^\\begin\{align(\*?)\}(.+?)\\end\{align\1\}",
         r"$$\n\\begin{aligned}\2\\end{aligned}\n$$",
@@ -102,17 +117,30 @@ def label_markdown(text, numbers):
         text,
         flags=re.M,
     )
-    text = re.sub(r"^:{3,} *\{\.proof\}\s*", "::: {.proof}\n*Proof.* ", text, flags=re.M)
-    text = re.sub(r"^#+ +(.+?) *\{#(sec-[\w-]+)[^}]*\}", heading, text, flags=re.M)
-    text = re.sub(r"^: +(.*?) *\{#(tbl-[\w-]+)([^}]*)\}", table, text, flags=re.M)
-    return re.sub(r"!\[([^\]]*)\]\(([^)]*)\)\{#(fig-[\w-]+)([^}]*)\}", picture, text)
+    text = re.sub(
+        r"^:{3,} *\{\.proof\}\s*", "::: {.proof}\n*Proof.* ", text, flags=re.M
+    )
+    text = re.sub(
+        r"^#+ +(.+?) *\{#(sec-[\w-]+)[^}]*\}", heading, text, flags=re.M
+    )
+    text = re.sub(
+        r"^: +(.*?) *\{#(tbl-[\w-]+)([^}]*)\}", table, text, flags=re.M
+    )
+    return re.sub(
+        r"!\[([^\]]*)\]\(([^)]*)\)\{#(fig-[\w-]+)([^}]*)\}", picture, text
+    )
 
 
 def label_code(cell, numbers):
     """Number the figure or table that a code cell makes, and put the number into its caption."""
     lines = cell["source"].split("\n")
     options = [line for line in lines if line.startswith("#|")]
-    values = yaml.safe_load("\n".join(line[2:].removeprefix(" ") for line in options)) or {}
+    values = (
+        yaml.safe_load(
+            "\n".join(line[2:].removeprefix(" ") for line in options)
+        )
+        or {}
+    )
     label = values.get("label", "") if isinstance(values, dict) else ""
     kind = label.split("-")[0]
     if kind not in ("fig", "tbl"):
@@ -123,16 +151,22 @@ def label_code(cell, numbers):
         caption += f": {values[f'{kind}-cap']}"
     values[f"{kind}-cap"] = re.sub(r"\$([^$]+)\$", r"\\(\1\\)", caption)
     head = [f"#| {key}: {json.dumps(value)}" for key, value in values.items()]
-    cell["source"] = "\n".join(head + [line for line in lines if not line.startswith("#|")])
+    cell["source"] = "\n".join(
+        head + [line for line in lines if not line.startswith("#|")]
+    )
     for output in cell["outputs"]:
         data = output.get("data", {})
         if kind == "tbl" and "text/markdown" in data:
-            data["text/markdown"] = "".join(data["text/markdown"]) + f"\n\n: {caption}\n"
+            data["text/markdown"] = (
+                "".join(data["text/markdown"]) + f"\n\n: {caption}\n"
+            )
 
 
 def cite(texts, bib, problems):
     """Fill the citations of a page by pandoc's citeproc: the texts, and the list of references."""
-    keys = "|".join(map(re.escape, re.findall(r"^@\w+\{([^,\s]+)", bib.read_text(), re.M)))
+    keys = "|".join(
+        map(re.escape, re.findall(r"^@\w+\{([^,\s]+)", bib.read_text(), re.M))
+    )
     citation = re.compile(
         rf"\[[^\]\[]*-?@(?:{keys})\b[^\]\[]*\](?!\()"
         rf"|(?<![\w@`\[])@(?:{keys})\b(?: \[[^\]\[]+\](?!\())?"
@@ -141,15 +175,29 @@ def cite(texts, bib, problems):
     found = [m[0] for s in parts for m in citation.finditer(s)]
     if not found:
         return texts, ""
-    command = [pypandoc.get_pandoc_path(), "-f", "markdown", "-t", "html", "--citeproc"]
+    command = [
+        pypandoc.get_pandoc_path(),
+        "-f",
+        "markdown",
+        "-t",
+        "html",
+        "--citeproc",
+    ]
     command += [f"--bibliography={bib}", "-M", "link-citations", "--wrap=none"]
     run = subprocess.run(
-        command, input="\n\n".join(found), capture_output=True, text=True, check=True
+        command,
+        input="\n\n".join(found),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     problems += run.stderr.splitlines()
     body, _, references = run.stdout.partition('<div id="refs"')
     done = iter(re.findall(r"<p>(.*?)</p>", body, re.S))
-    filled = [prose(lambda s: citation.sub(lambda m: next(done), s), text) for text in texts]
+    filled = [
+        prose(lambda s: citation.sub(lambda m: next(done), s), text)
+        for text in texts
+    ]
     return filled, f'<div id="refs"{references}'
 
 
@@ -162,13 +210,19 @@ def number_page(
     for cell in nb["cells"]:
         cell["source"] = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cell["source"] = prose(lambda s: label_markdown(s, numbers), cell["source"])
+            cell["source"] = prose(
+                lambda s: label_markdown(s, numbers), cell["source"]
+            )
         elif cell["cell_type"] == "code":
             label_code(cell, numbers)
     texts = [cell for cell in nb["cells"] if cell["cell_type"] == "markdown"]
     for cell in texts:
-        cell["source"] = prose(lambda s: REFERENCE.sub(numbers.link, s), cell["source"])
-    filled, references = cite([cell["source"] for cell in texts], bib, numbers.problems)
+        cell["source"] = prose(
+            lambda s: REFERENCE.sub(numbers.link, s), cell["source"]
+        )
+    filled, references = cite(
+        [cell["source"] for cell in texts], bib, numbers.problems
+    )
     for cell, text in zip(texts, filled):
         cell["source"] = text
         for part in CODE.split(text)[::2]:
@@ -176,13 +230,23 @@ def number_page(
                 if not REFERENCE.match(left):
                     numbers.problems.append(f"unresolved citation {left}")
     if references:
-        raw, place = f"```{{=html}}\n{references}\n```", r"^:{3,} *\{#refs\}\s*:{3,}"
-        own = next((cell for cell in texts if re.search(place, cell["source"], re.M)), None)
+        raw, place = (
+            f"```{{=html}}\n{references}\n```",
+            r"^:{3,} *\{#refs\}\s*:{3,}",
+        )
+        own = next(
+            (cell for cell in texts if re.search(place, cell["source"], re.M)),
+            None,
+        )
         if own:
-            own["source"] = re.sub(place, lambda m: raw, own["source"], flags=re.M)
+            own["source"] = re.sub(
+                place, lambda m: raw, own["source"], flags=re.M
+            )
         else:
             source = f"## References\n\n{raw}"
-            nb["cells"].append({"cell_type": "markdown", "metadata": {}, "source": source})
+            nb["cells"].append(
+                {"cell_type": "markdown", "metadata": {}, "source": source}
+            )
     path.write_text(json.dumps(nb))
     return [f"{path.name}: {problem}" for problem in numbers.problems]
 
@@ -201,8 +265,14 @@ def render(
     problems += [w for w in warnings if not any(key in w for key in SERVED)]
     site = tree / config["project"]["output-dir"]
     for page in site.rglob("*.html"):
-        assets = "../" * (len(page.relative_to(site).parts) - 1) + "assets/katex"
-        page.write_text(re.sub(r"https://[^\"'\s]*/katex@[\d.]+/dist", assets, page.read_text()))
+        assets = (
+            "../" * (len(page.relative_to(site).parts) - 1) + "assets/katex"
+        )
+        page.write_text(
+            re.sub(
+                r"https://[^\"'\s]*/katex@[\d.]+/dist", assets, page.read_text()
+            )
+        )
     title = config["website"]["title"]
     first = Path(config["project"]["render"][0]).with_suffix(".html").as_posix()
     (site / "index.html").write_text(

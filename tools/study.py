@@ -53,7 +53,12 @@ SEEDS = (0, 1, 2)
 SECONDS = 20.0  # of processor time, for three seeds together
 REVERSE_SECONDS = 18.0  # the same for four energies and three seeds together
 TOY = {"batch_size": 256, "hidden": (64, 64)}
-REAL = {"batch_size": 100, "hidden": (128, 128), "dropout": 0.2, "partition": "random"}
+REAL = {
+    "batch_size": 100,
+    "hidden": (128, 128),
+    "dropout": 0.2,
+    "partition": "random",
+}
 DATA = {
     "moons": TOY,
     "rings": TOY,
@@ -73,11 +78,16 @@ DIGITS = {  # what is changed in `spline.digits`
     "four layers": {"layers": 4},
     "twice the steps": {"steps": 1600},
     "twice the width": {"hidden": (256, 256)},
-    "autoregressive": {"kind": "autoregressive", "layers": 4, "hidden": (256, 256)},
+    "autoregressive": {
+        "kind": "autoregressive",
+        "layers": 4,
+        "hidden": (256, 256),
+    },
 }
 
 
-BASELINES = {  # components and noisy copies of a mixture of Gaussians, its ridge tuned
+# components and noisy copies of a mixture of Gaussians, its ridge tuned
+BASELINES = {
     "one Gaussian": (1, 1),
     "mixture of 10": (10, 1),
     "mixture of 10, 20 noisy copies": (10, 20),
@@ -89,13 +99,17 @@ class SideBySide(Objective):
 
     def __init__(
         self,
-        objectives: list[Objective],  # Equal but for the values of their parameters
+        # Equal but for the values of their parameters
+        objectives: list[Objective],
     ):
         super().__init__()
         self.names = [name for name, _ in objectives[0].named_parameters()]
         stacked, self.fixed = stack_module_state(objectives)
-        self.stacked = nn.ParameterList(stacked[name].detach() for name in self.names)
-        self.template = [copy.deepcopy(objectives[0])]  # in a list: its parameters are not ours
+        self.stacked = nn.ParameterList(
+            stacked[name].detach() for name in self.names
+        )
+        # in a list: its parameters are not ours
+        self.template = [copy.deepcopy(objectives[0])]
 
     def train(self, mode=True):
         """Train mode or eval mode, of the stacked objectives too."""
@@ -106,7 +120,9 @@ class SideBySide(Objective):
         """The sum of the losses; `batch` has shape `(n, seeds, *event)`."""
 
         def loss(parameters, fixed, rows):
-            return functional_call(self.template[0], (parameters, fixed), (rows,))
+            return functional_call(
+                self.template[0], (parameters, fixed), (rows,)
+            )
 
         parameters = dict(zip(self.names, self.stacked, strict=True))
         over_seeds = vmap(loss, in_dims=(0, 0, 1), randomness="different")
@@ -123,12 +139,19 @@ class SideBySide(Objective):
 def compare(data, kind, scalar_map):
     """Train three seeds of one flow for a fixed time, and judge them on their test rows."""
     config = FlowConfig(
-        data=data, kind=kind, scalar_map=scalar_map, layers=4, lr=3e-3, **DATA[data]
+        data=data,
+        kind=kind,
+        scalar_map=scalar_map,
+        layers=4,
+        lr=3e-3,
+        **DATA[data],
     )
     seeded = [replace(config, seed=seed) for seed in SEEDS]
     objectives = [config.objective() for config in seeded]
     splits = [config.load() for config in seeded]
-    train, validation = (torch.stack(parts, 1) for parts in zip(*(rows[:2] for rows in splits)))
+    train, validation = (
+        torch.stack(parts, 1) for parts in zip(*(rows[:2] for rows in splits))
+    )
 
     def run(steps):
         together, start = SideBySide(objectives), time.process_time()
@@ -150,7 +173,9 @@ def compare(data, kind, scalar_map):
     steps = max(int(20 * SECONDS / timed), 20)
     together, history, took = run(steps)
     together.unstack(objectives)
-    judged = [c.evaluate(o.eval()) for c, o in zip(seeded, objectives, strict=True)]
+    judged = [
+        c.evaluate(o.eval()) for c, o in zip(seeded, objectives, strict=True)
+    ]
     return {
         "results": judged,
         "steps": steps,
@@ -163,9 +188,17 @@ def compare(data, kind, scalar_map):
 def vary(change, seed):
     """Train `spline.digits` with something changed, and judge it on its test rows."""
     config = replace(configs["spline.digits"], seed=seed, **DIGITS[change])
-    rows, objective, start = config.load(), config.objective(), time.process_time()
+    rows, objective, start = (
+        config.load(),
+        config.objective(),
+        time.process_time(),
+    )
     history = fit(
-        objective, rows.train, validation=rows.validation, **config.training, progress=False
+        objective,
+        rows.train,
+        validation=rows.validation,
+        **config.training,
+        progress=False,
     )
     return {
         "results": config.evaluate(objective.eval()),
@@ -182,7 +215,9 @@ def baseline(change, seed):
 
     (components, copies), start = BASELINES[change], time.process_time()
     noise = torch.Generator().manual_seed(seed)
-    train, *others = split(load("optdigits").x.flatten(1), SIZES["optdigits"], seed)
+    train, *others = split(
+        load("optdigits").x.flatten(1), SIZES["optdigits"], seed
+    )
     counts = (train.repeat(20, 1), *others)
     made = [to_logit(dequantise(part, generator=noise)) for part in counts]
     train, validation, test = (x.numpy() for x, _ in made)
@@ -190,7 +225,9 @@ def baseline(change, seed):
         GaussianMixture(components, reg_covar=ridge, random_state=seed).fit(
             train[: len(counts[0]) // 20 * copies]
         )
-        for ridge in ((0.03, 0.1, 0.2, 0.3, 0.5) if copies == 1 else (0.05, 0.1))
+        for ridge in (
+            (0.03, 0.1, 0.2, 0.3, 0.5) if copies == 1 else (0.05, 0.1)
+        )
     ]
     best = max(fitted, key=lambda mixture: mixture.score(validation))
     score = best.score(test) + made[-1][1].mean().item()
@@ -211,7 +248,11 @@ def latent(seed, **change):
     config, start = replace(LATENT, seed=seed, **change), time.process_time()
     rows, objective = config.load(), config.objective()
     history = fit(
-        objective, rows.train, validation=rows.validation, **config.training, progress=False
+        objective,
+        rows.train,
+        validation=rows.validation,
+        **config.training,
+        progress=False,
     )
     took = round(time.process_time() - start, 2)
     return {
@@ -226,12 +267,15 @@ def latent(seed, **change):
 CLIP = 1.0  # largest gradient norm of each flow
 RECIPE = {"steps": 2000, "batch_size": 400, "lr": 2e-2, "schedule": "cosine"}
 ANNEALED = 0.3  # share of the steps in which beta rises from 0.01 to 1
-FAMILIES = {  # of the comparison at equal time, each about as a user would size it
+# of the comparison at equal time, each about as a user would size it
+FAMILIES = {
     "planar": partial(Planar, 2, 16),
     "radial": partial(Radial, 2, 16),
     "Sylvester": partial(Sylvester, 2, length=8),
     "RealNVP": partial(RealNVP, 2, 8, (32, 32)),
-    "spline": partial(Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)),
+    "spline": partial(
+        Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)
+    ),
     "IAF": partial(IAF, 2, 6, (32, 32)),
 }
 LENGTHS = {"planar": Planar, "NICE": partial(NICE, hidden=(32,))}
@@ -257,29 +301,41 @@ class BuggyPlanar(Planar):
         """1 + w'u of each layer, which must be above 0."""
         w, u, _ = self.raw(None).split([2, 2, 1], -1)
         product, size = (w * u).sum(-1), w.norm(dim=-1)
-        return 1 + product + (nn.functional.softplus(product) - 1 - product) * size
+        return (
+            1 + product + (nn.functional.softplus(product) - 1 - product) * size
+        )
 
     def _forward(self, z, context):
         w, u, b = self.raw(context).split([2, 2, 1], -1)
-        product, size = (w * u).sum(-1, keepdim=True), w.norm(dim=-1, keepdim=True)
+        product, size = (
+            (w * u).sum(-1, keepdim=True),
+            w.norm(dim=-1, keepdim=True),
+        )
         u = u + (nn.functional.softplus(product) - 1 - product) * w / size
         ladj = 0.0
         for k in range(self.length):
             h = (z @ w[k] + b[k]).tanh()
             z = z + u[k] * h.unsqueeze(-1)
-            ladj = ladj + (1 + (1 - h.square()) * (w[k] @ u[k])).abs().log()  # as published
+            # as published
+            ladj = ladj + (1 + (1 - h.square()) * (w[k] @ u[k])).abs().log()
         return z, ladj
 
 
 def flat_wall(energy, z):
     """A floor below the density, and a hard box in place of a wall: the gradient there is zero."""
-    inside = (z[..., 0].abs() <= (4 if isinstance(energy, Ridges) else math.inf)).to(z)
+    inside = (
+        z[..., 0].abs() <= (4 if isinstance(energy, Ridges) else math.inf)
+    ).to(z)
     return (1e-7 + inside * energy.log_density(z).exp()).log()
 
 
 def apart(bijection):
     """The bijection, the hidden units of which do not all bend space at the origin."""
-    raw = bijection.raw.value.data if isinstance(bijection, (Planar, Sylvester)) else None
+    raw = (
+        bijection.raw.value.data
+        if isinstance(bijection, (Planar, Sylvester))
+        else None
+    )
     if isinstance(bijection, Planar):
         raw[:, -1].normal_()
     elif raw is not None:
@@ -294,9 +350,15 @@ def clipped_adam(params, lr, weight_decay):
         gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
         norms = sum(g.flatten(1).square().sum(1) for g in gradients).sqrt()
         for g in gradients:
-            g.mul_((CLIP / (norms + 1e-6)).clamp(max=1).view(-1, *[1] * (g.dim() - 1)))
+            g.mul_(
+                (CLIP / (norms + 1e-6))
+                .clamp(max=1)
+                .view(-1, *[1] * (g.dim() - 1))
+            )
 
-    optimizer = torch.optim.Adam(params, lr, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.Adam(
+        params, lr, weight_decay=weight_decay, fused=True
+    )
     optimizer.register_step_pre_hook(clip)
     return optimizer
 
@@ -319,11 +381,16 @@ class ReverseSideBySide(SideBySide):
     def __init__(
         self,
         flows: list[Flow],  # Equal but for the values of their parameters
-        log_targets: list,  # Each from `x` to log p up to a constant, for as many flows in turn
+        # Each from `x` to log p up to a constant, for as many flows in turn
+        log_targets: list,
         annealing: Annealing | None,  # The weight of log p
     ):
         super().__init__([Draws(flow) for flow in flows])
-        self.log_targets, self.annealing, self.n = log_targets, annealing, len(flows)
+        self.log_targets, self.annealing, self.n = (
+            log_targets,
+            annealing,
+            len(flows),
+        )
 
     def draw(self, n, generator):
         """Noise of all flows, shape `(n, flows, 2)`."""
@@ -333,12 +400,16 @@ class ReverseSideBySide(SideBySide):
         """The sum of the losses."""
 
         def draws(parameters, fixed, noise):
-            return functional_call(self.template[0], (parameters, fixed), (noise,))
+            return functional_call(
+                self.template[0], (parameters, fixed), (noise,)
+            )
 
         parameters = dict(zip(self.names, self.stacked, strict=True))
         x, log_q = vmap(draws, in_dims=(0, 0, 1))(parameters, self.fixed, noise)
         shares = x.chunk(len(self.log_targets))
-        log_p = torch.cat([f(part) for f, part in zip(self.log_targets, shares, strict=True)])
+        log_p = torch.cat(
+            [f(part) for f, part in zip(self.log_targets, shares, strict=True)]
+        )
         weight = 1.0 if self.annealing is None else self.annealing()
         return (log_q - weight * log_p).mean(-1).sum()
 
@@ -346,10 +417,18 @@ class ReverseSideBySide(SideBySide):
 def picture(flow, window, bins=100):
     """The density on a square around the origin: bytes as text, and the value of byte 255."""
     with torch.no_grad():
-        density = flow.log_prob(grid_points(-window, window, bins).reshape(-1, 2)).exp()
+        density = flow.log_prob(
+            grid_points(-window, window, bins).reshape(-1, 2)
+        ).exp()
     top = density.max()
-    pixels = zlib.compress((255 * density / top).round().to(torch.uint8).numpy().tobytes(), 9)
-    return {"bins": bins, "top": top.item(), "pixels": base64.b64encode(pixels).decode()}
+    pixels = zlib.compress(
+        (255 * density / top).round().to(torch.uint8).numpy().tobytes(), 9
+    )
+    return {
+        "bins": bins,
+        "top": top.item(),
+        "pixels": base64.b64encode(pixels).decode(),
+    }
 
 
 def judge(flow, energy, seed):
@@ -378,10 +457,16 @@ def variational(kind, family="planar", length=16, change=None):
     log_targets = [energies[target].log_density for target in targets]
     changes = (change or "").split(", ")
     if "flat wall" in changes:
-        log_targets = [partial(flat_wall, energies[target]) for target in targets]
+        log_targets = [
+            partial(flat_wall, energies[target]) for target in targets
+        ]
 
     def run(steps):
-        rising = None if "no annealing" in changes else Annealing(0.01, round(ANNEALED * steps))
+        rising = (
+            None
+            if "no annealing" in changes
+            else Annealing(0.01, round(ANNEALED * steps))
+        )
         together = ReverseSideBySide(flows, log_targets, rising)
         recipe = RECIPE | GALLERY.get(change, {}) | {"steps": steps}
         start = time.process_time()
@@ -397,7 +482,10 @@ def variational(kind, family="planar", length=16, change=None):
     found, pictures = {}, {}
     for i, target in enumerate(targets):
         own = flows[len(SEEDS) * i : len(SEEDS) * (i + 1)]
-        found[target] = [judge(f, energies[target], s) for s, f in zip(SEEDS, own, strict=True)]
+        found[target] = [
+            judge(f, energies[target], s)
+            for s, f in zip(SEEDS, own, strict=True)
+        ]
         if not isinstance(own[0].bijection, BuggyPlanar):
             pictures[target] = picture(own[0], energies[target].window)
     return {
@@ -422,7 +510,11 @@ STUDIES = {
     ),
     "digits": (
         digits,
-        [{"change": name, "seed": seed} for seed in SEEDS for name in [*BASELINES, *DIGITS]],
+        [
+            {"change": name, "seed": seed}
+            for seed in SEEDS
+            for name in [*BASELINES, *DIGITS]
+        ],
     ),
     "dlgm": (
         latent,
@@ -441,7 +533,12 @@ STUDIES = {
             )
         ]
         + [
-            {"seed": seed, "data": "mnist", "decoder": "maxout", "posterior": "planar"}
+            {
+                "seed": seed,
+                "data": "mnist",
+                "decoder": "maxout",
+                "posterior": "planar",
+            }
             | {"length": 10, "amortised": True, "context_scale": 1.0}
             for seed in SEEDS
         ],
@@ -450,7 +547,10 @@ STUDIES = {
         variational,
         [
             {"kind": "lengths", "family": family, "length": length}
-            for family, lengths in {"planar": (2, 4, 8, 16, 32), "NICE": (2, 8, 32)}.items()
+            for family, lengths in {
+                "planar": (2, 4, 8, 16, 32),
+                "NICE": (2, 8, 32),
+            }.items()
             for length in lengths
         ]
         + [{"kind": "gallery", "change": change} for change in GALLERY]
@@ -469,18 +569,27 @@ def recorded(path):
 def main():
     """Train what is missing and record it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--shard", default="0/1", help="this process's part of the work")
+    parser.add_argument(
+        "--shard", default="0/1", help="this process's part of the work"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     part, parts = map(int, options.shard.split("/"))
     train, jobs = STUDIES[options.study]
-    path = Path(__file__).resolve().parents[1] / "results" / f"{options.study}.jsonl"
+    path = (
+        Path(__file__).resolve().parents[1]
+        / "results"
+        / f"{options.study}.jsonl"
+    )
     path.parent.mkdir(exist_ok=True)
     done = recorded(path)
-    bar = tqdm([job for job in jobs[part::parts] if job not in done], unit="training")
+    bar = tqdm(
+        [job for job in jobs[part::parts] if job not in done], unit="training"
+    )
     for job in bar:
         bar.set_postfix_str(" ".join(map(str, job.values())))
         try:
@@ -491,12 +600,15 @@ def main():
             {"job": job}
             | found
             | {
-                "command": shlex.join(["python", "tools/study.py", options.study]),
+                "command": shlex.join(
+                    ["python", "tools/study.py", options.study]
+                ),
                 "date": time.strftime("%Y-%m-%d"),
                 "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
             }
         )
-        with path.open("a") as file:  # one write, so that two processes may share the file
+        # one write, so that two processes may share the file
+        with path.open("a") as file:
             file.write(json.dumps(found) + "\n")
 
 
