@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .core import COSTS, Bijection, as_shape, softplus_inverse
+from flowcourse.core import (
+    COSTS,
+    Bijection,
+    as_float,
+    as_int,
+    as_shape,
+    softplus_inverse,
+)
 from .data import Table
 
 # %% ../nbs/03-elementwise.ipynb #d74d93e6
@@ -102,6 +109,50 @@ class ScalarMap:
         )
         return f"{type(self).__name__}({', '.join(settings)})"
 
+# %% ../nbs/03-elementwise.ipynb #f3893742
+def check_scalar_map(
+    value,  # What came
+    name: str,  # The argument's name, for the error
+):
+    """Refuse what is no scalar map, a class where an instance is meant among it."""
+    parts = ("n_params", "forward", "inverse")
+    if isinstance(value, type):
+        came = f"the class {value.__name__}; call it to make one"
+    elif not all(hasattr(value, part) for part in parts):
+        came = type(value).__name__
+    else:
+        return
+    raise ValueError(f"{name}: expected a scalar map, got {came}")
+
+
+def sizes(
+    value: int | tuple[int, ...],  # One size, several, or none
+    name: str,  # The argument's name, for the error
+) -> tuple[int, ...]:  # The same as a tuple
+    """Read a shape that may be empty."""
+    empty = isinstance(value, (tuple, list)) and not value
+    return () if empty else as_shape(value, name)
+
+
+def build(
+    maker,  # A class, or any function, that makes a module
+    name: str,  # The argument's name, for the error
+    *numbers: int,  # What it makes the module from
+) -> nn.Module:  # What it made
+    """Call what makes a module; for anything else raise a `ValueError`."""
+    of = f" of {len(numbers)} numbers" if numbers else ""
+    expected = f"{name}: expected what makes a module{of}, got "
+    # a module can be called, too
+    if not callable(maker) or isinstance(maker, nn.Module):
+        raise ValueError(f"{expected}{maker!r}")
+    try:
+        module = maker(*numbers)
+    except TypeError as error:
+        raise ValueError(f"{expected}{maker!r}, which says: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{expected}{maker!r}, which makes {module!r}")
+    return module
+
 # %% ../nbs/03-elementwise.ipynb #d6c29b31
 class InverseMap(ScalarMap):
     """A scalar map with its two directions exchanged."""
@@ -110,6 +161,7 @@ class InverseMap(ScalarMap):
         self,
         scalar_map: ScalarMap,  # The map to turn round
     ):
+        check_scalar_map(scalar_map, "scalar_map")
         self.scalar_map = scalar_map
         self.n_params = scalar_map.n_params
         self.reference = scalar_map.reference
@@ -187,9 +239,9 @@ class AffineMap(ScalarMap):
         # Or "softplus", which grows no faster than the raw scale
         scale: str = "exp",
     ):
-        if bound is not None and not bound > 0:
-            raise ValueError(f"bound: expected a number above 0, got {bound}")
-        if scale not in ("exp", "softplus"):
+        if bound is not None:
+            bound = as_float(bound, "bound", 0, strict=True)
+        if not isinstance(scale, str) or scale not in ("exp", "softplus"):
             raise ValueError(
                 f"scale: expected 'exp' or 'softplus', got {scale!r}"
             )
@@ -225,17 +277,27 @@ class AffineMap(ScalarMap):
             else log_slope.expand_as(points)
         )
 
+    def _slope(self, log_slope, points):
+        "The slope, never 0 or infinite where `points` are infinite or 0: their product is known."
+        # exp of anything below neither overflows float32 nor vanishes in it
+        if self.bound is None or self.bound > 80:
+            most = math.floor(-math.log(torch.finfo(points.dtype).tiny))
+            known = points + points == points
+            held = log_slope.clamp(-most, most)
+            log_slope = torch.where(known, held, log_slope)
+        return log_slope.exp()
+
     def forward(self, z, theta):
         """Base to data, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
         log_slope = self._log_slope(raw, z, 1)
-        return torch.addcmul(shift, z, log_slope.exp()), log_slope
+        return torch.addcmul(shift, z, self._slope(log_slope, z)), log_slope
 
     def inverse(self, x, theta):
         """Data to base, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
-        log_slope = self._log_slope(raw, x, -1)
-        return (x - shift) * log_slope.exp(), log_slope
+        log_slope, y = self._log_slope(raw, x, -1), x - shift
+        return y * self._slope(log_slope, y), log_slope
 
 # %% ../nbs/03-elementwise.ipynb #8ce61c76
 class PReLUMap(ScalarMap):
@@ -248,8 +310,8 @@ class PReLUMap(ScalarMap):
         # Above 0; None learns it, from 1, between exp(-3) and exp(3)
         slope: float | None = None,
     ):
-        if slope is not None and not slope > 0:
-            raise ValueError(f"slope: expected a number above 0, got {slope}")
+        if slope is not None:
+            slope = as_float(slope, "slope", 0, strict=True)
         self.slope = slope
         self.n_params = int(slope is None)
 
@@ -354,10 +416,8 @@ class PowerMap(ScalarMap):
         # Above 0; None learns it, from 1, between 1/e and e
         exponent: float | None = None,
     ):
-        if exponent is not None and not exponent > 0:
-            raise ValueError(
-                f"exponent: expected a number above 0, got {exponent}"
-            )
+        if exponent is not None:
+            exponent = as_float(exponent, "exponent", 0, strict=True)
         self.exponent = exponent
         self.n_params = int(exponent is None)
 
@@ -455,11 +515,7 @@ class SigmoidMap(ScalarMap):
         self,
         temperature: float = 1.0,  # Width of the rise, above 0
     ):
-        if not temperature > 0:
-            raise ValueError(
-                f"temperature: expected a number above 0, got {temperature}"
-            )
-        self.temperature = temperature
+        self.temperature = as_float(temperature, "temperature", 0, strict=True)
 
     def point(self, z):
         """Base to data."""
@@ -539,13 +595,14 @@ def mlp(
     dropout: float = 0.0,
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner that starts by returning zeros, so that a coupling starts at the identity."""
-    widths = [n_in, *(as_shape(hidden, "hidden") if hidden != () else ())]
+    widths = [as_int(n_in, "n_in", 1), *sizes(hidden, "hidden")]
+    dropout = as_float(dropout, "dropout", 0, 1)
     layers = []
     for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b), activation()] + (
+        layers += [nn.Linear(a, b), build(activation, "activation")] + (
             [nn.Dropout(dropout)] if dropout else []
         )
-    last = nn.Linear(widths[-1], n_out)
+    last = nn.Linear(widths[-1], as_int(n_out, "n_out", 1))
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, last)
@@ -568,17 +625,23 @@ class Conditional(nn.Module):
         context_scale: float = 1.0,
     ):
         super().__init__()
-        if not context_scale > 0:
-            raise ValueError(
-                f"context_scale: expected a number above 0, got {context_scale}"
-            )
-        self.shape, self.context_scale = tuple(shape), context_scale
-        start = (
-            torch.zeros(self.shape)
-            if start is None
-            else start.detach().expand(self.shape)
+        self.shape = sizes(shape, "shape")
+        self.context_scale = as_float(
+            context_scale, "context_scale", 0, strict=True
         )
-        if context_dim:
+        start = torch.zeros(self.shape) if start is None else start
+        if not isinstance(start, Tensor) or not start.is_floating_point():
+            raise ValueError(
+                f"start: expected a floating-point tensor, got {start!r}"
+            )
+        try:
+            start = start.detach().expand(self.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"start: expected a shape that expands to {self.shape}, "
+                f"got {tuple(start.shape)}"
+            ) from None
+        if as_int(context_dim, "context_dim", 0):
             self.net = mlp(context_dim, start.numel(), hidden)
             # its weights start at zero
             self.net[-1].bias.data.copy_(start.flatten())
@@ -615,14 +678,11 @@ class Elementwise(Bijection):
         # Widths of the hidden layers, with a context
         hidden: tuple[int, ...] = (32,),
     ):
-        super().__init__(event_shape, context_dim)
+        super().__init__(as_shape(event_shape, "event_shape"), context_dim)
         *rest, dim = self.event_shape
         maps = maps if isinstance(maps, Mapping) else {(0, dim): maps}
         for m in maps.values():
-            if not hasattr(m, "n_params"):
-                raise ValueError(
-                    f"maps: expected scalar maps, got {type(m).__name__}"
-                )
+            check_scalar_map(m, "maps")
         self.lengths, self.maps = _fill(maps, dim)
         if context_dim and not any(m.n_params for m in self.maps):
             raise ValueError(
@@ -695,15 +755,18 @@ class Elementwise(Bijection):
 
 def _fill(maps, dim):
     "Lengths and scalar maps that cover `dim` coordinates, the identity between the ranges."
+    expected = f"maps: expected ranges (start, stop) within (0, {dim}) that do not overlap, got"
+    try:
+        ranges = sorted(
+            ((as_int(start, "start", 0), as_int(stop, "stop", 1)), scalar_map)
+            for (start, stop), scalar_map in maps.items()
+        )
+    except (TypeError, ValueError):
+        raise ValueError(f"{expected} {list(maps)}") from None
     lengths, found, end = [], [], 0
-    for (start, stop), scalar_map in sorted(
-        maps.items(), key=lambda item: item[0]
-    ):
+    for (start, stop), scalar_map in ranges:
         if not end <= start < stop <= dim:
-            raise ValueError(
-                f"maps: expected ranges (start, stop) within (0, {dim}) that do not overlap, "
-                f"got {sorted(maps)}"
-            )
+            raise ValueError(f"{expected} {sorted(maps)}")
         if start > end:
             lengths.append(start - end)
             found.append(IdentityMap())
@@ -781,7 +844,11 @@ def Logit(
 
 # %% ../nbs/03-elementwise.ipynb #57200b25
 class BatchNorm(Bijection):
-    """Standardise by the batch in training, by running statistics in eval mode, then scale and shift."""
+    """Standardise by the batch in training, by running statistics in eval mode, then scale and shift.
+
+    A batch with one value for each channel has no variance: running statistics serve it, in
+    training too, and do not learn from it.
+    """
 
     def __init__(
         self,
@@ -795,14 +862,10 @@ class BatchNorm(Bijection):
         # Widths of the hidden layers, with a context
         hidden: tuple[int, ...] = (32,),
     ):
-        super().__init__(event_shape, context_dim)
-        if not 0 <= momentum <= 1:
-            raise ValueError(
-                f"momentum: expected a number from 0 to 1, got {momentum}"
-            )
-        if not eps > 0:
-            raise ValueError(f"eps: expected a number above 0, got {eps}")
-        self.momentum, self.eps, self.affine = momentum, eps, AffineMap()
+        super().__init__(as_shape(event_shape, "event_shape"), context_dim)
+        self.momentum = as_float(momentum, "momentum", 0, 1)
+        self.eps = as_float(eps, "eps", 0, strict=True)
+        self.affine = AffineMap()
         shape = (self.event_shape[0], *[1] * (self.event_dim - 1))
         self.theta = Conditional(
             (*shape, self.affine.n_params), context_dim, hidden=hidden
@@ -813,21 +876,15 @@ class BatchNorm(Bijection):
 
     def _statistics(self, x):
         "Mean and variance to standardise `x` by; in train mode the running ones learn from it."
-        if not self.training:
+        n = x.numel() // self.mean.numel()  # values of each channel
+        if not self.training or n < 2:
             return self.mean, self.variance
-        rows = x.shape[: x.dim() - self.event_dim].numel()
-        if rows < 2:
-            raise ValueError(
-                f"x: {type(self).__name__} in train mode takes its statistics from a batch of at "
-                f"least 2, got {rows}; call .eval() to use the running statistics"
-            )
         axes = [i for i in range(-x.dim(), 0) if i != -self.event_dim]
         variance, mean = torch.var_mean(x, axes, correction=0)
         variance, mean = (
             variance.view_as(self.variance) + self.eps,
             mean.view_as(self.mean),
         )
-        n = x.numel() // mean.numel()
         with torch.no_grad():
             rate = torch.where(self.initialised, self.momentum, 1.0).to(x.dtype)
             self.mean.lerp_(mean, rate)
@@ -854,7 +911,11 @@ class BatchNorm(Bijection):
 
 
 class ActNorm(BatchNorm):
-    """Standardise by the first batch that `inverse` sees in train mode, then scale and shift."""
+    """Standardise by the first batch that `inverse` sees in train mode, then scale and shift.
+
+    The first with at least two values for each channel, that is; until then it does not
+    standardise.
+    """
 
     def __init__(
         self,

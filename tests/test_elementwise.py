@@ -2,7 +2,9 @@
 
 import copy
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import shaken
@@ -12,6 +14,7 @@ from flowcourse.core import Compose, Flow, Inverse, StandardNormal
 from flowcourse.coupling import Coupling, half
 from flowcourse.elementwise import (
     ActNorm,
+    AffineMap,
     BatchNorm,
     Conditional,
     Elementwise,
@@ -29,9 +32,11 @@ from flowcourse.elementwise import (
     TanhMap,
     bounded,
     elementwise_maps,
+    mlp,
 )
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
+from flowcourse.training import MaximumLikelihood, fit
 
 names = pytest.mark.parametrize("name", elementwise_maps)
 normalisers = pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
@@ -202,20 +207,142 @@ def test_images_work_and_ranges_follow_the_last_axis():
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: PReLUMap(0.0),
-        lambda: PReLUMap(-1.0),
-        lambda: SigmoidMap(0.0),
-        lambda: PowerMap(0.0),
         lambda: RationalQuadraticSplineMap(1),
         lambda: RationalQuadraticSplineMap(bound=0.0),
-        lambda: BatchNorm(2, momentum=2.0),
-        lambda: ActNorm(2, eps=0.0),
         lambda: Elementwise(2, ExpMap(), context_dim=1),
     ],
 )
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         wrong()
+
+
+FLOATS = {  # an argument that is a number, and one that is out of its range
+    "slope": (PReLUMap, 0.0),
+    "exponent": (PowerMap, -1.0),
+    "temperature": (SigmoidMap, 0.0),
+    "bound": (AffineMap, 0.0),
+    "momentum": (partial(BatchNorm, 2), 1.5),
+    "eps": (partial(ActNorm, 2), 0.0),
+    "dropout": (partial(mlp, 2, 2), -0.1),
+    "context_scale": (partial(Conditional, (2,)), 0.0),
+}
+NO_FLOATS = ["a", [1.0], True, torch.ones(2), math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_are_finite_and_in_their_range(name):
+    make, outside = FLOATS[name]
+    for bad in (outside, *NO_FLOATS):
+        with pytest.raises(ValueError, match=f"^{name}: expected a finite"):
+            make(**{name: bad})
+    inside = 0.5
+    for good in (np.float32(inside), np.float64(inside), torch.tensor(inside)):
+        f = make(**{name: good})
+        assert type(getattr(f, name, 0.5)) is float
+        assert repr(f) == repr(make(**{name: inside}))
+
+
+INTEGERS = {
+    "context_dim": partial(PReLU, 2),
+    "n_in": partial(mlp, n_out=2),
+    "n_out": partial(mlp, 2),
+    "hidden": partial(mlp, 2, 2),
+    "event_shape": LeakyReLU,
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_sizes_are_whole_numbers_of_any_kind(name):
+    make = INTEGERS[name]
+    for bad in ("a", 2.0, True, -1, torch.zeros(2, 2), object()):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            make(**{name: bad})
+    for good in (np.int64(2), np.uint8(2), torch.tensor(2)):
+        assert repr(make(**{name: good})) == repr(make(**{name: 2}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: Elementwise(2, PReLUMap), "^maps: .* the class PReLUMap; call it"),
+        (lambda: Elementwise(2, {(0, 1): ExpMap}), "^maps: .* the class ExpMap"),
+        (lambda: Elementwise(2, torch.nn.Tanh()), "^maps: expected a scalar map, got Tanh"),
+        (lambda: Elementwise(2, "exp"), "^maps: expected a scalar map, got str"),
+        (lambda: InverseMap(ExpMap), "^scalar_map: .* the class ExpMap; call it"),
+        (lambda: InverseMap(None), "^scalar_map: expected a scalar map, got NoneType"),
+        (lambda: Elementwise(None, ExpMap()), "^event_shape: "),
+        (lambda: BatchNorm(None), "^event_shape: "),
+        (lambda: AffineMap(scale=None), "^scale: expected 'exp' or 'softplus'"),
+        (lambda: AffineMap(scale=["exp"]), "^scale: expected 'exp' or 'softplus'"),
+        (lambda: mlp(2, 2, activation=torch.nn.SiLU()), "^activation: .*makes a module, got SiLU"),
+        (lambda: mlp(2, 2, activation="tanh"), "^activation: .*makes a module, got 'tanh'"),
+        (lambda: mlp(2, 2, activation=torch.tanh), "^activation: .*makes a module, got .*, which says"),
+        (lambda: mlp(2, 2, activation=int), "^activation: .* which makes 0"),
+        (lambda: Conditional((2, -1)), "^shape: expected positive"),
+        (lambda: Conditional("ab"), "^shape: expected positive"),
+        (lambda: Conditional((2,), start=1.0), "^start: expected a floating-point tensor, got 1.0"),
+        (lambda: Conditional((2,), start=torch.arange(2)), "^start: expected a floating-point"),
+        (lambda: Conditional((2,), start=torch.zeros(3)), r"^start: .* \(2,\), got \(3,\)"),
+        (lambda: Conditional((2,), -1), "^context_dim: expected"),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_kind_are_named(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        wrong()
+
+
+def test_a_shape_without_parameters_of_its_own_may_be_empty():
+    assert Conditional([]).value.shape == Conditional(()).value.shape == ()
+    assert len(mlp(2, 3, [])) == len(mlp(2, 3, ())) == 1
+
+
+@pytest.mark.parametrize("scale", ["exp", "softplus"])
+@pytest.mark.parametrize("bound", [None, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_times_an_infinite_slope_is_zero(scale, bound, dtype):
+    f = AffineMap(bound, scale)
+    far = 150.0 if dtype == torch.float32 else 1000.0
+    if bound or scale == "softplus":
+        far = 2000.0 if bound is None else 190.0
+    zero, shift = torch.zeros((), dtype=dtype), torch.tensor(3.0, dtype=dtype)
+    for raw in (far, -far):
+        points = torch.tensor([raw], dtype=dtype, requires_grad=True)
+        theta = torch.stack([points[0], shift])
+        x, log_slope = f.forward(zero, theta)
+        z, back = f.inverse(shift, theta)
+        assert torch.equal(x, shift) and torch.equal(z, zero)
+        assert torch.equal(back, -log_slope) and log_slope.isfinite()
+        (gradient,) = torch.autograd.grad(x + z, points)
+        assert torch.equal(gradient, torch.zeros_like(points))
+        for end in (math.inf, -math.inf):
+            end = torch.tensor(end, dtype=dtype)
+            assert torch.equal(f.forward(end, theta)[0], end)
+            assert torch.equal(f.inverse(end, theta)[0], end)
+
+
+def test_slopes_that_a_format_can_hold_are_what_they_were():
+    raw = torch.linspace(-87, 88, 400)
+    z, shift = torch.randn(400), torch.randn(400)
+    z[::7] = 0.0
+    x, log_slope = AffineMap(None).forward(z, torch.stack([raw, shift], -1))
+    assert torch.equal(x, torch.addcmul(shift, z, raw.exp()))
+    assert torch.equal(log_slope, raw)
+    z, _ = AffineMap(None).inverse(x, torch.stack([raw, shift], -1))
+    assert torch.equal(z, (x - shift) * (-raw).exp())
+
+
+@names
+def test_points_beyond_an_end_are_never_given_a_finite_number(name):
+    f = shaken(Elementwise(1, elementwise_maps[name])).double()
+    far = torch.tensor([-1e6, -3.0, -1.5, -1e-3, 1.001, 3.0, 1e6])[:, None]
+    nan = torch.full((1, 1), math.nan).double()
+    for end, way in ((f.domain, f.forward), (f.codomain, f.inverse)):
+        t = far.double()
+        outside = t[~end.check(t)]
+        image, _ = way(outside[:, None])
+        assert not image.isfinite().any()
+        assert way(nan)[0].isnan().all()
 
 
 def test_named_constructors():
@@ -349,16 +476,69 @@ def test_actnorm_keeps_its_first_batch_and_batchnorm_runs_on():
     assert_close(batch.mean, reference.running_mean)
 
 
+few = pytest.mark.parametrize("shape", [(1,), (), (0,)], ids=str)
+
+
 @normalisers
-def test_a_batch_of_one_is_refused_in_train_mode_only(kind):
+@few
+def test_a_batch_without_variance_waits_for_the_first_that_has_one(kind, shape):
+    f, x = kind(2), 3 + torch.randn(*shape, 2)
+    z, ladj = f.inverse(x)
+    assert_close(z, x)
+    assert_close(ladj, torch.zeros(shape))
+    assert not f.initialised and torch.equal(f.mean, torch.zeros(2))
+
+
+@normalisers
+@few
+def test_a_batch_without_variance_meets_running_statistics(kind, shape):
     f = kind(2)
-    for x in (torch.randn(1, 2), torch.randn(2)):
-        with pytest.raises(
-            ValueError, match=f"{kind.__name__} in train mode .* got 1"
-        ):
-            f.inverse(x)
-    assert not f.initialised
-    f.eval().inverse(torch.randn(1, 2))
+    f.inverse(3 + 2 * torch.randn(50, 2))
+    mean, variance = f.mean.clone(), f.variance.clone()
+    x = torch.randn(*shape, 2)
+    z, ladj = f.inverse(x)
+    assert_close(z, (x - mean) / variance.sqrt())
+    assert_close(ladj, (-variance.log().sum() / 2).expand(shape))
+    assert torch.equal(f.mean, mean) and torch.equal(f.variance, variance)
+
+
+@normalisers
+def test_one_image_has_a_value_for_each_pixel(kind):
+    x = 5 + 2 * torch.randn(2, 16, 16)
+    for shape in ((2, 16, 16), (1, 2, 16, 16)):
+        f = kind((2, 16, 16))
+        z, _ = f.inverse(x.reshape(shape))
+        assert f.initialised
+        assert_close(z.mean((-2, -1)), torch.zeros(*shape[:-3], 2), atol=1e-5, rtol=0)  # fmt: skip
+        assert_close(f.mean.flatten(), x.mean((-2, -1)))
+        assert_close(f.variance.flatten(), x.var((-2, -1)), rtol=1e-4, atol=0)
+    lone = kind((2, 1, 1))  # of one pixel there is no variance
+    lone.inverse(torch.randn(1, 2, 1, 1))
+    assert not lone.initialised
+
+
+@normalisers
+@pytest.mark.parametrize("event_shape", [2, (2, 1, 1)])
+def test_the_last_batch_of_an_epoch_may_be_one_row(kind, event_shape):
+    x = 3 + 2 * torch.randn(129, 2)
+    x = x if event_shape == 2 else x[..., None, None]
+    flow = Flow(kind(event_shape))
+    fit(MaximumLikelihood(flow), x, steps=4, batch_size=128, progress=False)
+    assert flow.bijection.initialised
+    assert flow.eval().log_prob(x).isfinite().all()
+
+
+@normalisers
+def test_a_column_that_does_not_vary_is_kept_finite_by_eps(kind):
+    f = kind(2, eps=1e-4)
+    x = torch.stack([torch.full((8,), 5.0), torch.arange(8.0)], -1)
+    z, ladj = f.inverse(x)
+    assert torch.equal(z[:, 0], torch.zeros(8))
+    # the batch's variance, or for ActNorm the unbiased one that it keeps
+    scale = 8 / 7 if kind is ActNorm else 1.0
+    wanted = scale * (x.var(0, correction=0) + 1e-4)
+    assert_close(ladj, (-wanted.log().sum() / 2).expand(8))
+    assert_close(f.variance, 8 / 7 * (x.var(0, correction=0) + 1e-4))
 
 
 @normalisers
@@ -442,11 +622,6 @@ def test_points_beyond_an_end_have_no_density_and_points_on_it_do():
     flow = Flow(Sigmoid(1))
     assert flow.log_prob(torch.tensor([[0.0], [1.0]])).isfinite().all()
     assert flow.log_prob(torch.tensor([[-0.1], [1.1]])).isnan().all()
-
-
-def test_a_torch_module_is_no_scalar_map():
-    with pytest.raises(ValueError, match="expected scalar maps, got Tanh"):
-        Elementwise(2, torch.nn.Tanh())
 
 
 @normalisers
