@@ -11,12 +11,40 @@ __all__ = ['Linear', 'Permutation', 'Diagonal', 'stretch', 'strict_lower', 'plus
 # %% ../nbs/04-linear.ipynb #0c312673
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import Bijection, Compose, as_shape
+from .core import Bijection, Compose, as_int, as_shape
 from .elementwise import Conditional
+
+# %% ../nbs/04-linear.ipynb #fc5c185b
+def as_flag(
+    value: bool,  # A truth value of Python or numpy
+    name: str,  # The argument's name, for the error
+) -> bool:  # The same as Python's
+    """Refuse anything else: `Triangular(3, 2)` means two features, and says upper."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def read_order(
+    order,  # A list, an array or a tensor of whole numbers of any format
+    size: int,  # How many there are
+) -> list[int]:  # The same as a list
+    """Read each of 0 to `size - 1` once, and refuse anything else."""
+    try:
+        listed = getattr(order, "tolist", lambda: list(order))()
+        numbers = [as_int(i, "order", 0) for i in listed]
+    except (TypeError, ValueError, NotImplementedError):
+        listed, numbers = order, []
+    if sorted(numbers) != [*range(size)]:
+        raise ValueError(
+            f"order: expected each of 0 to {size - 1} once, got {listed!r}"
+        )
+    return numbers
 
 # %% ../nbs/04-linear.ipynb #42cc4fff
 class Linear(Bijection):
@@ -31,11 +59,22 @@ class Linear(Bijection):
         # Raw parameters of `A` to begin with; None for zeros
         start: Tensor | None = None,
     ):
-        super().__init__(event_shape, context_dim)
+        super().__init__(as_shape(event_shape, "event_shape"), context_dim)
         self.size = self.event_shape[0]
-        start = torch.zeros(self._count(self.size)) if start is None else start
+        count, bias = self._count(self.size), as_flag(bias, "bias")
+        start = torch.zeros(count) if start is None else start
+        if (
+            not isinstance(start, Tensor)
+            or not start.is_floating_point()
+            or start.dim() != 1
+            or count not in (0, len(start))
+        ):
+            raise ValueError(
+                "start: expected a floating-point tensor of shape "
+                f"({count or 'n'},), got {start!r}"
+            )
         self.n_params = len(start)
-        start = torch.cat([start, torch.zeros(self.size if bias else 0)])
+        start = torch.cat([start, start.new_zeros(self.size if bias else 0)])
         self.raw = (
             Conditional(start.shape, context_dim, start) if len(start) else None
         )
@@ -104,15 +143,7 @@ class Permutation(Linear):
         bias: bool = False,  # Whether to add `b`
     ):
         super().__init__(event_shape, context_dim, bias)
-        order = torch.as_tensor(order)
-        if order.tolist() != order.argsort().argsort().tolist():
-            raise ValueError(
-                f"order: expected a permutation of 0 to n - 1, got {order.tolist()}"
-            )
-        if len(order) != self.size:
-            raise ValueError(
-                f"order: expected {self.size} indices, got {len(order)}"
-            )
+        order = torch.tensor(read_order(order, self.size))
         self.register_buffer("order", order)
         self.register_buffer("restore", order.argsort())
 
@@ -195,7 +226,7 @@ class Triangular(Linear):
         bias: bool = True,  # Whether to add `b`
     ):
         super().__init__(event_shape, context_dim, bias)
-        self.upper = upper
+        self.upper = as_flag(upper, "upper")
 
     @staticmethod
     def _count(size):
@@ -259,9 +290,7 @@ def mirror_pairs(
         raise ValueError(
             f"event_shape: reflections need at least 2 coordinates, got {size}"
         )
-    count = (
-        size // 2 * 2 if count is None else as_shape(count, "reflections")[0]
-    )
+    count = size // 2 * 2 if count is None else as_int(count, "reflections", 1)
     return (
         torch.randn((count + 1) // 2, size - 1)
         .repeat_interleave(2, 0)[:count]
@@ -313,6 +342,7 @@ class MatrixExponential(Linear):
         bias: bool = True,  # Whether to add `b`
     ):
         size = as_shape(event_shape, "event_shape")[0]
+        orthogonal = as_flag(orthogonal, "orthogonal")
         start = torch.zeros(Cayley._count(size) if orthogonal else size**2)
         super().__init__(event_shape, context_dim, bias, start)
         self.orthogonal = orthogonal
@@ -390,7 +420,7 @@ class PLU(Linear):
         bias: bool = True,  # Whether to add `b`
     ):
         super().__init__(event_shape, context_dim, bias)
-        order = torch.arange(self.size) if order is None else order
+        order = range(self.size) if order is None else order
         self.permutation = Permutation(self.size, order)
 
     @staticmethod
@@ -486,7 +516,8 @@ class LowRank(Linear):
         bias: bool = True,  # Whether to add `b`
     ):
         size = as_shape(event_shape, "event_shape")[0]
-        if not 1 <= rank <= size:
+        rank = as_int(rank, "rank", 1)
+        if rank > size:
             raise ValueError(f"rank: expected 1 to {size}, got {rank}")
         self.sizes = [size, rank * size, rank**2, rank * (size - rank)]
         start = torch.cat(
@@ -542,6 +573,7 @@ def check_image(
         raise ValueError(
             f"event_shape: expected (channels, height, width), got {shape}"
         )
+    kernel_size = as_int(kernel_size, "kernel_size", 0)
     if kernel_size < 3 or kernel_size % 2 == 0:
         raise ValueError(
             f"kernel_size: expected 3 or a larger odd number, got {kernel_size}"
@@ -576,7 +608,7 @@ class MaskedConv(Linear):
             event_shape, context_dim, bias, torch.zeros(sum(sizes))
         )
         self.reverse, self.reach, self.offsets, self.sizes = (
-            reverse,
+            as_flag(reverse, "reverse"),
             reach,
             offsets,
             sizes,
@@ -680,8 +712,10 @@ class PeriodicConv(Linear):
         bias: bool = True,  # Whether to add `b`, one number for each channel
     ):
         channels, reach = check_image(event_shape, kernel_size)
-        start = torch.zeros(channels + (channels * kernel_size) ** 2)
-        super().__init__(event_shape, context_dim, bias, start)
+        width = channels * (2 * reach + 1)
+        super().__init__(
+            event_shape, context_dim, bias, torch.zeros(channels + width**2)
+        )
         self.reach = reach
 
     def _spectrum(self, theta):

@@ -1,5 +1,9 @@
 """Linear maps: the matrices they claim, their limits, and what their constructors refuse."""
 
+import math
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from helpers import shaken as shaken_as_it_is
@@ -236,20 +240,123 @@ def test_autocast_leaves_the_precision_alone():
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (
-            lambda: Permutation(3, torch.tensor([0, 1, 1])),
-            "order: .*permutation",
-        ),
-        (lambda: Permutation(3, torch.tensor([1, 0])), "order: expected 3"),
-        (lambda: PLU(3, torch.tensor([1, 0])), "order: expected 3"),
+        (lambda: Permutation(3, torch.tensor([0, 1, 1])), r"order: expected each of 0 to 2 once, got \[0, 1, 1\]"),
+        (lambda: Permutation(3, torch.tensor([1, 0])), r"order: expected each of 0 to 2 once, got \[1, 0\]"),
+        (lambda: Permutation(3, torch.tensor([0, 1, 3])), "order: expected each of 0 to 2 once"),
+        (lambda: Permutation(3, [-1, 0, 1]), "order: expected each of 0 to 2 once"),
+        (lambda: PLU(3, torch.tensor([1, 0])), "order: expected each of 0 to 2 once"),
         (lambda: Householder(1), "event_shape: .* at least 2"),
-        (lambda: Householder(3, 0), "reflections: "),
         (lambda: LowRank(3, 4), "rank: expected 1 to 3, got 4"),
         (lambda: MaskedConv((2, 4, 4), 4), "kernel_size: .* odd"),
+        (lambda: PeriodicConv((2, 4, 4), -3), "kernel_size: "),
         (lambda: PeriodicConv(4), "event_shape: .*channels, height, width"),
         (lambda: Diagonal(0), "event_shape: "),
+        (lambda: Diagonal(None), "event_shape: "),
+        (lambda: Diagonal(3, start=torch.zeros(4)), r"start: .* shape \(3,\), got tensor"),
+        (lambda: Full(3, start=torch.zeros(3, 3)), r"start: .* shape \(9,\)"),
+        (lambda: Cayley(3, start=[0.0, 0.0, 0.0]), r"start: .* tensor of shape \(3,\), got \[0.0"),
+        (lambda: Cayley(3, start=torch.arange(3)), "start: expected a floating-point tensor"),
     ],
-)
+)  # fmt: skip
 def test_constructors_name_what_is_wrong(make, names):
-    with pytest.raises(ValueError, match=names):
+    with pytest.raises(ValueError, match=f"^{names}"):
         make()
+
+
+KINDS = {
+    "list": list,
+    "tuple": tuple,
+    "array": np.array,
+    "array turned round": lambda order: np.array(order[::-1])[::-1],
+    "array of int32": partial(np.array, dtype=np.int32),
+    "list of numpy's": lambda order: [np.int16(i) for i in order],
+    "list of torch's": lambda order: [torch.tensor(i) for i in order],
+} | {
+    str(dtype): partial(torch.tensor, dtype=dtype)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("make", [Permutation, PLU])
+def test_an_order_is_read_from_whole_numbers_of_any_format(kind, make):
+    order = [2, 0, 3, 1]
+    f, z = make(4, kind(order)), torch.randn(5, 4)
+    assert torch.equal(f(z)[0], z[:, order])
+    assert torch.equal(f.inverse(f(z)[0])[0], z)
+    wanted = make(4, torch.tensor(order)).state_dict()
+    assert_close(f.state_dict(), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        torch.tensor([2.0, 0.0, 1.0]),
+        np.array([2.0, 0.0, 1.0]),
+        [True, False, 2],
+        torch.ones(3, dtype=torch.bool),
+        torch.tensor([[0, 1, 2]]),
+        torch.tensor(0),
+        torch.arange(3, device="meta"),
+        "210",
+        None,
+        3,
+        torch.nn.Linear,
+    ],
+    ids=repr,
+)
+def test_an_order_of_another_kind_is_refused(order):
+    with pytest.raises(
+        ValueError, match="^order: expected each of 0 to 2 once"
+    ):
+        Permutation(3, order)
+
+
+INTEGERS = {
+    "reflections": (partial(Householder, 5), partial(QR, 5), partial(SVD, 5)),
+    "rank": (partial(LowRank, 5),),
+    "kernel_size": (
+        partial(MaskedConv, (16, 3, 3)),
+        partial(EmergingConv, (16, 3, 3)),
+        partial(PeriodicConv, (16, 3, 3)),
+    ),
+    "event_shape": (Diagonal, Triangular, Householder, Cayley, Full, LowRank),
+    "context_dim": (partial(Diagonal, 5), partial(Householder, 5)),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_sizes_are_whole_numbers_of_any_kind(name):
+    for make in INTEGERS[name]:
+        for bad in ("a", 3.0, True, -1, math.nan, torch.zeros(2, 2), object()):
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                make(**{name: bad})
+        for good in (np.int64(3), np.uint8(3), torch.tensor(3)):
+            same = make(**{name: good}), make(**{name: 3})
+            assert repr(same[0]) == repr(same[1])
+            shapes = [[p.shape for p in f.parameters()] for f in same]
+            assert shapes[0] == shapes[1]
+    for make in INTEGERS["reflections"]:
+        with pytest.raises(ValueError, match="^reflections: "):
+            make(reflections=0)
+
+
+FLAGS = {
+    "bias": Diagonal,
+    "upper": Triangular,
+    "orthogonal": MatrixExponential,
+    "reverse": partial(MaskedConv, (2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_is_true_or_false(name):
+    """`Triangular(3, 2)` means two context features, and would say upper."""
+    make = FLAGS[name]
+    make = make if isinstance(make, partial) else partial(make, 3)
+    for bad in ("no", 2, 0, None, torch.zeros(3)):
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected True or False"
+        ):
+            make(**{name: bad})
+    assert repr(make(**{name: np.True_})) == repr(make(**{name: True}))
