@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .core import Bijection, Compose, as_shape
-from .elementwise import AdditiveMap, AffineMap, mlp
+from .core import Bijection, Compose, as_float, as_int, as_shape
+from flowcourse.elementwise import (
+    AdditiveMap,
+    AffineMap,
+    build,
+    check_scalar_map,
+    made,
+    mlp,
+)
 from .linear import Diagonal
 
 # %% ../nbs/06-coupling.ipynb #1aaacd56
@@ -23,14 +30,16 @@ def half(
     dim: int,  # Size of the event
 ) -> Tensor:  # Boolean, shape `(dim,)`; true passes through
     """The mask that passes the first half through; of an odd number, the smaller half."""
-    return torch.arange(dim) < dim // 2
+    dim = as_int(dim, "dim", 1)
+    # masks are read before they are used: wherever the flow is, on the CPU
+    return torch.arange(dim, device="cpu") < dim // 2
 
 
 def alternating(
     dim: int,  # Size of the event
 ) -> Tensor:  # Boolean, shape `(dim,)`; true passes through
     """The mask that passes every second coordinate through, the first one included."""
-    return torch.arange(dim) % 2 == 0
+    return torch.arange(as_int(dim, "dim", 1), device="cpu") % 2 == 0
 
 
 def random_half(
@@ -39,6 +48,10 @@ def random_half(
 ) -> Tensor:  # Boolean, of the event's shape; true passes through
     """A mask that passes a random half through; of an odd number, the smaller half."""
     shape = as_shape(event_shape, "event_shape")
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator: expected a torch.Generator, got {generator!r}"
+        )
     order = torch.randperm(
         math.prod(shape), generator=generator, device=generator.device
     )
@@ -58,7 +71,8 @@ def checkerboard(
 ) -> Tensor:  # Boolean, of the event's shape; true passes through
     """The mask that passes every second pixel through: no two neighbours, the upper left one."""
     n, height, width = _image_shape(event_shape)
-    place = torch.arange(height)[:, None] + torch.arange(width)
+    down, right = (torch.arange(n, device="cpu") for n in (height, width))
+    place = down[:, None] + right
     return (place % 2 == 0).expand(n, height, width)
 
 
@@ -80,6 +94,9 @@ class Skip(nn.Module):
         *inner: nn.Module,  # One after another, from and to the same width
     ):
         super().__init__()
+        for module in inner:
+            if not isinstance(module, nn.Module):
+                raise ValueError(f"inner: expected modules, got {module!r}")
         self.inner = nn.Sequential(*inner)
 
     def forward(self, x):
@@ -89,8 +106,8 @@ class Skip(nn.Module):
 # %% ../nbs/06-coupling.ipynb #470cb635
 def _start_at_zero(layer):
     "The layer, its weights and biases zero."
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 # %% ../nbs/06-coupling.ipynb #c04f5b23
@@ -106,22 +123,20 @@ def residual(
     layer=nn.Linear,  # Or `convolution`, the next cell, for images
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner of residual blocks, which can be deep."""
+    n_in, n_out = as_int(n_in, "n_in", 1), as_int(n_out, "n_out", 1)
     width, *_ = as_shape(hidden, "hidden")
+    dropout = as_float(dropout, "dropout", 0, 1)
     drop = [nn.Dropout(dropout)] if dropout else []
+    bend = partial(build, activation, "activation")
+    layer = partial(build, layer, "layer")
     blocks = [
-        Skip(
-            activation(),
-            layer(width, inner),
-            activation(),
-            *drop,
-            layer(inner, width),
-        )
+        Skip(bend(), layer(width, inner), bend(), *drop, layer(inner, width))
         for inner in as_shape(hidden, "hidden")
     ]
     return nn.Sequential(
         layer(n_in, width),
         *blocks,
-        activation(),
+        bend(),
         _start_at_zero(layer(width, n_out)),
     )
 
@@ -132,6 +147,10 @@ def convolution(
     kernel: int = 3,  # Height and width of the window, odd
 ) -> nn.Conv2d:  # Keeps height and width
     """A convolution for `residual`, whose windows reach beyond the border and find zeros there."""
+    n_in, n_out = as_int(n_in, "n_in", 1), as_int(n_out, "n_out", 1)
+    kernel = as_int(kernel, "kernel", 1)
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel: expected an odd number, got {kernel}")
     return nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2)
 
 
@@ -147,10 +166,12 @@ def convnet(
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner for images, which sees `kernel // 2` pixels further with every layer."""
     widths = [n_in, *as_shape(hidden, "hidden")]
+    dropout = as_float(dropout, "dropout", 0, 1)
     layers = []
     for a, b in zip(widths, widths[1:]):
         drop = [nn.Dropout(dropout)] if dropout else []
-        layers += [convolution(a, b, kernel), activation(), *drop]
+        bend = build(activation, "activation")
+        layers += [convolution(a, b, kernel), bend, *drop]
     return nn.Sequential(
         *layers, _start_at_zero(convolution(widths[-1], n_out, kernel))
     )
@@ -158,16 +179,51 @@ def convnet(
 # %% ../nbs/06-coupling.ipynb #6243e635
 def _layout(first):
     "How a vector is cut into `first`, which holds its first entry, and the rest."
-    place = torch.arange(len(first))
+    place = torch.arange(len(first), device=first.device)
     if torch.equal(first, place < first.sum()):
         return "blocks"
     in_turns = len(first) % 2 == 0 and torch.equal(first, place % 2 == 0)
     return "turns" if in_turns else "mixed"
 
 
+def _as_mask(mask):
+    "A mask on the CPU, made anew; or an error."
+    try:
+        listed = getattr(mask, "tolist", lambda: mask)()
+        read = torch.tensor(listed, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        listed, read = mask, torch.zeros(())
+    if (
+        read.dtype != torch.bool
+        or not read.dim()
+        or read.all()
+        or not read.any()
+    ):
+        raise ValueError(
+            "mask: expected booleans with at least one true and one false entry, "
+            f"got {listed}"
+        )
+    return read
+
+
+def _usual(given, name, shape, usual):
+    "What was given, or what is usual for events of the shape."
+    given = usual.get(len(shape)) if given is None else given
+    if given is None:
+        raise ValueError(
+            f"{name}: there is none for events of shape {shape}, give one"
+        )
+    return given
+
+
+_NETWORKS = {1: mlp, 3: convnet}  # by an event's number of dimensions
+_PARTITIONS = {1: alternating, 3: checkerboard}
+
+
 def _check_scalar_map(scalar_map):
     "Refuse what a coupling cannot use."
-    if not getattr(scalar_map, "n_params", 0):
+    check_scalar_map(scalar_map, "scalar_map")
+    if not scalar_map.n_params:
         raise ValueError(
             f"scalar_map: expected one with parameters, got {scalar_map}"
         )
@@ -195,52 +251,38 @@ class Coupling(Bijection):
         conditioner=None,
         context_dim: int = 0,  # Number of context features
     ):
-        mask = torch.as_tensor(mask)
-        if (
-            mask.dtype != torch.bool
-            or not mask.dim()
-            or mask.all()
-            or not mask.any()
-        ):
-            raise ValueError(
-                "mask: expected booleans with at least one true and one false entry, "
-                f"got {mask.tolist()}"
-            )
+        mask = _as_mask(mask)
         _check_scalar_map(scalar_map)
         super().__init__(tuple(mask.shape), context_dim)
-        if conditioner is None:
-            conditioner = {1: mlp, 3: convnet}.get(self.event_dim)
-        if conditioner is None:
-            raise ValueError(
-                f"conditioner: there is none for events of shape {self.event_shape}, give one"
-            )
+        conditioner = _usual(
+            conditioner, "conditioner", self.event_shape, _NETWORKS
+        )
         self.axes = tuple(range(-self.event_dim, 0))  # of an event
         # a checkpoint restores the partition
-        self.register_buffer("mask", mask.clone())
-        self._read_mask()
+        self.register_buffer("mask", mask.to(torch.get_default_device()))
+        self._read_mask(mask)
         self.scalar_map = scalar_map
         n_in, self.n_out = (
             (self.n_kept, self.n_moved) if self.by_line else [len(mask)] * 2
         )
-        self.conditioner = conditioner(
-            n_in + context_dim, self.n_out * scalar_map.n_params
+        self.n_made = self.n_out * scalar_map.n_params
+        self.conditioner = build(
+            conditioner, "conditioner", n_in + self.context_dim, self.n_made
         )
 
     @property
     def forward_cost(self) -> str:
         """The cost of the scalar map's `forward`."""
-        return self.scalar_map.forward_cost
+        return getattr(self.scalar_map, "forward_cost", "one pass")
 
     @property
     def inverse_cost(self) -> str:
         """The cost of the scalar map's `inverse`."""
-        return self.scalar_map.inverse_cost
+        return getattr(self.scalar_map, "inverse_cost", "one pass")
 
-    def _read_mask(self):
+    def _read_mask(self, mask):
         "Find the cheapest way to cut: whole lines of the first axis if the mask does not split any."
-        lines = (
-            self.mask.flatten(1) if self.event_dim > 1 else self.mask[:, None]
-        ).cpu()
+        lines = mask.flatten(1) if self.event_dim > 1 else mask[:, None]
         self.by_line = bool((lines.all(1) == lines.any(1)).all())
         line = lines[:, 0]
         self.n_kept, self.n_moved = int(line.sum()), int((~line).sum())
@@ -259,7 +301,8 @@ class Coupling(Bijection):
 
     def _load_from_state_dict(self, *args, **options):
         super()._load_from_state_dict(*args, **options)
-        self._read_mask()
+        if not self.mask.is_meta:
+            self._read_mask(self.mask.cpu())
 
     def _cut(self, point):
         "The two parts of an event; of one that is not cut by lines, what is kept and the whole."
@@ -299,19 +342,26 @@ class Coupling(Bijection):
             )
             kept = torch.cat([kept, planes], axis)
         if self.event_dim == 1:
-            return (
-                self.conditioner(kept)
-                .to(kept.dtype)
-                .unflatten(-1, (self.n_out, n_params))
-            )
+            theta = self._made(kept, (self.n_made,))
+            return theta.unflatten(-1, (self.n_out, n_params))
         batch = kept.shape[:axis]  # convolutions take one batch dimension
-        theta = self.conditioner(
-            kept.reshape(math.prod(batch), *kept.shape[axis:])
+        theta = self._made(
+            kept.reshape(math.prod(batch), *kept.shape[axis:]),
+            (self.n_made, *self.event_shape[1:]),
         )
-        theta = theta.to(kept.dtype)  # autocast makes it half precision
         return theta.reshape(
             *batch, self.n_out, n_params, *theta.shape[2:]
         ).movedim(axis, -1)
+
+    def _made(self, kept, shape):
+        "What the network makes of the part that passes through, `shape` for each row."
+        theta = self.conditioner(kept)
+        if theta.shape[kept.dim() - len(shape) :] != shape:
+            raise ValueError(
+                f"conditioner: expected a network that makes {shape} of a row, "
+                f"got shape {tuple(theta.shape)} of {tuple(kept.shape)}"
+            )
+        return theta.to(kept.dtype)  # autocast makes it half precision
 
     def _move(self, direction, kept, moved, context):
         "The part that moves, afterwards, and its log-slopes."
@@ -362,24 +412,34 @@ class Couplings(Compose):
         # Widths of each conditioner's hidden layers
         hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
-        # Makes a mask from dim, anew for every second layer
-        partition=alternating,
+        # Makes a mask from dim, anew for every second layer; None: alternating
+        # or checkerboard
+        partition=None,
         # mlp, residual, convnet or the like; None: mlp or convnet
         conditioner=None,
         # In the conditioners, while training; call eval() afterwards
         dropout: float = 0.0,
     ):
-        shape = (dim,) if isinstance(dim, int) else tuple(dim)
+        shape = (dim,) if isinstance(dim, int) else as_shape(dim, "dim")
         if math.prod(shape) < 2:
             raise ValueError(
                 f"dim: a coupling needs at least 2 coordinates, got {dim}"
             )
-        as_shape(layers, "layers")
-        network = conditioner or (mlp if len(shape) == 1 else convnet)
-        network = partial(network, hidden=hidden, dropout=dropout)
-        masks = []
-        for i in range(layers):
-            masks.append(partition(dim) if i % 2 == 0 else ~masks[-1])
+        network = _usual(conditioner, "conditioner", shape, _NETWORKS)
+        if callable(network):  # or else a coupling will say so
+            network = partial(network, hidden=hidden, dropout=dropout)
+        partition = _usual(partition, "partition", shape, _PARTITIONS)
+        size, masks = shape[0] if len(shape) == 1 else shape, []
+        for i in range(as_int(layers, "layers", 1)):
+            if i % 2:
+                masks.append(~masks[-1])
+                continue
+            masks.append(_as_mask(made(partition, "partition", "a mask", size)))
+            if masks[-1].shape != shape:
+                raise ValueError(
+                    f"partition: expected masks of shape {shape}, "
+                    f"got {tuple(masks[-1].shape)}"
+                )
         super().__init__(
             *(
                 Coupling(mask, scalar_map, network, context_dim)
@@ -420,8 +480,9 @@ class RealNVP(Couplings):
         context_dim: int = 0,  # Number of context features
         # Largest size of one layer's log-scale; None for no bound
         bound: float | None = 3.0,
-        # Makes a mask from dim, anew for every second layer
-        partition=alternating,
+        # Makes a mask from dim, anew for every second layer; None: alternating
+        # or checkerboard
+        partition=None,
         # In the conditioners, while training; call eval() afterwards
         dropout: float = 0.0,
         # mlp, residual, convnet or the like; None: mlp or convnet
@@ -441,8 +502,9 @@ class NICE(Compose):
         # Widths of each conditioner's hidden layers
         hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
-        # Makes a mask from dim, anew for every second layer
-        partition=alternating,
+        # Makes a mask from dim, anew for every second layer; None: alternating
+        # or checkerboard
+        partition=None,
         # In the conditioners, while training; call eval() afterwards
         dropout: float = 0.0,
         conditioner=None,  # mlp, residual or the like; None: mlp

@@ -9,6 +9,7 @@ __all__ = ['affine_maps', 'elementwise_maps', 'bounded', 'log_cosh', 'interior',
            'Elementwise', 'PReLU', 'LeakyReLU', 'Sigmoid', 'Logit', 'BatchNorm', 'ActNorm']
 
 # %% ../nbs/03-elementwise.ipynb #bbc06141
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -110,6 +111,15 @@ class ScalarMap:
         return f"{type(self).__name__}({', '.join(settings)})"
 
 # %% ../nbs/03-elementwise.ipynb #f3893742
+def full_precision(
+    t: Tensor,  # Of the device where the work is done
+):  # A context manager
+    """Keep autocast away from work that half precision would not invert."""
+    if t.device.type == "meta":  # which knows no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(t.device.type, enabled=False)
+
+
 def check_scalar_map(
     value,  # What came
     name: str,  # The argument's name, for the error
@@ -125,7 +135,7 @@ def check_scalar_map(
     raise ValueError(f"{name}: expected a scalar map, got {came}")
 
 
-def sizes(
+def as_sizes(
     value: int | tuple[int, ...],  # One size, several, or none
     name: str,  # The argument's name, for the error
 ) -> tuple[int, ...]:  # The same as a tuple
@@ -134,23 +144,34 @@ def sizes(
     return () if empty else as_shape(value, name)
 
 
-def build(
-    maker,  # A class, or any function, that makes a module
+def made(
+    maker,  # A class or a function
     name: str,  # The argument's name, for the error
-    *numbers: int,  # What it makes the module from
-) -> nn.Module:  # What it made
-    """Call what makes a module; for anything else raise a `ValueError`."""
-    of = f" of {len(numbers)} numbers" if numbers else ""
-    expected = f"{name}: expected what makes a module{of}, got "
+    what: str,  # What it should make, for the error
+    *sizes,  # What it makes it of
+):
+    """Call what makes something; raise a `ValueError` if it cannot be called so."""
+    expected = f"{name}: expected what makes {what}, got {maker!r}"
     # a module can be called, too
     if not callable(maker) or isinstance(maker, nn.Module):
-        raise ValueError(f"{expected}{maker!r}")
+        raise ValueError(expected)
     try:
-        module = maker(*numbers)
+        return maker(*sizes)
     except TypeError as error:
-        raise ValueError(f"{expected}{maker!r}, which says: {error}") from error
+        raise ValueError(f"{expected}, which says: {error}") from error
+
+
+def build(
+    maker,  # A class or a function that makes a module
+    name: str,  # The argument's name, for the error
+    *sizes: int,  # What it makes it of
+) -> nn.Module:  # What it made
+    """Make a module; raise a `ValueError` if something else comes of it."""
+    module = made(maker, name, "a module", *sizes)
     if not isinstance(module, nn.Module):
-        raise ValueError(f"{expected}{maker!r}, which makes {module!r}")
+        raise ValueError(
+            f"{name}: expected what makes a module, got {maker!r}, which makes {module!r}"
+        )
     return module
 
 # %% ../nbs/03-elementwise.ipynb #d6c29b31
@@ -595,7 +616,7 @@ def mlp(
     dropout: float = 0.0,
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner that starts by returning zeros, so that a coupling starts at the identity."""
-    widths = [as_int(n_in, "n_in", 1), *sizes(hidden, "hidden")]
+    widths = [as_int(n_in, "n_in", 1), *as_sizes(hidden, "hidden")]
     dropout = as_float(dropout, "dropout", 0, 1)
     layers = []
     for a, b in zip(widths, widths[1:]):
@@ -625,7 +646,7 @@ class Conditional(nn.Module):
         context_scale: float = 1.0,
     ):
         super().__init__()
-        self.shape = sizes(shape, "shape")
+        self.shape = as_sizes(shape, "shape")
         self.context_scale = as_float(
             context_scale, "context_scale", 0, strict=True
         )

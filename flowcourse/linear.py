@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import Bijection, Compose, as_int, as_shape
-from .elementwise import Conditional
+from .elementwise import Conditional, full_precision
 
 # %% ../nbs/04-linear.ipynb #fc5c185b
 def as_flag(
@@ -94,14 +94,13 @@ class Linear(Bijection):
 
     def _forward(self, z, context):
         theta, bias = self._theta_and_bias(z, context)
-        # half precision would not invert
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             columns, ladj = self._multiply(self._columns(z, theta), theta)
         return self._events(columns + bias, ladj, z, theta)
 
     def _inverse(self, x, context):
         theta, bias = self._theta_and_bias(x, context)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             columns, ladj = self._solve(self._columns(x, theta) - bias, theta)
         return self._events(columns, -ladj, x, theta)
 

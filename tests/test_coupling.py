@@ -5,6 +5,7 @@ import math
 from functools import partial
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from pyro.distributions import transforms as pyro_transforms
@@ -18,6 +19,7 @@ from flowcourse.coupling import (
     Coupling,
     Couplings,
     RealNVP,
+    Skip,
     alternating,
     channel,
     checkerboard,
@@ -458,6 +460,98 @@ def test_a_residual_block_adds_to_its_input():
         assert torch.equal(net[2](net[1](x)), x)
 
 
+def test_a_conditioner_hands_its_dropout_and_widths_on():
+    for make in (RealNVP, NICE, partial(Couplings, scalar_map=AffineMap(1.0))):
+        for dim, kind in ((4, nn.Linear), (image, nn.Conv2d)):
+            f = make(dim, layers=2, hidden=(5, 7), dropout=0.25)
+            rates = [m.p for m in f.modules() if isinstance(m, nn.Dropout)]
+            assert rates == [0.25] * 4
+            ends = [len(m.weight) for m in f.modules() if isinstance(m, kind)]
+            assert ends[:2] == ends[3:5] == [5, 7]
+            plain = make(dim, layers=2, hidden=(5,))
+            assert not any(isinstance(m, nn.Dropout) for m in plain.modules())
+
+
+# Sizes, masks and devices of any kind.
+
+
+@pytest.mark.parametrize(
+    "read", [list, np.array, lambda m: np.array(m)[::-1].copy()[::-1]]
+)
+def test_a_mask_is_read_from_booleans_of_any_kind(read):
+    mask = [True, False, False, True]
+    f = Coupling(read(mask), conditioner=tiny)
+    assert f.mask.dtype == torch.bool and f.mask.tolist() == mask
+    g = RealNVP(4, 2, (8,), partition=lambda n: read(mask))
+    assert g.bijections[1].mask.tolist() == (~f.mask).tolist()
+
+
+def test_sizes_are_whole_numbers_of_any_kind():
+    for n in (np.int64, np.uint8, torch.tensor):
+        kinds = dict(layers=n(2), hidden=(n(4),), context_dim=n(3))
+        for make in (Couplings, RealNVP, NICE):
+            for dim, same in ((n(4), 4), ((n(2), n(4), n(4)), image)):
+                f = make(dim, **kinds)
+                g = make(same, layers=2, hidden=(4,), context_dim=3)
+                assert repr(f) == repr(g)
+        assert torch.equal(half(n(5)), half(5))
+        assert torch.equal(alternating(n(5)), alternating(5))
+        assert repr(convnet(n(2), n(3), (n(4),), kernel=n(5))) == repr(
+            convnet(2, 3, (4,), kernel=5)
+        )
+
+
+@pytest.mark.parametrize("make", [Couplings, RealNVP, NICE])
+def test_images_have_a_partition_by_default(make, scramble):
+    f = scramble(make((3, 8, 8), layers=3, hidden=(4,))).double()
+    couplings = [m for m in f.modules() if isinstance(m, Coupling)]
+    assert torch.equal(couplings[0].mask, checkerboard((3, 8, 8)))
+    assert torch.equal(couplings[1].mask, ~checkerboard((3, 8, 8)))
+    z = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    x, ladj = f(z)
+    assert (x != z).all() and ladj.shape == (2,)
+    assert_close(f.inverse(x)[0], z)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RealNVP(6, 2, (8,), 3),
+        lambda: RealNVP(5, 2, (8,), partition=half),
+        lambda: NICE(image, 2, (4,), 3, channel),
+        lambda: RealNVP(image, 2, (4,), 3),
+        lambda: Couplings(6, layers=2, hidden=(8,), conditioner=residual),
+        lambda: Coupling([True, False, False, True, True]),
+        lambda: Coupling(random_half(image, seeded())),
+    ],
+)
+def test_a_flow_lives_on_the_default_device_and_works_beside_another(
+    make, scramble
+):
+    here = scramble(make())
+    with torch.device("meta"):
+        there = make()
+    state = [*there.state_dict().values(), *there.buffers()]
+    assert {t.device.type for t in state} == {"meta"}
+    # nothing is left behind on the CPU, nor made anew on the other device
+    z = torch.randn(2, *here.event_shape)
+    context = torch.randn(2, 3) if here.context_dim else None
+    meta = [t if t is None else t.to("meta") for t in (z, context)]
+    for way in ("forward", "inverse"):
+        wanted = getattr(here, way)(z, context)
+        assert [t.device.type for t in getattr(there, way)(*meta)] == [
+            "meta"
+        ] * 2
+        with torch.device("meta"):
+            found = getattr(here, way)(z, context)
+        for a, b in zip(found, wanted):
+            assert torch.equal(a, b)
+    # as large models are loaded: made without memory, then filled
+    there.load_state_dict(here.state_dict(), assign=True)
+    for a, b in zip(there(z, context), here(z, context)):
+        assert torch.equal(a, b)
+
+
 # Stacks.
 
 
@@ -670,17 +764,76 @@ class Box(ScalarMap):
         (lambda: Couplings(4, ArcsinhMap()), "scalar_map: expected one with parameters"),
         (lambda: Coupling(half(4), InverseMap(Box())), "scalar_map: a coupling moves points of the"),
         (lambda: Coupling(half(4)[:, None].expand(4, 3)), r"conditioner: .* shape \(4, 3\), give one"),
-        (lambda: AffineMap(0.0), "bound: expected a number above 0, got 0.0"),
+        (lambda: AffineMap(0.0), "bound: expected a finite number above 0, got 0.0"),
+        (lambda: RealNVP(2, bound=math.inf), "bound: expected a finite number above 0, got inf"),
         (lambda: AffineMap(scale="exponential"), "scale: expected 'exp' or 'softplus', got 'expon"),
         (lambda: RealNVP(1), "dim: a coupling needs at least 2 coordinates, got 1"),
         (lambda: NICE(0), "dim: a coupling needs at least 2 coordinates, got 0"),
-        (lambda: Couplings(4, layers=0), "layers: expected positive integers, got 0"),
+        (lambda: RealNVP(-3), "dim: a coupling needs at least 2 coordinates, got -3"),
+        (lambda: RealNVP((1, 1, 1)), "dim: a coupling needs at least 2 coordinates"),
+        (lambda: RealNVP(2.0), "dim: expected positive integers, got 2.0"),
+        (lambda: RealNVP("ab"), "dim: expected positive integers, got ab"),
+        (lambda: RealNVP(None), "dim: expected positive integers, got None"),
+        (lambda: Couplings(4, layers=0), "layers: expected"),
+        (lambda: NICE(4, 2.0), "layers: expected"),
+        (lambda: RealNVP(4, (2, 3)), "layers: expected"),
+        (lambda: RealNVP(4, context_dim="a"), "context_dim: expected"),
+        (lambda: RealNVP(4, hidden="ab"), "hidden: expected positive integers"),
+        (lambda: RealNVP(4, dropout=2), "dropout: expected a finite number"),
+        (lambda: RealNVP(4, dropout=True), "dropout: expected a finite number"),
+        (lambda: RealNVP(4, partition=lambda n: half(6)), r"partition: expected masks of shape \(4,\), got \(6,\)"),
+        (lambda: NICE(4, partition=lambda n: half(1)), "mask: .* one true and one false"),
+        (lambda: RealNVP(image, partition=lambda s: half(32)), r"partition: .* \(2, 4, 4\), got \(32,\)"),
+        (lambda: RealNVP(image, partition=half), "dim: expected"),
+        (lambda: RealNVP((4, 3), conditioner=tiny), r"partition: there is none for events of shape \(4, 3\), give one"),
+        (lambda: RealNVP((4, 3)), r"conditioner: there is none for events of shape \(4, 3\), give one"),
+        (lambda: RealNVP(4, partition=half(4)), r"partition: expected what makes a mask, got tensor\("),
+        (lambda: RealNVP(4, partition="half"), "partition: expected what makes a mask, got 'half'"),
+        (lambda: RealNVP(4, partition=random_half), "partition: .* which says: .*'generator'"),
+        (lambda: RealNVP(4, partition=lambda n: "half"), "mask: expected booleans .* got half"),
+        (lambda: RealNVP(4, conditioner=mlp(2, 4)), "conditioner: expected what makes a module"),
+        (lambda: RealNVP(4, conditioner="mlp"), "conditioner: expected what makes a module, got 'mlp'"),
+        (lambda: RealNVP(4, conditioner=nn.Linear), "conditioner: .* which says: .*'hidden'"),
+        (lambda: Coupling(half(4), conditioner=mlp(2, 4)), "conditioner: expected what makes a module, got Seq"),
+        (lambda: Coupling(half(4), conditioner=lambda a, b: b), "conditioner: .* which makes 4"),
+        (lambda: Coupling(half(4), conditioner=lambda a, b: nn.Linear(a, 5))(torch.zeros(3, 4)),
+         r"conditioner: .* makes \(4,\) of a row, got shape \(3, 5\) of \(3, 2\)"),
+        (lambda: Coupling(channel(image), conditioner=lambda a, b: nn.Conv2d(a, b, 3))(torch.zeros(image)),
+         r"conditioner: .* makes \(2, 4, 4\) of a row, got shape \(1, 2, 2, 2\)"),
+        (lambda: Coupling(half(4), AffineMap), "scalar_map: expected a scalar map, got the class AffineMap; call it"),
+        (lambda: Coupling(half(4), nn.Tanh()), "scalar_map: expected a scalar map, got Tanh"),
+        (lambda: Couplings(4, "affine"), "scalar_map: expected a scalar map, got str"),
+        (lambda: Couplings(4, None), "scalar_map: expected a scalar map, got NoneType"),
+        (lambda: Coupling(None), "mask: expected booleans"),
+        (lambda: Coupling("ab"), "mask: expected booleans .* got ab"),
+        (lambda: Coupling([[True], [True, False]]), "mask: expected booleans"),
+        (lambda: Coupling(torch.ones(2, dtype=torch.bool, device="meta")), "mask: expected booleans"),
+        (lambda: Coupling(half(4).to(torch.uint8)), r"mask: expected booleans .* got \[1, 1, 0, 0\]"),
+        (lambda: half(0), "dim: expected"),
+        (lambda: half(2.5), "dim: expected"),
+        (lambda: alternating("ab"), "dim: expected"),
+        (lambda: alternating(image), "dim: expected"),
+        (lambda: random_half(4, None), "generator: expected a torch.Generator, got None"),
+        (lambda: random_half(4.0, seeded()), "event_shape: expected positive integers"),
+        (lambda: convolution(2, 2, 4), "kernel: expected an odd number, got 4"),
+        (lambda: convolution(2, 2, -1), "kernel: expected"),
+        (lambda: convnet(2.0, 2), "n_in: expected"),
+        (lambda: convnet(2, 0), "n_out: expected"),
+        (lambda: residual("a", 2), "n_in: expected"),
+        (lambda: residual(2, None), "n_out: expected"),
+        (lambda: residual(2, 2, dropout=math.nan), "dropout: expected a finite number"),
+        (lambda: convnet(2, 2, dropout=1.5), "dropout: expected a finite number"),
+        (lambda: residual(2, 2, activation=nn.SiLU()), r"activation: .*, got SiLU\(\)"),
+        (lambda: convnet(2, 2, activation="relu"), "activation: .* got 'relu'"),
+        (lambda: residual(2, 2, layer=nn.Linear(2, 2)), "layer: .* got Linear"),
+        (lambda: residual(2, 2, layer=nn.Tanh), "layer: .* which says"),
+        (lambda: Skip(nn.Tanh), "inner: expected modules, got <class"),
         (lambda: channel(4), r"event_shape: expected \(channels, height, width\), got \(4,\)"),
         (lambda: checkerboard((4, 4)), r"event_shape: expected \(channels, height, width\)"),
         (lambda: RealNVP((1, 4, 4), 1, partition=channel), "mask: .* one true and one false"),
-        (lambda: Coupling(checkerboard(image))(torch.zeros(2, 4, 3)), r"last dimensions \(2, 4, 4\)"),
+        (lambda: Coupling(checkerboard(image))(torch.zeros(2, 4, 3)), r"z: .*last dimensions \(2, 4, 4\)"),
     ],
 )  # fmt: skip
 def test_refusals_say_what_came_and_what_was_expected(wrong, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"^{said}"):
         wrong()
