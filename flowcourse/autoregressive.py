@@ -7,6 +7,7 @@ __all__ = ['MaskedLinear', 'MADE', 'Autoregressive', 'MAF', 'IAF', 'BlockLayer',
 
 # %% ../nbs/09-autoregressive.ipynb #949be173
 import math
+from collections import Counter
 from functools import partial
 from itertools import cycle, islice
 
@@ -16,28 +17,54 @@ from torch.distributions import constraints
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .core import Bijection, Compose, Inverse, as_shape
+from flowcourse.core import (
+    Bijection,
+    Compose,
+    Inverse,
+    as_float,
+    as_int,
+    as_shape,
+)
 from flowcourse.elementwise import (
     AffineMap,
     Conditional,
     InverseMap,
     bounded,
+    build,
+    check_scalar_map,
+    full_precision,
     interior,
     monotone_root,
     widened,
 )
+from .linear import read_order
 
 # %% ../nbs/09-autoregressive.ipynb #0be82bb1
-def _read_order(order, dim):
-    "An order of coordinates as a tensor; None is from first to last."
-    order = torch.arange(dim) if order is None else torch.as_tensor(order)
-    if order.shape != (dim,) or not torch.equal(
-        order.sort().values.cpu(), torch.arange(dim)
-    ):
+def _read_degrees(degrees, dim):
+    "Degrees of the hidden units, layer by layer, as sorted lists: units of one degree lie together."
+    try:
+        layers = [
+            getattr(layer, "tolist", partial(list, layer))()
+            for layer in degrees
+        ]
+    except (TypeError, NotImplementedError):
+        layers = []
+    if not layers:
         raise ValueError(
-            f"order: expected each of 0 to {dim - 1} once, got {order.tolist()}"
+            f"degrees: expected a tensor for each hidden layer, got {degrees!r}"
         )
-    return order
+    for i, layer in enumerate(layers):
+        name = f"degrees[{i}]"
+        try:
+            layer[:] = sorted(as_int(degree, name, 0) for degree in layer)
+            right = layer and layer[-1] < dim
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            raise ValueError(
+                f"{name}: expected whole numbers from 0 to {dim - 1}, got {layer}"
+            )
+    return layers
 
 
 def _is_traced():
@@ -62,7 +89,16 @@ class MaskedLinear(nn.Linear):
         # Boolean, shape `(n_out, n_in)`; true where a unit sees an input
         mask: Tensor,
     ):
+        if (
+            not isinstance(mask, Tensor)
+            or mask.dtype != torch.bool
+            or mask.dim() != 2
+        ):
+            raise ValueError(
+                f"mask: expected a boolean tensor of two dimensions, got {mask!r}"
+            )
         super().__init__(mask.shape[1], mask.shape[0])
+        mask = mask.to(self.weight.device)
         # numbers multiply faster
         self.register_buffer("mask", mask.to(self.weight.dtype))
         # as if each unit had only the inputs that it sees
@@ -97,35 +133,24 @@ class MADE(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
     ):
         super().__init__()
-        as_shape(dim, "dim")
-        as_shape(n_params, "n_params")
-        if context_dim < 0:
-            raise ValueError(
-                f"context_dim: expected 0 or more, got {context_dim}"
-            )
+        dim = as_int(dim, "dim", 1)
+        n_params = as_int(n_params, "n_params", 1)
+        context_dim = as_int(context_dim, "context_dim", 0)
         self.dim, self.n_params, self.context_dim = dim, n_params, context_dim
         if degrees is None:
             # degree 0 sees the context alone
             lowest = 0 if context_dim or dim == 1 else 1
             degrees = [
-                lowest + torch.arange(width) * (dim - lowest) // width
+                [lowest + k * (dim - lowest) // width for k in range(width)]
                 for width in as_shape(hidden, "hidden")
             ]
-        self.register_buffer("order", _read_order(order, dim))
+        degrees = _read_degrees(degrees, dim)
+        order = read_order(range(dim) if order is None else order, dim)
+        self._count(order, degrees)
+        self.register_buffer("order", torch.tensor(order))
         place = self.order.argsort()  # of each coordinate
         seen, layers = place + 1, []
-        for i, degree in enumerate(degrees):
-            # units of one degree lie together
-            degree = torch.as_tensor(degree).sort().values
-            if (
-                degree.dim() != 1
-                or not len(degree)
-                or degree[0] < 0
-                or degree[-1] >= dim
-            ):
-                raise ValueError(
-                    f"degrees[{i}]: expected whole numbers from 0 to {dim - 1}, got {degree.tolist()}"
-                )
+        for i, degree in enumerate(map(torch.tensor, degrees)):
             self.register_buffer(f"degree{i}", degree)
             layers.append(MaskedLinear(degree[:, None] >= seen[None, :]))
             seen = degree
@@ -140,20 +165,20 @@ class MADE(nn.Module):
         self.from_context = (
             nn.Linear(context_dim, width, bias=False) if context_dim else None
         )
-        self.activation = activation()
-        self._count()
+        self.activation = build(activation, "activation")
 
-    def _count(self):
+    def _count(self, order, degrees):
         "The order, and how many units of each layer have each degree, as plain numbers."
-        self._sequence = self.order.tolist()
-        self._counts = [
-            self.get_buffer(f"degree{i}").bincount(minlength=self.dim).tolist()
-            for i in range(len(self.layers) - 1)
-        ]
+        self._sequence = order
+        counts = map(Counter, degrees)
+        self._counts = [[each[i] for i in range(self.dim)] for each in counts]
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self._count()
+        if not self.order.is_meta:
+            each = range(len(self.layers) - 1)
+            degrees = [self.get_buffer(f"degree{i}").tolist() for i in each]
+            self._count(self.order.tolist(), degrees)
 
     def forward(
         self,
@@ -253,18 +278,19 @@ class Autoregressive(Bijection):
         tolerance: float | None = None,
         **network,  # hidden, order, degrees and activation of the MADE
     ):
-        super().__init__(dim, context_dim)
-        if not getattr(scalar_map, "n_params", 0):
+        super().__init__(as_int(dim, "dim", 1), context_dim)
+        check_scalar_map(scalar_map, "scalar_map")
+        if not scalar_map.n_params:
             raise ValueError(
                 f"scalar_map: expected one with parameters, got {scalar_map}"
             )
         ways = ("incremental", "fixed-point", "loop")
-        if sampling not in ways:
+        if not isinstance(sampling, str) or sampling not in ways:
             raise ValueError(
                 f"sampling: expected one of {', '.join(ways)}, got {sampling}"
             )
-        if tolerance is not None and not tolerance >= 0:
-            raise ValueError(f"tolerance: expected 0 or more, got {tolerance}")
+        if tolerance is not None:
+            tolerance = as_float(tolerance, "tolerance", 0)
         self.scalar_map, self.sampling, self.tolerance = (
             scalar_map,
             sampling,
@@ -277,12 +303,15 @@ class Autoregressive(Bijection):
     @property
     def domain(self) -> constraints.Constraint:
         """The domain of the scalar map, in every coordinate."""
-        return constraints.independent(self.scalar_map.domain, 1)
+        return constraints.independent(self._end("domain"), 1)
 
     @property
     def codomain(self) -> constraints.Constraint:
         """The codomain of the scalar map, in every coordinate."""
-        return constraints.independent(self.scalar_map.codomain, 1)
+        return constraints.independent(self._end("codomain"), 1)
+
+    def _end(self, name):
+        return getattr(self.scalar_map, name, constraints.real)
 
     def _theta(self, x, context):
         # autocast makes it half precision
@@ -339,7 +368,7 @@ class Autoregressive(Bijection):
             torch.stack(log_slopes).sum(0).to(z.dtype),
         )
         # rounding may have put it onto an end
-        x = interior(x, self.scalar_map.codomain)
+        x = interior(x, self._end("codomain"))
         return x.reshape(z.shape), ladj.reshape(z.shape[:-1])
 
     def _sweeps(self, z, context):
@@ -360,7 +389,7 @@ class Autoregressive(Bijection):
                 )
                 if (
                     tolerance
-                    and not _is_traced()
+                    and not (_is_traced() or z.is_meta)
                     and ((x - before).abs() <= tolerance * (1 + x.abs())).all()
                 ):
                     break
@@ -383,12 +412,15 @@ class Autoregressive(Bijection):
 # %% ../nbs/09-autoregressive.ipynb #48275778
 def _orders(orders, dim, layers):
     "One order for each layer."
-    as_shape(dim, "dim")
-    as_shape(layers, "layers")
-    upwards = torch.arange(dim)
-    return islice(
-        cycle([upwards, upwards.flip(0)] if orders is None else orders), layers
-    )
+    dim, layers = as_int(dim, "dim", 1), as_int(layers, "layers", 1)
+    try:
+        given = [range(dim), range(dim)[::-1]] if orders is None else [*orders]
+    except TypeError:
+        given = []
+    if not given:
+        raise ValueError(f"orders: expected at least one, got {orders!r}")
+    given = [read_order(o, dim, f"orders[{i}]") for i, o in enumerate(given)]
+    return islice(cycle(given), layers)
 
 
 class MAF(Compose):
@@ -460,6 +492,14 @@ def _centred(t):
     return t - t.mean(-2, keepdim=True)
 
 
+def _read_bend(bend, *others):
+    "A number between 0 and 1, or one of the others."
+    bend = as_float(bend, "bend")
+    if not (0 < bend < 1 or bend in others):
+        raise ValueError(f"bend: expected a number between 0 and 1, got {bend}")
+    return bend
+
+
 class BlockLayer(nn.Module):
     """A layer of blocks, one for each coordinate: positive weights within, any weights below."""
 
@@ -476,7 +516,9 @@ class BlockLayer(nn.Module):
         bend: float = 0.0,
     ):
         super().__init__()
-        self.bend = bend
+        dim, n_in = as_int(dim, "dim", 1), as_int(n_in, "n_in", 1)
+        n_out = as_int(n_out, "n_out", 1)
+        self.bend = _read_bend(bend, 0.0)
         self.within = nn.Parameter(torch.zeros(dim, n_out, n_in))
         below = _centred(torch.randn(dim, n_out, dim * n_in))
         self.below = nn.Parameter(below.flatten(0, 1))
@@ -490,7 +532,7 @@ class BlockLayer(nn.Module):
         # bounded undoes it
         raw = self.steepest * (log_scale / self.steepest).atanh()
         start = [_centred(torch.randn(dim, n_out, 1)), raw]
-        start += [torch.zeros(dim, n_out, 1)] * (bend > 0)
+        start += [torch.zeros(dim, n_out, 1)] * (self.bend > 0)
         self.units = Conditional(
             (len(start), dim, n_out, 1), context_dim, torch.stack(start)
         )
@@ -554,12 +596,10 @@ class BlockAutoregressive(Bijection):
         # Slopes of the activations lie between 1 - bend and 1 + bend
         bend: float = 0.9,
     ):
+        dim, bend = as_int(dim, "dim", 1), _read_bend(bend)
         super().__init__(dim, context_dim)
-        if not 0 < bend < 1:
-            raise ValueError(
-                f"bend: expected a number between 0 and 1, got {bend}"
-            )
-        self.register_buffer("order", _read_order(order, dim))
+        order = read_order(range(dim) if order is None else order, dim)
+        self.register_buffer("order", torch.tensor(order))
         self.register_buffer("place", self.order.argsort())
         hidden = as_shape(hidden, "hidden")
         self.layers = nn.ModuleList(
@@ -575,8 +615,7 @@ class BlockAutoregressive(Bijection):
             context = context.expand(*points.shape[:-1], -1).reshape(
                 rows.shape[1], self.context_dim
             )
-        # half precision would not invert
-        with torch.autocast(points.device.type, enabled=False):
+        with full_precision(points):
             settings = [
                 layer.settings(context, points.dtype) for layer in self.layers
             ]

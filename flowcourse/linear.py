@@ -33,16 +33,17 @@ def as_flag(
 def read_order(
     order,  # A list, an array or a tensor of whole numbers of any format
     size: int,  # How many there are
+    name: str = "order",  # The argument's name, for the error
 ) -> list[int]:  # The same as a list
     """Read each of 0 to `size - 1` once, and refuse anything else."""
     try:
         listed = getattr(order, "tolist", lambda: list(order))()
-        numbers = [as_int(i, "order", 0) for i in listed]
+        numbers = [as_int(i, name, 0) for i in listed]
     except (TypeError, ValueError, NotImplementedError):
         listed, numbers = order, []
     if sorted(numbers) != [*range(size)]:
         raise ValueError(
-            f"order: expected each of 0 to {size - 1} once, got {listed!r}"
+            f"{name}: expected each of 0 to {size - 1} once, got {listed!r}"
         )
     return numbers
 

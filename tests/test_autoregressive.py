@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from pyro.distributions.transforms import (
@@ -129,37 +130,168 @@ def test_units_of_low_degree_start_as_large_as_others():
     assert abs(out[0] / out[1] - 1) < 0.1
 
 
-def test_degrees_orders_and_names_that_are_wrong_are_refused():
-    for bad in (
-        dict(order=torch.tensor([0, 0, 1])),
-        dict(order=torch.arange(4)),
-    ):
-        with pytest.raises(
-            ValueError, match="order: expected each of 0 to 2 once"
-        ):
-            MADE(3, **bad)
-        with pytest.raises(ValueError, match="order"):
-            BlockAutoregressive(3, **bad)
-    with pytest.raises(
-        ValueError, match=r"degrees\[1\]: expected whole numbers from 0 to 2"
-    ):
-        MADE(3, degrees=[torch.tensor([1, 2]), torch.tensor([3])])
-    with pytest.raises(
-        ValueError, match="sampling: expected one of incremental"
-    ):
-        Autoregressive(3, sampling="parallel")
-    with pytest.raises(ValueError, match="tolerance: expected 0 or more"):
-        Autoregressive(3, tolerance=-1.0)
-    with pytest.raises(
-        ValueError, match="scalar_map: expected one with parameters"
-    ):
-        Autoregressive(3, ScalarMap())
-    with pytest.raises(
-        ValueError, match="bend: expected a number between 0 and 1"
-    ):
-        BlockAutoregressive(3, bend=1.0)
-    with pytest.raises(ValueError, match="layers"):
-        MAF(3, 0)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: MADE(3, degrees=[torch.tensor([1, 2]), torch.tensor([3])]), r"degrees\[1\]: expected whole numbers from 0 to 2, got \[3\]"),
+        (lambda: MADE(3, degrees=[torch.tensor([-1, 2])]), r"degrees\[0\]: expected whole numbers from 0 to 2"),
+        (lambda: MADE(3, degrees=[torch.tensor([0.5, 2.0])]), r"degrees\[0\]: expected whole numbers from 0 to 2"),
+        (lambda: MADE(3, degrees=[torch.tensor(1)]), r"degrees\[0\]: expected whole numbers from 0 to 2"),
+        (lambda: MADE(3, degrees=[[]]), r"degrees\[0\]: expected whole numbers from 0 to 2"),
+        (lambda: MADE(3, degrees=[]), r"degrees: expected a tensor for each hidden layer, got \[\]"),
+        (lambda: MADE(3, degrees=2), "degrees: expected a tensor for each hidden layer"),
+        (lambda: MADE(3, degrees=[torch.arange(3, device="meta")]), "degrees: expected a tensor for each"),
+        (lambda: MADE(3, hidden=()), "hidden: expected positive integers"),
+        (lambda: MADE(3, hidden="ab"), "hidden: expected positive integers"),
+        (lambda: MADE(3, activation=nn.SiLU()), r"activation: .* got SiLU\(\)"),
+        (lambda: MAF(3, activation=torch.relu), "activation: .* which says"),
+        (lambda: Autoregressive(3, sampling="parallel"), "sampling: expected one of incremental, .*, got parallel"),
+        (lambda: Autoregressive(3, sampling=None), "sampling: expected one of incremental"),
+        (lambda: Autoregressive(3, sampling=np.arange(2)), "sampling: expected one of incremental"),
+        (lambda: Autoregressive(3, tolerance=-1.0), "tolerance: expected a finite number"),
+        (lambda: IAF(3, tolerance=math.inf), "tolerance: expected a finite number"),
+        (lambda: MAF(3, tolerance="small"), "tolerance: expected a finite number"),
+        (lambda: Autoregressive(3, ScalarMap()), "scalar_map: expected one with parameters"),
+        (lambda: Autoregressive(3, AffineMap), "scalar_map: expected a scalar map, got the class AffineMap; call it"),
+        (lambda: MAF(3, scalar_map="affine"), "scalar_map: expected a scalar map, got str"),
+        (lambda: IAF(3, scalar_map=AffineMap), "scalar_map: expected a scalar map, got the class AffineMap"),
+        (lambda: BlockAutoregressive(3, bend=1.0), "bend: expected a number between 0 and 1, got 1.0"),
+        (lambda: BNAF(3, bend=0.0), "bend: expected a number between 0 and 1, got 0.0"),
+        (lambda: BNAF(3, bend=math.nan), "bend: expected a finite number"),
+        (lambda: BNAF(3, bend="a"), "bend: expected a finite number"),
+        (lambda: BNAF(3, hidden=()), "hidden: expected positive integers"),
+        (lambda: MaskedLinear(torch.ones(2, 3)), "mask: expected a boolean tensor of two dimensions"),
+        (lambda: MaskedLinear(torch.ones(3, dtype=torch.bool)), "mask: expected a boolean tensor of two"),
+        (lambda: MaskedLinear(3), "mask: expected a boolean tensor of two dimensions, got 3"),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_wrong_are_refused_by_name(wrong, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        wrong()
+
+
+LAYERS = (MADE, Autoregressive, BlockAutoregressive)
+STACKS = (MAF, IAF, BNAF)
+NO_ORDERS = [
+    [0, 0, 1],
+    torch.arange(4),
+    torch.tensor([0.0, 1.0, 2.0]),
+    torch.tensor([True, False, True]),
+    torch.arange(3, device="meta"),
+    [True, 0, 2],
+    "012",
+    2,
+]
+
+
+@pytest.mark.parametrize("bad", NO_ORDERS, ids=repr)
+def test_an_order_holds_each_whole_number_once(bad):
+    for make in LAYERS:
+        with pytest.raises(ValueError, match="^order: expected each of 0 to 2"):
+            make(3, order=bad)
+    for make in STACKS:
+        said = r"^orders\[1\]: expected each of 0 to 2 once"
+        with pytest.raises(ValueError, match=said):
+            make(3, orders=[[2, 1, 0], bad])
+        for none in ([], 3):
+            with pytest.raises(ValueError, match="^orders: expected at least"):
+                make(3, orders=none)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        list,
+        np.array,
+        lambda order: np.array(order[::-1])[::-1],
+        lambda order: np.array(order, dtype=np.uint16),
+        lambda order: torch.tensor(order, dtype=torch.uint8),
+        lambda order: torch.tensor(order, dtype=torch.int32),
+        lambda order: [torch.tensor(i) for i in order],
+    ],
+)
+def test_orders_and_degrees_are_read_from_any_whole_numbers(read):
+    def options(make, read):
+        order = read([2, 0, 3, 1])
+        given = dict(order=order) if make in LAYERS else dict(orders=[order])
+        if make not in (BlockAutoregressive, BNAF):
+            given["degrees"] = [read([1, 3, 2, 1]), read([2, 1, 3])]
+        return given
+
+    for make in (*LAYERS, *STACKS):
+        torch.manual_seed(0)
+        f = make(4, **options(make, read))
+        torch.manual_seed(0)
+        wanted = make(4, **options(make, torch.tensor))
+        assert repr(f) == repr(wanted)
+        state = wanted.state_dict()
+        for key, value in f.state_dict().items():
+            assert_close(value, state[key], rtol=0, atol=0)
+
+
+def test_sizes_are_whole_numbers_of_any_kind():
+    for make in (MADE, Autoregressive, BlockAutoregressive, *STACKS):
+        sizes = dict(dim=3, context_dim=2, hidden=(4,))
+        sizes |= dict(layers=2) if make in STACKS else {}
+        sizes |= dict(n_params=2) if make is MADE else {}
+        wanted = repr(make(**sizes))
+        for n in (np.int64, np.uint8, torch.tensor):
+            kinds = sizes | {k: n(v) for k, v in sizes.items() if k != "hidden"}
+            assert repr(make(**kinds | dict(hidden=(n(4),)))) == wanted
+        for name in sizes:
+            for bad in ("a", 2.0, True, -1, None, object()):
+                with pytest.raises(ValueError, match=f"^{name}: expected"):
+                    make(**sizes | {name: bad})
+
+
+def test_a_scalar_map_needs_no_base_class():
+    class Plain:
+        n_params = 2
+        forward = staticmethod(AffineMap().forward)
+        inverse = staticmethod(AffineMap().inverse)
+
+    f, z = make(4, scalar_map=Plain()), noise(3, 4)
+    for way in WAYS:
+        assert_close(f.inverse(sample_by(f, way)(z)[0])[0], z)
+    assert f.codomain.check(z).all() and f.domain.check(z).all()
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda: MAF(4, 2, (8,), 2),
+        lambda: MAF(1, 2, (8,), orders=[torch.tensor([0], device="cpu")]),
+        lambda: IAF(4, 2, (8,), 2, orders=[[2, 0, 3, 1]]),
+        lambda: Autoregressive(4, degrees=[[1, 3, 2]], sampling="fixed-point"),
+        lambda: Autoregressive(4, context_dim=2, sampling="loop"),
+        lambda: BNAF(3, 2, (4,), 2),
+        lambda: BlockAutoregressive(3, (4,), order=[1, 2, 0]),
+    ],
+)
+def test_a_flow_lives_on_the_default_device_and_works_beside_another(create):
+    here = perturbed(create()).float()
+    with torch.device("meta"):
+        there = create()
+    state = [*there.state_dict().values(), *there.buffers()]
+    assert {t.device.type for t in state} == {"meta"}
+    # nothing is left behind on the CPU, nor made anew on the other device
+    z = noise(5, *here.event_shape).float()
+    context = noise(5, 2).float() if here.context_dim else None
+    meta = [t if t is None else t.to("meta") for t in (z, context)]
+    for way in ("forward", "inverse"):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                wanted = getattr(here, way)(z, context)
+                away = getattr(there, way)(*meta)
+                assert [t.device.type for t in away] == ["meta"] * 2
+                with torch.device("meta"):
+                    found = getattr(here, way)(z, context)
+            for a, b in zip(found, wanted):
+                assert torch.equal(a, b)
+    # as large models are loaded: made without memory, then filled
+    there.load_state_dict(here.state_dict(), assign=True)
+    for a, b in zip(there(z, context), here(z, context)):
+        assert torch.equal(a, b)
 
 
 # three ways to sample
