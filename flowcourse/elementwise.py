@@ -647,6 +647,7 @@ class Conditional(nn.Module):
     ):
         super().__init__()
         self.shape = as_sizes(shape, "shape")
+        hidden = as_sizes(hidden, "hidden")
         self.context_scale = as_float(
             context_scale, "context_scale", 0, strict=True
         )

@@ -285,6 +285,10 @@ def test_sizes_are_whole_numbers_of_any_kind(name):
         (lambda: Conditional((2,), start=torch.arange(2)), "^start: expected a floating-point"),
         (lambda: Conditional((2,), start=torch.zeros(3)), r"^start: .* \(2,\), got \(3,\)"),
         (lambda: Conditional((2,), -1), "^context_dim: expected"),
+        # without a context there is no network, and yet
+        (lambda: Conditional((2,), hidden="ab"), "^hidden: expected positive"),
+        (lambda: Elementwise(2, PReLUMap(), hidden=-1), "^hidden: expected positive"),
+        (lambda: ActNorm(2, hidden=2.5), "^hidden: expected positive"),
     ],
 )  # fmt: skip
 def test_arguments_of_another_kind_are_named(wrong, said):
