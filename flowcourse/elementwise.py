@@ -656,6 +656,8 @@ class Conditional(nn.Module):
             raise ValueError(
                 f"start: expected a floating-point tensor, got {start!r}"
             )
+        if not (start.is_meta or start.isfinite().all()):
+            raise ValueError(f"start: expected finite numbers, got {start!r}")
         try:
             start = start.detach().expand(self.shape)
         except RuntimeError:

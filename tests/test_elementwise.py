@@ -284,6 +284,8 @@ def test_sizes_are_whole_numbers_of_any_kind(name):
         (lambda: Conditional((2,), start=1.0), "^start: expected a floating-point tensor, got 1.0"),
         (lambda: Conditional((2,), start=torch.arange(2)), "^start: expected a floating-point"),
         (lambda: Conditional((2,), start=torch.zeros(3)), r"^start: .* \(2,\), got \(3,\)"),
+        (lambda: Conditional((2,), start=torch.tensor([0.0, math.nan])), "^start: expected finite"),
+        (lambda: Conditional((2,), 3, start=torch.tensor(-math.inf)), "^start: expected finite"),
         (lambda: Conditional((2,), -1), "^context_dim: expected"),
         # without a context there is no network, and yet
         (lambda: Conditional((2,), hidden="ab"), "^hidden: expected positive"),

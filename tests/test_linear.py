@@ -256,6 +256,7 @@ def test_autocast_leaves_the_precision_alone():
         (lambda: Full(3, start=torch.zeros(3, 3)), r"start: .* shape \(9,\)"),
         (lambda: Cayley(3, start=[0.0, 0.0, 0.0]), r"start: .* tensor of shape \(3,\), got \[0.0"),
         (lambda: Cayley(3, start=torch.arange(3)), "start: expected a floating-point tensor"),
+        (lambda: Diagonal(2, start=torch.tensor([0.0, math.inf])), "start: expected finite numbers"),
     ],
 )  # fmt: skip
 def test_constructors_name_what_is_wrong(make, names):
