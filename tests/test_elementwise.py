@@ -29,10 +29,13 @@ from flowcourse.elementwise import (
     Sigmoid,
     SigmoidMap,
     SinhArcsinhMap,
+    SmoothPReLUMap,
     TanhMap,
     bounded,
     elementwise_maps,
+    interior,
     mlp,
+    monotone_root,
 )
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
@@ -606,6 +609,156 @@ def test_training_goes_through_the_statistics(kind):
         x.grad.isfinite().all()
         and flow.bijection.theta.value.grad.abs().sum() > 0
     )
+
+
+def test_gradients_through_the_statistics_are_those_of_torch():
+    x = (3 + 2 * torch.randn(50, 2)).double().requires_grad_()
+    wanted = torch.nn.BatchNorm1d(2, affine=False).double()(x)
+    got, _ = BatchNorm(2).double().inverse(x)
+    assert_close(got, wanted)
+    pair = [torch.autograd.grad(z.sin().sum(), x)[0] for z in (got, wanted)]
+    assert_close(*pair)
+
+
+@normalisers
+def test_widths_and_eps_reach_the_layer(kind):
+    f = kind((2, 3, 3), 4, eps=0.5, hidden=(5, 6))
+    assert [len(p) for p in f.theta.net.parameters()][::2] == [5, 6, 4]
+    f.inverse(torch.zeros(7, 2, 3, 3), torch.zeros(7, 4))
+    assert_close(f.variance, torch.full((2, 1, 1), 0.5 * 63 / 62))
+
+
+def test_widths_reach_the_networks_of_elementwise_maps():
+    maps = {(0, 1): PReLUMap(), (1, 3): AffineMap()}
+    f = Elementwise(3, maps, 4, hidden=(5,))
+    widths = [[len(p) for p in t.parameters()][::2] for t in f.thetas]
+    assert widths == [[5, 1], [5, 4]]
+
+
+def test_a_network_begins_at_zero_and_uses_its_activation():
+    net = mlp(3, 4, (8, 8), torch.nn.Tanh, dropout=0.25)
+    kinds = [type(m).__name__ for m in net]
+    assert kinds == ["Linear", "Tanh", "Dropout"] * 2 + ["Linear"]
+    assert [m.p for m in net if isinstance(m, torch.nn.Dropout)] == [0.25] * 2
+    assert not net(torch.randn(5, 3)).any()
+
+
+def test_a_small_context_scale_makes_a_network_learn_slowly(scramble):
+    f, g = Conditional((2,), 3), Conditional((2,), 3, context_scale=0.1)
+    g.load_state_dict(scramble(f).state_dict())
+    context = torch.randn(5, 3)
+    assert_close(g(10 * context), f(context))
+    assert not torch.allclose(g(context), f(context))
+
+
+def test_autocast_leaves_parameters_in_the_format_of_the_context():
+    f = Conditional((2,), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert f(torch.randn(5, 3)).dtype == torch.float32
+
+
+BOUNDS = {  # a learned map, and its image of -2 where raw parameters are huge
+    "prelu": (PReLUMap(), lambda t: t * math.exp(3)),
+    "smooth-prelu": (
+        SmoothPReLUMap(),
+        lambda t: (
+            (1 + math.exp(3)) / 2 * t
+            + (1 - math.exp(3)) / 2 * (math.hypot(t, 1) - 1)
+        ),
+    ),
+    "signed-power": (PowerMap(), lambda t: 1 - (1 - t) ** math.e),
+    "sinh-arcsinh": (
+        SinhArcsinhMap(),
+        lambda t: math.sinh(math.exp(0.5) * math.asinh(t) + 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_learned_maps_are_bounded_as_their_pages_say(name):
+    f, image = BOUNDS[name]
+    z = torch.tensor(-2.0).double()
+    x, _ = f.forward(z, torch.full((f.n_params,), 1e9).double())
+    assert_close(x, torch.tensor(image(-2.0)).double())
+
+
+def test_a_softplus_scale_is_a_softplus_from_end_to_end():
+    raw = torch.linspace(-30, 30, 601)
+    theta = torch.stack([raw, torch.zeros(601)], -1)
+    _, got = AffineMap(None, "softplus").forward(torch.zeros(601), theta)
+    shifted = raw.double() + math.log(math.e - 1)
+    wanted = torch.nn.functional.softplus(shifted).log()
+    # the sum rounds by half an ulp of 30, and so does what is added to it
+    assert_close(got.double(), wanted, rtol=1e-6, atol=4e-6)
+
+
+def test_costs_are_those_of_the_dearest_map_and_turn_round_with_it():
+    class Dear(AffineMap):
+        inverse_cost = "numerical"
+
+    turned = InverseMap(Dear())
+    assert (turned.forward_cost, turned.inverse_cost) == (
+        "numerical",
+        "one pass",
+    )
+    f = Elementwise(3, {(0, 1): Dear(), (1, 2): PReLUMap()})
+    assert (f.forward_cost, f.inverse_cost) == ("one pass", "numerical")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_end_that_is_open_is_left_for_the_next_number(dtype):
+    """Moved by one rounding and no further, at zero by the smallest normal number."""
+    zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
+    unit = SigmoidMap.codomain
+    below = torch.nextafter(one, zero)
+    tiny = torch.tensor(torch.finfo(dtype).tiny, dtype=dtype)
+    assert torch.equal(interior(one, unit), below)
+    assert torch.equal(interior(below, unit), below)
+    assert torch.equal(interior(zero, unit), tiny)
+    assert torch.equal(interior(-one, TanhMap.codomain), -below)
+    for outside in (-tiny, 1.5 * one, zero + math.nan):
+        assert_close(interior(outside, unit), outside, equal_nan=True)
+
+
+def wavy(raw, x):
+    """The root of `t + raw tanh(t) = x`."""
+    return monotone_root(
+        lambda t: t + raw * t.tanh() - x,
+        lambda t: (raw / t.cosh().square()).log1p(),
+        x - 1,
+        x + 1,
+    )
+
+
+def test_a_root_has_right_first_and_second_derivatives():
+    raw = torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64)
+    x = torch.tensor([5.0, -0.3, 0.01], dtype=torch.float64)
+    t = wavy(raw, x)
+    assert_close(t + raw * t.tanh(), x, rtol=0, atol=1e-14)
+    inputs = [each.requires_grad_() for each in (raw, x)]
+    assert torch.autograd.gradcheck(wavy, inputs)
+    assert torch.autograd.gradgradcheck(wavy, inputs)
+
+
+def test_a_root_at_the_end_of_its_bracket_is_found():
+    ends = torch.tensor([-2.0, 0.0, 7.0])
+    for low, high in ((ends, ends + 1), (ends - 1, ends), (ends, ends)):
+        root = monotone_root(lambda t: t - ends, torch.zeros_like, low, high)
+        assert_close(root, ends, rtol=1e-6, atol=1e-6)
+
+
+def test_a_root_of_what_is_almost_flat_stays_in_its_bracket():
+    root = torch.linspace(0.1, 1.9, 50)
+    low, high = torch.zeros(50), torch.full((50,), 2.0)
+    for log_slope in (-20.0, -200.0):  # which float32 rounds to steps, to zero
+
+        def excess(t, slope=math.exp(log_slope)):
+            return (1 + slope * (t - root)) - 1
+
+        got = monotone_root(
+            excess, lambda t, s=log_slope: torch.full_like(t, s), low, high
+        )
+        assert ((got > low - 1e-5) & (got < high + 1e-5)).all()
 
 
 def test_conditional_starts_where_it_is_told():
