@@ -22,10 +22,17 @@ from flowcourse.autoregressive import (
     MAF,
     Autoregressive,
     BlockAutoregressive,
+    BlockLayer,
     MaskedLinear,
+    _steepness,
 )
 from flowcourse.core import Flow, Inverse
-from flowcourse.elementwise import AffineMap, InverseMap, ScalarMap
+from flowcourse.elementwise import (
+    AdditiveMap,
+    AffineMap,
+    InverseMap,
+    ScalarMap,
+)
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
 from flowcourse.zoo import scalar_maps
@@ -168,6 +175,118 @@ def test_units_of_low_degree_start_as_large_as_others():
 def test_arguments_that_are_wrong_are_refused_by_name(wrong, said):
     with pytest.raises(ValueError, match=f"^{said}"):
         wrong()
+
+
+def test_stacks_hand_their_options_on():
+    options = dict(sampling="loop", tolerance=0.5, activation=nn.Tanh)
+    for make in (MAF, IAF):
+        f = make(4, 3, (5, 7), 2, **options)
+        layers = [m for m in f.modules() if isinstance(m, Autoregressive)]
+        assert [m.made.order.tolist() for m in layers] == [
+            [0, 1, 2, 3],
+            [3, 2, 1, 0],
+            [0, 1, 2, 3],
+        ]
+        for m in layers:
+            assert (m.sampling, m.tolerance, m.context_dim) == ("loop", 0.5, 2)
+            assert [len(p.bias) for p in m.made.layers] == [5, 7, 8]
+            assert isinstance(m.made.activation, nn.Tanh)
+        f = make(4, 1, degrees=[[1, 2, 3]])
+        assert [len(m.bias) for m in f.modules() if isinstance(m, MaskedLinear)] == [3, 8]  # fmt: skip
+    f = BNAF(3, 3, (5, 7), 2, bend=0.25)
+    assert [m.order.tolist() for m in f.bijections] == [
+        [0, 1, 2],
+        [2, 1, 0],
+        [0, 1, 2],
+    ]
+    for m in f.bijections:
+        assert [layer.bend for layer in m.layers] == [0.25, 0.25, 0.0]
+        assert [layer.within.shape[1] for layer in m.layers] == [5, 7, 1]
+        assert all(layer.units.net is not None for layer in m.layers)
+
+
+def test_degrees_are_spread_over_all_that_there_are():
+    for context_dim, wanted in ((0, [1, 1, 2, 2]), (3, [0, 0, 1, 2])):
+        made = MADE(3, hidden=(4,), context_dim=context_dim)
+        assert made.degree0.tolist() == wanted
+
+
+class Squash(ScalarMap):
+    """Onto the unit interval, with a shift: in float32 large points round onto its end."""
+
+    n_params, codomain = 1, torch.distributions.constraints.unit_interval
+
+    def point(self, z, shift):
+        return (z + shift).sigmoid()
+
+    def back(self, x, shift):
+        return x.log() - (-x).log1p() - shift
+
+    def log_slope(self, z, x, shift):
+        u = z + shift
+        return nn.functional.logsigmoid(u) + nn.functional.logsigmoid(-u)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_points_stay_inside_an_open_codomain(way):
+    f = Autoregressive(2, Squash(), sampling=way)
+    x, ladj = f(torch.tensor([[20.0, 30.0], [-20.0, 100.0]]))
+    assert (x < 1).all() and (x > 0).all() and ladj.isfinite().all()
+    assert all(t.isfinite().all() for t in f.inverse(x))
+
+
+def test_a_tolerance_is_relative():
+    f = make(
+        16,
+        scalar_map=AdditiveMap(),
+        scale=0.1,
+        sampling="fixed-point",
+        tolerance=1e-2,
+    )
+    f.made = Counted(f.made)
+    with torch.no_grad():
+        f(300 * noise(16, 16))
+    assert f.made.calls < 8  # absolute it would take nearly all 16
+
+
+def test_what_a_block_layer_makes_of_raw_numbers_of_any_size():
+    layer = BlockLayer(2, 3, 4, bend=0.5)
+    assert_close(layer.mask.max(), torch.tensor(1 / math.sqrt(2 * 3)))
+    assert_close(
+        layer.below.unflatten(0, (2, 4)).mean(1),
+        torch.zeros(2, 6),
+        rtol=0,
+        atol=1e-6,
+    )
+    shift, raw, _ = layer.units()
+    assert_close(shift.mean(1), torch.zeros(2, 1), rtol=0, atol=1e-6)
+    scale = layer.settings(None, torch.float32)[2]
+    assert_close(scale.mean(1), torch.ones(2, 1))
+    assert raw.std() > 0.05
+    with torch.no_grad():
+        layer.units.value.fill_(1e9)
+        layer.within[..., 0], layer.within[..., 1:] = 1e9, -1e9
+    weights, _, scale, bend = layer.settings(None, torch.float32)
+    assert_close(scale, torch.full((2, 4, 1), math.exp(1.5)))
+    assert_close(bend, torch.full((2, 4, 1), 0.5))
+    most = 1 / (1 + 2 * math.exp(-6))
+    assert_close(weights[..., 0], torch.full((2, 4), most))
+
+
+def test_the_steepness_of_a_block_network_is_a_bound():
+    f = perturbed(BlockAutoregressive(3, (4, 4), bend=0.8), 2.0)
+    settings = [layer.settings(None, torch.float64) for layer in f.layers]
+    least, most = _steepness(settings)
+    x = 10 * noise(500, 3)
+    slopes = torch.func.vmap(torch.func.jacrev(lambda t: f.inverse(t)[0]))(x)
+    slopes = slopes.diagonal(dim1=-2, dim2=-1)
+    least, most = least.flatten(), most.flatten()
+    assert (slopes >= least - 1e-12).all() and (slopes <= most + 1e-12).all()
+    assert (least < 0.9 * slopes.amin(0).clamp(max=1)).any()
+    plain = f.layers[-1].settings(None, torch.float64)
+    only_scales = _steepness([(*s[:3], None) for s in settings[:-1]] + [plain])
+    assert (least < only_scales[0].flatten()).all()
+    assert (most > only_scales[1].flatten()).all()
 
 
 LAYERS = (MADE, Autoregressive, BlockAutoregressive)

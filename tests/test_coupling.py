@@ -472,6 +472,47 @@ def test_a_conditioner_hands_its_dropout_and_widths_on():
             assert not any(isinstance(m, nn.Dropout) for m in plain.modules())
 
 
+def test_networks_use_the_kernel_and_activation_that_they_are_given():
+    net = convnet(2, 3, (4, 5), nn.Tanh, kernel=5)
+    layers = [m for m in net if isinstance(m, nn.Conv2d)]
+    assert [m.kernel_size for m in layers] == [(5, 5)] * 3
+    assert net(torch.zeros(1, 2, 6, 7)).shape == (1, 3, 6, 7)
+    for f in (net, residual(2, 3, (4, 5), nn.Tanh)):
+        bends = [m for m in f.modules() if isinstance(m, (nn.Tanh, nn.SiLU))]
+        assert len(bends) in (2, 5)
+        assert all(isinstance(m, nn.Tanh) for m in bends)
+
+
+def test_stacks_hand_their_options_on():
+    for make in (RealNVP, NICE, Couplings):
+        f = make(6, layers=3, hidden=(5,), context_dim=2, partition=half,
+                 conditioner=residual)  # fmt: skip
+        couplings = [m for m in f.modules() if isinstance(m, Coupling)]
+        assert len(couplings) == 3
+        for layer in couplings:
+            assert layer.context_dim == 2 and layer.layout == "blocks"
+            assert any(isinstance(m, Skip) for m in layer.modules())
+    assert RealNVP(6, bound=0.5).bijections[0].scalar_map.bound == 0.5
+    scaling, _ = NICE(6, context_dim=2).bijections
+    assert scaling.context_dim == 2
+    # scales, and no shifts
+    assert scaling.raw(torch.zeros(2)).shape == (6,)
+
+
+def test_the_cheapest_way_to_cut_is_found():
+    for mask, layout in (
+        (half(6), "blocks"),
+        (~half(5), "blocks"),
+        (alternating(6), "turns"),
+        (~alternating(6), "turns"),
+        (alternating(5), "mixed"),
+        (channel((3, 4, 4)), "blocks"),
+    ):
+        f = make(mask)
+        assert f.by_line and f.layout == layout
+    assert not make(checkerboard(image)).by_line
+
+
 # Sizes, masks and devices of any kind.
 
 

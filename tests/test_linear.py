@@ -25,6 +25,7 @@ from flowcourse.linear import (
     PeriodicConv,
     Permutation,
     Triangular,
+    dominated,
 )
 
 rotations = {
@@ -93,6 +94,105 @@ def test_plu_is_the_product_of_its_factors():
     minors = torch.stack([torch.linalg.det(a[:k, :k]) for k in (1, 2, 3)])
     log_scale = f.raw().view(3, 3).diagonal().asinh()
     assert_close(minors, log_scale.cumsum(0).exp())
+
+
+def below(entries):
+    """The strict lower triangle that holds the entries row after row, over `sqrt(3)`."""
+    a, b, c = entries
+    matrix = torch.zeros(3, 3, dtype=torch.float64)
+    matrix[1, 0], matrix[2, 0], matrix[2, 1] = a, b, c
+    return matrix / 3**0.5
+
+
+def turn(raw):
+    """The product of the reflections along `(1, raw)`."""
+    product = torch.eye(3, dtype=torch.float64)
+    for row in raw.view(-1, 2):
+        v = torch.cat([torch.ones(1), row])
+        product = product @ (torch.eye(3) - 2 * torch.outer(v, v) / (v @ v))
+    return product
+
+
+def formulas(raw):
+    """Of every class the matrix that its page says, given enough raw numbers."""
+    eye, r = torch.eye(3, dtype=torch.float64), raw.asinh()
+    square, d = r[:9].view(3, 3), r[:3].exp().diag()
+    skew = below(r[:3]) - below(r[:3]).T
+    upper = eye + square.triu(1) / 3**0.5
+    lower = eye + square.tril(-1) / 3**0.5
+    return {
+        "diagonal": (Diagonal, d),
+        "lower": (Triangular, (eye + below(r[3:6])) @ d),
+        "upper": (partial(Triangular, upper=True), (eye + below(r[3:6]).T) @ d),
+        "cayley": (Cayley, torch.linalg.inv(eye + skew) @ (eye - skew)),
+        "exponential": (MatrixExponential, (square / 3**0.5).matrix_exp()),
+        "turn": (
+            partial(MatrixExponential, orthogonal=True),
+            skew.matrix_exp(),
+        ),
+        "full": (Full, eye + raw[:9].view(3, 3)),
+        "lu": (PLU, lower @ square.diagonal().exp().diag() @ upper),
+        "qr": (
+            partial(QR, reflections=4),
+            turn(raw[6:14]) @ d @ (eye + below(r[3:6]).T),
+        ),
+        "svd": (
+            partial(SVD, reflections=2),
+            turn(raw[3:7]) @ d @ turn(raw[7:11]).T,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", formulas(torch.zeros(14).double()))
+def test_a_matrix_is_what_its_formula_says(name):
+    raw = torch.randn(14, dtype=torch.float64)
+    make, wanted = formulas(raw)[name]
+    f = make(3, bias=False).double()
+    with torch.no_grad():
+        f.raw.value.copy_(raw[: f.n_params])
+    assert_close(matrix(f), wanted)
+    _, ladj = f(torch.zeros(3, dtype=torch.float64))
+    assert_close(ladj, torch.linalg.slogdet(wanted).logabsdet)
+
+
+def test_reflections_are_as_many_as_asked_for_or_as_a_rotation_needs():
+    for size, needed in ((2, 2), (5, 4), (6, 6)):
+        for make, turns, others in (
+            (Householder, 1, 0),
+            (QR, 1, size * (size + 1) // 2),
+            (SVD, 2, size),
+        ):
+            for count, given in ((needed, None), (3, 3), (1, 1)):
+                f = make(size, given)
+                assert f.n_params == others + turns * count * (size - 1)
+
+
+def test_a_bias_is_added_if_it_is_asked_for():
+    z = torch.zeros(2, 3)
+    for make in (Diagonal, Triangular, Householder, Full, PLU, LowRank):
+        for bias in (True, False):
+            f = shaken_as_it_is(make(3, bias=bias))
+            assert len(f.raw()) == f.n_params + 3 * bias
+            assert bool(f(z)[0].any()) == bias
+
+
+def test_an_emerging_convolution_hands_its_options_on():
+    f = EmergingConv((2, 5, 5), 5, context_dim=3)
+    one, other = f.bijections
+    assert (one.reach, other.reach) == (2, 2)
+    assert (one.reverse, other.reverse) == (False, True)
+    assert (one.context_dim, other.context_dim) == (3, 3)
+    # one shift for both
+    extra = [len(g.raw(torch.zeros(3))) - g.n_params for g in (one, other)]
+    assert extra == [0, 2]
+
+
+def test_dominated_rows_are_smooth_and_add_up_to_less_than_one():
+    raw = torch.zeros(2, 5, requires_grad=True)
+    dominated(raw).sum().backward()
+    assert_close(raw.grad, torch.full((2, 5), 0.5))
+    total = dominated(1e6 * torch.randn(9, 5)).abs().sum(-1)
+    assert (total < 1).all() and (total > 0.99).all()
 
 
 def test_a_permutation_is_saved():
