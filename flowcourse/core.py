@@ -10,9 +10,9 @@ __all__ = ['COSTS', 'as_int', 'as_float', 'as_shape', 'check_event', 'check_cont
 # %% ../nbs/01-change-of-variables.ipynb #06f78e72
 import copy
 import math
-from collections.abc import Iterable
+import numbers
+import operator
 from itertools import chain
-from numbers import Integral, Real
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -22,43 +22,44 @@ from torch.nn import functional as F
 
 # %% ../nbs/01-change-of-variables.ipynb #b9f26937
 def as_int(
-    value: int,  # A Python, numpy or 0-d torch integer
+    value,  # A whole number of Python, numpy or torch
     name: str,  # The argument's name, for the error
-    low: int = 1,  # The smallest that is allowed
-    high: int | None = None,  # The largest that is allowed; None: any
-) -> int:  # The same as a Python integer
-    """Read an integer, and refuse anything else, bools and floats included."""
-    number = _plain(value)
-    if (
-        not _is_number(number, Integral)
-        or number < low
-        or (high is not None and number > high)
-    ):
-        to = f" of at least {low}" if high is None else f" from {low} to {high}"
-        raise ValueError(f"{name}: expected an integer{to}, got {value!r}")
-    return int(number)
+    low: int = 0,  # The smallest that is right
+) -> int:  # The same as Python's
+    """Read a whole number, and refuse anything else, `True` and `2.0` among it."""
+    try:
+        number = operator.index(value)
+    except (TypeError, RuntimeError):
+        number = None
+    truth = isinstance(value, bool) or getattr(value, "dtype", 0) == torch.bool
+    if number is None or truth or number < low:
+        raise ValueError(
+            f"{name}: expected a whole number of at least {low}, got {value!r}"
+        )
+    return number
 
 
 def as_float(
-    value: float,  # A Python, numpy or 0-d torch number
+    value,  # A number of Python, numpy or torch
     name: str,  # The argument's name, for the error
-    low: float = -math.inf,  # The smallest that is allowed
-    high: float = math.inf,  # The largest that is allowed
-    strict: bool = False,  # Whether `low` and `high` themselves are refused
-) -> float:  # The same as a Python number
-    """Read a finite number, and refuse anything else, bools included."""
-    number = _plain(value)
-    number = float(number) if _is_number(number, Real) else math.nan
-    inside = low < number < high if strict else low <= number <= high
-    if not (inside and math.isfinite(number)):
-        words = ("above", "below") if strict else ("of at least", "of at most")
-        ends = " and".join(
-            f" {word} {end}"
-            for word, end in zip(words, (low, high))
-            if math.isfinite(end)
-        )
+    low: float = -math.inf,  # The smallest that is right
+    high: float = math.inf,  # The largest that is right
+    strict: bool = False,  # Refuse `low` itself, too
+) -> float:  # The same as Python's
+    """Read a finite number, and refuse anything else, NaN and `True` among it."""
+    tensor = isinstance(value, Tensor) and value.dim() == 0
+    if tensor and not (value.is_meta or value.is_complex()):
+        value = value.item()
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+    above = number > low if strict else number >= low
+    if not (math.isfinite(number) and above and number <= high):
+        limits = "" if low == -math.inf else f" of at least {low:g}"
+        limits = f" above {low:g}" if strict else limits
+        limits += "" if high == math.inf else f" and at most {high:g}"
         raise ValueError(
-            f"{name}: expected a finite number{ends}, got {value!r}"
+            f"{name}: expected a finite number{limits}, got {value!r}"
         )
     return number
 
@@ -66,32 +67,19 @@ def as_float(
 def as_shape(
     value: int | tuple[int, ...],  # One size or several
     name: str,  # The argument's name, for the error
-) -> tuple[int, ...]:  # The same as a tuple of Python integers
+) -> tuple[int, ...]:  # The same as a tuple
     """Read a shape, and refuse anything that is not made of positive integers."""
-    shape = _sizes(value)
-    if not shape or min(shape) < 1:
-        raise ValueError(f"{name}: expected positive integers, got {value!r}")
+    try:
+        sizes = tuple(value)
+    except TypeError:  # one size: a tensor without dimensions has no length
+        sizes = (value,)
+    try:
+        shape = tuple(as_int(size, name, 1) for size in sizes)
+    except ValueError:
+        shape = ()
+    if not shape:
+        raise ValueError(f"{name}: expected positive integers, got {value}")
     return shape
-
-
-def _sizes(value):
-    "One integer or several as a tuple of Python's own; None for anything else."
-    value = _plain(value)
-    sizes = value if isinstance(value, Iterable) else (value,)
-    sizes = tuple(map(_plain, sizes))
-    if all(_is_number(n, Integral) for n in sizes):
-        return tuple(map(int, sizes))
-
-
-def _plain(value):
-    "The numbers of numpy and torch as Python's own; None for a tensor without values."
-    if isinstance(value, Tensor) and value.is_meta:
-        return None
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _is_number(value, kind):
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_event(
