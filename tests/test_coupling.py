@@ -483,6 +483,14 @@ def test_networks_use_the_kernel_and_activation_that_they_are_given():
         assert all(isinstance(m, nn.Tanh) for m in bends)
 
 
+def test_networks_leave_units_out_as_often_as_they_are_told():
+    for make in (mlp, convnet, residual):
+        net = make(2, 3, (4, 5), dropout=0.3)
+        each = net.named_modules(remove_duplicate=False)
+        rates = [m.p for _, m in each if isinstance(m, nn.Dropout)]
+        assert rates == [0.3] * 2
+
+
 def test_stacks_hand_their_options_on():
     for make in (RealNVP, NICE, Couplings):
         f = make(6, layers=3, hidden=(5,), context_dim=2, partition=half,

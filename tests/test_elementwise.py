@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import shaken
+from torch.distributions import constraints
 from torch.testing import assert_close
 
 from flowcourse.core import Compose, Flow, Inverse, StandardNormal
@@ -36,6 +37,7 @@ from flowcourse.elementwise import (
     interior,
     mlp,
     monotone_root,
+    widened,
 )
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
@@ -334,8 +336,12 @@ def test_slopes_that_a_format_can_hold_are_what_they_were():
     raw = torch.linspace(-87, 88, 400)
     z, shift = torch.randn(400), torch.randn(400)
     z[::7] = 0.0
-    x, log_slope = AffineMap(None).forward(z, torch.stack([raw, shift], -1))
+    theta, z = torch.stack([raw, shift], -1), z.requires_grad_()
+    x, log_slope = AffineMap(None).forward(z, theta)
     assert torch.equal(x, torch.addcmul(shift, z, raw.exp()))
+    near = raw <= 87  # beyond, the slope at zero is held
+    (slope,) = torch.autograd.grad(x.sum(), z)
+    assert torch.equal(slope[near], raw.exp()[near])
     assert torch.equal(log_slope, raw)
     z, _ = AffineMap(None).inverse(x, torch.stack([raw, shift], -1))
     assert torch.equal(z, (x - shift) * (-raw).exp())
@@ -730,6 +736,21 @@ def wavy(raw, x):
     )
 
 
+@names
+def test_the_slope_at_zero_itself_is_the_one_that_is_told(name):
+    f = elementwise_maps[name]
+    f = f if f.domain is constraints.real else InverseMap(f)
+    z = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    theta = [torch.full((f.n_params,), 0.3).double()] if f.n_params else []
+    x, log_slope = f.forward(z, *theta)
+    (slope,) = torch.autograd.grad(x, z)
+    assert_close(slope.log(), log_slope.detach())
+
+
+def test_widened_numbers_are_in_float64():
+    assert widened(torch.zeros(2)).dtype == torch.float64
+
+
 def test_a_root_has_right_first_and_second_derivatives():
     raw = torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64)
     x = torch.tensor([5.0, -0.3, 0.01], dtype=torch.float64)
@@ -750,7 +771,7 @@ def test_a_root_at_the_end_of_its_bracket_is_found():
 def test_a_root_of_what_is_almost_flat_stays_in_its_bracket():
     root = torch.linspace(0.1, 1.9, 50)
     low, high = torch.zeros(50), torch.full((50,), 2.0)
-    for log_slope in (-20.0, -200.0):  # which float32 rounds to steps, to zero
+    for log_slope in (-14.0, -200.0):  # which float32 rounds to steps, to zero
 
         def excess(t, slope=math.exp(log_slope)):
             return (1 + slope * (t - root)) - 1
@@ -759,6 +780,10 @@ def test_a_root_of_what_is_almost_flat_stays_in_its_bracket():
             excess, lambda t, s=log_slope: torch.full_like(t, s), low, high
         )
         assert ((got > low - 1e-5) & (got < high + 1e-5)).all()
+        # where the rounded function changes its sign, and no step beyond
+        first = got < 1e-3
+        assert ((excess(got - 1e-4) < 0) | first).all()
+        assert (excess(got + 1e-4) >= 0).all()
 
 
 def test_conditional_starts_where_it_is_told():
