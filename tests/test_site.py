@@ -654,6 +654,9 @@ def test_the_markup_of_quarto_gets_the_same_manners(
         assert seen["width"] <= width
         assert seen["marked"] == ["Lesson"]
     assert min(seen["pictures"]) >= 600 and max(seen["captions"]) < PHONE
+    # axe passes a link over that says it is a citation
+    lines = "e => getComputedStyle(e).textDecorationLine"
+    assert page.locator(".citation a").evaluate(lines) == "underline"
     for width in (PHONE, DESK):
         page.set_viewport_size({"width": width, "height": 900})
         # what scrolls is found after a change of width
