@@ -1,5 +1,7 @@
 """The trainer: exact resumption, safe checkpoints, processes, and what it says about mistakes."""
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -27,6 +29,7 @@ from train_child import (
 
 from flowcourse.core import DiagonalGaussian, Flow, GaussianMixture
 from flowcourse.training import (
+    _MAGIC,
     Annealing,
     CheckpointError,
     History,
@@ -152,11 +155,11 @@ def test_annealing_counts_updates_and_resumes(tmp_path):
     assert_same(run(checkpoint=path, resume=True), want)
     assert want[1].loss != run_reverse()[1].loss  # the weight matters
 
-    with pytest.raises(
-        ValueError, match="start: expected a weight from 0 to 1, got 2"
-    ):
+    with pytest.raises(ValueError, match="start: expected .* at most 1, got 2"):
         Annealing(2)
-    with pytest.raises(ValueError, match="updates: expected at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="updates: expected .* at least 1, got 0"
+    ):
         Annealing(updates=0)
 
 
@@ -388,7 +391,10 @@ class Trap:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     path, sprung = tmp_path / "run.pt", tmp_path / "sprung"
-    save_checkpoint(path, {"trap": Trap(sprung)})
+    payload = io.BytesIO()
+    torch.save({"trap": Trap(sprung)}, payload)
+    payload = payload.getvalue()
+    path.write_bytes(_MAGIC + hashlib.sha256(payload).digest() + payload)
     with pytest.raises(CheckpointError, match="more than tensors.* refused"):
         load_checkpoint(path)
     assert not sprung.exists()
@@ -403,7 +409,9 @@ def test_another_run_is_refused(tmp_path):
         CheckpointError, match="lr = 0.01, but this run has 0.5"
     ):
         run_reverse(steps=3, checkpoint=path, resume=True, lr=0.5)
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(
+        CheckpointError, match="of another experiment: objective"
+    ):
         fit(
             ReverseKL(Flow(nn_free()), log_target),
             steps=3,
@@ -746,8 +754,8 @@ MISTAKES = [
     ),
     (dict(steps=0), "steps: expected a whole number of at least 1, got 0"),
     (dict(steps=2.5), "steps: expected a whole number of at least 1, got 2.5"),
-    (dict(lr=-1e-3), "lr: expected a number above 0, got -0.001"),
-    (dict(lr=math.nan), "lr: expected a number above 0, got nan"),
+    (dict(lr=-1e-3), "lr: expected a finite number above 0, got -0.001"),
+    (dict(lr=math.nan), "lr: expected a finite number above 0, got nan"),
     (
         dict(optimizer="adma"),
         "optimizer: expected one of 'adam', .*, got 'adma'",
@@ -758,7 +766,7 @@ MISTAKES = [
     ),
     (
         dict(ema=2.0),
-        "ema: expected a number of at least 0 and at most 1, got 2.0",
+        "ema: expected a finite number of at least 0 and at most 1, got 2.0",
     ),
     (dict(amp="half"), "amp: expected one of 'no', 'bf16', 'fp16', got 'half'"),
     (dict(amp="fp16"), "amp: expected 'no' or 'bf16' on the CPU"),
