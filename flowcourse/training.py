@@ -1274,7 +1274,7 @@ class Recipe:
     Numbers of numpy and torch become Python's own, so that a checkpoint holds plain values.
 
         recipe = Recipe(steps=2000, lr=3e-3, schedule="cosine")
-        dataclasses.replace(recipe, seed=1)
+        history = fit(objective, x, recipe, seed=1)
     """
 
     steps: int = 1000  # Optimiser steps in the whole run

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import random
+import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -73,8 +76,8 @@ class StopAt:
             self.action()
 
 
-def press():
-    signal.raise_signal(signal.SIGINT)
+def press(number=signal.SIGINT):
+    signal.raise_signal(number)
 
 
 def fail():
@@ -97,6 +100,27 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, run, at):
     assert_same(run(checkpoint=path, resume=True), want)
     # a finished run stays as it is
     assert_same(run(checkpoint=path, resume=True), want)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_end_is_like_ctrl_c(tmp_path, name):
+    number, path = getattr(signal, name), tmp_path / "run.pt"
+    before = signal.getsignal(number)
+    stop = StopAt(9, lambda: press(number))
+    with pytest.raises(TrainingInterrupted, match=f"stopped by {name} after"):
+        run_reverse(checkpoint=path, callbacks=(stop,))
+    assert signal.getsignal(number) is before
+    assert_same(run_reverse(checkpoint=path, resume=True), run_reverse())
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopAt(2, lambda: press(signal.SIGHUP))
+        assert len(run_reverse(callbacks=(stop,))[1]) == 12
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_lost_steps_are_done_again(tmp_path):
@@ -236,17 +260,23 @@ def test_sigkill_in_mid_run(tmp_path):
     assert_same(run_likelihood(checkpoint=path, resume=True), run_likelihood())
 
 
-def test_ctrl_c_in_a_child(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")],
+)
+def test_signals_to_a_child(tmp_path, number, name):
     path = tmp_path / "run.pt"
     child = start_child(tmp_path)
     try:
         wait_for(lambda: steps_in(path) >= 10, child)
-        child.send_signal(signal.SIGINT)
+        with pytest.raises(ValueError, match="run.pt is being written by"):
+            run_likelihood(checkpoint=path, resume=True)
+        child.send_signal(number)
         message = child.communicate(timeout=30)[1]
     finally:
         child.kill()
         child.wait()
-    assert "TrainingInterrupted: stopped by Ctrl-C after step" in message
+    assert f"TrainingInterrupted: stopped by {name} after step" in message
     assert "resume=True" in message and str(path) in message
     assert child.returncode != 0
     done = int(message.split("after step ")[1].split()[0])
@@ -277,6 +307,107 @@ def test_runs_outside_the_main_thread():
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+def test_two_runs_into_one_file_are_refused(tmp_path):
+    path = tmp_path / "run.pt"
+
+    def again(step, objective, history):
+        with pytest.raises(
+            ValueError, match="checkpoint: .*run.pt is being written by another"
+        ):
+            run_reverse(checkpoint=path, resume=True)
+        assert len(
+            run_reverse(checkpoint=tmp_path / "own.pt", resume="auto")[1]
+        )
+
+    run_reverse(checkpoint=path, steps=1, callbacks=(again,))
+    # let go at the end, whatever the end
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_reverse(
+            checkpoint=path, resume=True, steps=2, callbacks=(StopAt(2, fail),)
+        )
+    run_reverse(checkpoint=path, resume=True, steps=3)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_names_of_two_writers_never_meet(tmp_path, monkeypatch):
+    path, seen, real = tmp_path / "run.pt", [], os.replace
+
+    def note(a, b):
+        seen.append(str(a))
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", note)
+    save_checkpoint(path, state(1.0))
+    save_checkpoint(path, state(2.0))
+    temporary = [name for name in seen if name != str(path)]
+    assert len(set(temporary)) == len(temporary) == 2
+
+
+def test_the_folder_is_synced_after_the_names_have_changed(
+    tmp_path, monkeypatch
+):
+    calls, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (calls.append("name"), replace(a, b))
+    )
+
+    def sync(number):
+        kind = os.fstat(number).st_mode
+        calls.append("folder" if stat.S_ISDIR(kind) else "file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    save_checkpoint(tmp_path / "run.pt", state(1.0))
+    assert calls == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (np.float64(1.0), "numpy.float64 at state['a'][1]['b']"),
+        (np.ones(2), "numpy.ndarray at"),
+        (print, "builtins.builtin_function_or_method at"),
+        (lambda: None, "builtins.function at"),
+    ],
+    ids=["number", "array", "function", "lambda"],
+)
+def test_what_cannot_be_read_back_is_not_written(tmp_path, wrong, name):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, state(1.0))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=re.escape(name)):
+        save_checkpoint(path, {"a": [1.0, {"b": wrong}]})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_numbers_of_numpy_make_a_checkpoint_that_can_be_read(tmp_path):
+    path = tmp_path / "run.pt"
+    options = dict(
+        steps=np.int64(6),
+        batch_size=np.int32(33),
+        lr=np.float64(1e-2),
+        clip=np.float32(2.0),
+        ema=np.float64(0.9),
+        weight_decay=torch.tensor(0.0),
+        seed=np.uint8(3),
+    )
+    want = run_reverse(**options, checkpoint=path)
+    recipe = load_checkpoint(path)["recipe"]
+    for name in options:
+        assert type(recipe[name]) in (int, float), name
+    plain = {name: value.item() for name, value in options.items()}
+    assert_same(run_reverse(**plain, checkpoint=path, resume=True), want)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1])
+def test_large_seeds(tmp_path, seed):
+    path = tmp_path / "run.pt"
+    want = run_likelihood(steps=3, seed=seed, checkpoint=path)
+    options = dict(steps=3, seed=seed, checkpoint=path, resume=True)
+    assert_same(run_likelihood(**options), want)
 
 
 def state(value):
@@ -421,6 +552,9 @@ def test_another_run_is_refused(tmp_path):
             resume=True,
             progress=False,
         )
+    save_checkpoint(tmp_path / "model.pt", {"objective": {}})
+    with pytest.raises(CheckpointError, match="no run to go on with, but obj"):
+        run_reverse(steps=3, checkpoint=tmp_path / "model.pt", resume=True)
     path = tmp_path / "data.pt"
     run_likelihood(steps=2, checkpoint=path)
     flow = make_flow(context_dim=1)
@@ -435,6 +569,56 @@ def nn_free():
     from flowcourse.coupling import RealNVP
 
     return RealNVP(2, layers=4, hidden=(16,))
+
+
+def test_another_experiment_with_the_same_shapes_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+
+    def run(start=0.0, **options):
+        objective = ReverseKL(make_flow(), log_target, Annealing(start, 20))
+        return fit(objective, steps=3, progress=False, **options)
+
+    identity = {"flow": {"layers": (2, 3), "bend": None}, "name": "a"}
+    run(checkpoint=path, identity=identity)
+    again = dict(checkpoint=path, resume=True)
+    assert len(run(**again, identity=identity)) == 3
+    # what one of the two does not say is not compared
+    assert len(run(**again)) == len(run(**again, identity={"more": 1})) == 3
+    with pytest.raises(
+        CheckpointError,
+        match="another experiment: flow.layers = .2, 3., but this run has .2, 4.; "
+        "flow.bend = None, but this run has 1$",
+    ):
+        changed = {"flow": {"layers": [2, 4], "bend": 1}, "name": "a"}
+        run(**again, identity=changed)
+    with pytest.raises(
+        CheckpointError,
+        match="objective = .*start=0, .*but this run has .*start=0.5, ",
+    ):
+        run(0.5, **again)
+    # another release may word it in another way
+    old = load_checkpoint(path)
+    old["versions"]["flowcourse"] = "0.0.1"
+    save_checkpoint(path, old)
+    with pytest.warns(UserWarning, match="objective = .*start=0"):
+        assert len(run(0.5, **again)) == 3
+    # and earlier ones said nothing
+    del old["identity"]
+    save_checkpoint(path, old)
+    assert len(run(0.5, **again, identity=changed)) == 3
+
+
+def test_where_a_function_lies_is_no_difference(tmp_path):
+    class Shown(Breaks):
+        def extra_repr(self):
+            return repr(lambda: None)
+
+    path = tmp_path / "run.pt"
+    kept = []  # two that live at once lie at two addresses
+    for resume in (False, True):
+        kept.append(Shown(99))
+        kept.append(object())
+        fit(kept[-2], steps=2, checkpoint=path, resume=resume, progress=False)
 
 
 # ---------------------------------------------------------------- against a
