@@ -1185,7 +1185,7 @@ class _Run:
                 f"{', '.join(state) or 'nothing'}"
             )
         for key, now in self.about.items():
-            was = state["recipe"].get(key, now if key == "weights" else None)
+            was = state["recipe"].get(key, "none" if key == "weights" else None)
             # a longer run is the same run, unless the learning rate depends on
             # its length
             longer = (
@@ -1342,7 +1342,7 @@ def _read_recipe(recipe, settings):
             others = [p for p in inspect.signature(fit).parameters]
             others = [*known, *others[:-1]]
             near = difflib.get_close_matches(name, others, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise ValueError(
                 f"{name}: fit has no such argument{hint} It takes {', '.join(others)}"
             )
@@ -1614,7 +1614,7 @@ def fit(
     With `weights` a row counts as if it stood in the data so many times. The loss of a step is the mean of
     weight times loss over its rows, the weights divided by their mean over all rows. So on a full batch, and
     in validation, it is the weighted mean; a smaller batch is right in expectation only, because its
-    own weights need not have the mean 1.
+    own weights need not have the mean 1. Rows of weight 0 are left out.
 
     A part of the objective that is in eval mode stays in it, unless all of the model is.
 
@@ -1663,9 +1663,8 @@ def fit(
     know = _fingerprint if checkpoint is not None else _describe
     rows, held = ((d and d.rows) for d in (data, held_out))
     about = recipe.to_dict() | {"data": know(rows), "validation": know(held)}
-    if weights is not None:
-        both = (d.weights for d in (data, held_out) if d is not None)
-        about["weights"] = know(tuple(w for w in both if w is not None))
+    both = (d.weights for d in (data, held_out) if d is not None)
+    about["weights"] = know(tuple(w for w in both if w is not None) or None)
     modes = [(module, module.training) for module in objective.modules()]
     with ExitStack() as stack:
         if checkpoint is not None:

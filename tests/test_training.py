@@ -1,5 +1,6 @@
 """The trainer: exact resumption, safe checkpoints, processes, and what it says about mistakes."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,15 +14,18 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from torch import nn
 from train_child import (
     FULL,
+    Blurred,
     log_target,
     make_data,
     make_flow,
@@ -33,14 +37,19 @@ from train_child import (
 from flowcourse.core import DiagonalGaussian, Flow, GaussianMixture
 from flowcourse.training import (
     _MAGIC,
+    _ORDER,
+    _SPLIT,
+    OPTIMIZERS,
     Annealing,
     CheckpointError,
     History,
     MaximumLikelihood,
     Objective,
+    Recipe,
     ReverseKL,
     TrainingDiverged,
     TrainingInterrupted,
+    _generator,
     fit,
     learning_rate_factor,
     load_checkpoint,
@@ -627,8 +636,6 @@ def test_where_a_function_lies_is_no_difference(tmp_path):
 
 def by_hand(flow, x, steps, batch, lr, clip, warmup, ema, validation, every):
     """The same training as plain torch; only the order of rows is taken from the trainer."""
-    from flowcourse.training import _ORDER, _generator
-
     optimizer = torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     losses, norms, checked, kept, average = [], [], [], [], None
     for step in range(steps):
@@ -754,6 +761,252 @@ def test_parameters_without_gradient_stay():
     for p, q in zip(flow.bijection.parameters(), frozen, strict=True):
         assert torch.equal(p, q)
     assert not torch.equal(flow.base.loc, torch.zeros(2))
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def test_a_recipe_is_what_the_keywords_say():
+    recipe = Recipe(steps=5, lr=1e-2, schedule="cosine", ema=0.9)
+    options = dict(steps=5, lr=1e-2, schedule="cosine", ema=0.9)
+
+    def run(*recipe, **settings):
+        flow = make_flow()
+        objective = MaximumLikelihood(flow)
+        x = make_data()[0]
+        return flow, fit(objective, x, *recipe, progress=False, **settings)
+
+    want = run(**options)
+    assert_same(run(recipe), want)
+    assert_same(run(Recipe(steps=9, lr=1e-2), **options), want)
+    assert recipe.steps == 5  # frozen, and not changed by a call
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.steps = 6
+    assert dataclasses.replace(recipe, steps=np.int64(6)).steps == 6
+
+
+def test_a_recipe_is_plain_and_documented():
+    settings = [f.name for f in dataclasses.fields(Recipe)]
+    assert len(settings) == 14
+    words = set(re.findall("`([a-z_]+)`", fit.__doc__))
+    assert set(settings) <= words  # help(fit) names them all
+    hints = typing.get_type_hints(Recipe)
+    assert list(typing.get_args(hints["optimizer"])) == list(OPTIMIZERS)
+    assert json.loads(json.dumps(Recipe().to_dict())) == Recipe().to_dict()
+    own = Recipe(optimizer=torch.optim.Adagrad)
+    assert own.to_dict()["optimizer"] == "Adagrad"
+    # as the command line reads it
+    assert tyro.cli(Recipe, args=["--clip", "3"]) == Recipe(clip=3.0)
+
+
+def test_numbers_become_pythons_own():
+    recipe = Recipe(
+        steps=np.int64(3), seed=np.uint8(200), lr=np.float32(0.5), clip=1
+    )
+    for name, kind in (
+        ("steps", int),
+        ("seed", int),
+        ("lr", float),
+        ("clip", float),
+    ):
+        assert type(getattr(recipe, name)) is kind
+
+
+WRONG_SETTINGS = [
+    dict(steps=True),
+    dict(steps=np.float64(3)),
+    dict(steps=None),
+    dict(epochs=0),
+    dict(batch_size="8"),
+    dict(patience=0),
+    dict(validate_every=-1),
+    dict(warmup=-1),
+    dict(seed=2**64),
+    dict(seed=None),
+    dict(lr=math.inf),
+    dict(lr=0),
+    dict(lr="1e-3"),
+    dict(lr=np.float64("nan")),
+    dict(weight_decay=math.inf),
+    dict(weight_decay=math.nan),
+    dict(weight_decay=-1e-9),
+    dict(clip=math.inf),
+    dict(clip=math.nan),
+    dict(clip=0.0),
+    dict(ema=-0.1),
+    dict(ema=math.nan),
+    dict(schedule=["cosine"]),
+    dict(schedule=None),
+    dict(amp=True),
+    dict(optimizer=None),
+    dict(optimizer=["adam"]),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_SETTINGS, ids=str)
+def test_wrong_settings_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got"):
+        Recipe(**wrong)
+
+
+def test_unknown_arguments_are_answered_with_those_that_exist():
+    objective = MaximumLikelihood(make_flow())
+    for wrong, meant in (
+        ("stpes", "steps"),
+        ("batchsize", "batch_size"),
+        ("callback", "callbacks"),
+        ("learning_rate", None),
+    ):
+        hint = f"; did you mean {meant}" if meant else ". It takes steps"
+        with pytest.raises(
+            ValueError, match=f"{wrong}: fit has no such argument{hint}"
+        ):
+            fit(objective, X, **{wrong: 1})
+    with pytest.raises(ValueError, match="recipe: expected a Recipe, got dict"):
+        fit(objective, X, {"steps": 3})
+
+
+# ---------------------------------------------------------------- weights
+
+
+COUNTS = torch.arange(40) % 4  # some rows count three times, some not at all
+
+
+def run_weighted(x, weights=None, **options):
+    """Full batches of float64, with plain steps: what rounding leaves is small."""
+    flow = make_flow().double()
+    options = {"steps": 20, "batch_size": 200, "optimizer": "sgd", **options}
+    objective = MaximumLikelihood(flow)
+    return flow, fit(
+        objective, x, weights=weights, lr=1e-2, progress=False, **options
+    )
+
+
+def assert_close_runs(got, want):
+    # sums in another order: the rounding of float64, a hundredfold for 20 steps
+    close = dict(rtol=1e-12, atol=1e-12)
+    for name in ("loss", "gradient_norm", "validation_loss"):
+        a, b = (torch.tensor(getattr(run[1], name)) for run in (got, want))
+        torch.testing.assert_close(a, b, **close)
+    for p, q in zip(got[0].parameters(), want[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, **close)
+
+
+@pytest.mark.parametrize("scale", [1, 0.37])
+def test_a_weight_is_a_number_of_copies(scale):
+    x, y = make_data(80)[0].double().split(40)
+    copies = [rows.repeat_interleave(COUNTS, 0) for rows in (x, y)]
+    want = run_weighted(copies[0], validation=copies[1])
+    got = run_weighted(x, (COUNTS * scale, COUNTS * scale), validation=y)
+    assert_close_runs(got, want)
+    alone = run_weighted(x, COUNTS * scale, validation=y)  # y counts alike
+    assert alone[1].loss == got[1].loss
+    assert alone[1].validation_loss != got[1].validation_loss
+
+
+def test_rows_without_weight_are_not_looked_at():
+    x = make_data(40)[0].double()
+    far = x.clone()
+    far[COUNTS == 0] = 1e200  # its density is zero
+    want = run_weighted(x, COUNTS)
+    assert_close_runs(run_weighted(far, COUNTS), want)
+
+
+def test_held_out_rows_take_their_weights_along():
+    # in batches of 1000, of which the last is small
+    x = make_data(3000)[0].double()
+    weights = torch.rand(3000, generator=torch.Generator().manual_seed(1))
+    flow, history = run_weighted(
+        x, weights, validation=0.4, steps=1, validate_every=1
+    )
+    order = torch.randperm(3000, generator=_generator(0, _SPLIT, 0))[:1200]
+    with torch.no_grad():
+        each = -flow.log_prob(x[order])
+    w = weights[order].double()
+    want = ((w * each).sum() / w.sum()).item()
+    assert history.validation_loss == [pytest.approx(want, rel=1e-13)]
+    assert abs(want - each.mean()) > 1e-4
+
+
+def test_small_batches_are_right_in_the_mean():
+    x = make_data(40)[0].double()
+    weights = 1.0 + COUNTS
+    # with so small a rate the weights stay, to the last bit
+    options = dict(steps=10, batch_size=4, optimizer="sgd", progress=False)
+    flow = make_flow().double()
+    history = fit(
+        MaximumLikelihood(flow), x, weights=weights, lr=1e-300, **options
+    )
+    with torch.no_grad():
+        each = -flow.log_prob(x)
+    want = (weights * each).sum() / weights.sum()
+    assert np.mean(history.loss) == pytest.approx(want.item(), rel=1e-13)
+
+
+def test_weights_resume_and_are_compared(tmp_path):
+    x, path = make_data(40)[0].double(), tmp_path / "run.pt"
+    want = run_weighted(x, COUNTS, batch_size=7)
+    stop = dict(checkpoint=path, callbacks=(StopAt(9, press),), batch_size=7)
+    with pytest.raises(TrainingInterrupted):
+        run_weighted(x, COUNTS, **stop)
+    again = dict(checkpoint=path, resume=True, batch_size=7)
+    assert_same(run_weighted(x, COUNTS, **again), want)
+    with pytest.raises(CheckpointError, match="made with weights = .*crc32"):
+        run_weighted(x, (COUNTS > 0) * (1.0 + COUNTS), **again)
+
+
+def test_a_run_without_weights_is_not_one_with_them(tmp_path):
+    x, path = make_data(40)[0].double(), tmp_path / "run.pt"
+    run_weighted(x, checkpoint=path)
+    with pytest.raises(CheckpointError, match="weights = 'none', but"):
+        run_weighted(
+            x, 1.0 + COUNTS, checkpoint=path, resume=True, batch_size=200
+        )
+    path = tmp_path / "with.pt"
+    run_weighted(x, 1.0 + COUNTS, checkpoint=path)
+    with pytest.raises(CheckpointError, match="weights = .*crc32.* has 'none'"):
+        run_weighted(x, checkpoint=path, resume=True)
+
+
+WRONG_WEIGHTS = [
+    (torch.ones(3), r"weights: expected one for each row, shape \(4,\), got"),
+    (torch.ones(4, 1), r"weights: expected one for each row, shape \(4,\)"),
+    (torch.tensor([1.0, -1, 1, 1]), "weights: expected numbers of at least 0"),
+    (torch.tensor([1.0, math.nan, 1, 1]), "weights: expected finite numbers"),
+    (torch.tensor([1.0, math.inf, 1, 1]), "weights: expected finite numbers"),
+    (torch.zeros(4), "weights: expected one above 0 .* only zeros"),
+    ([1.0] * 4, "weights: expected a tensor, got list; torch.as_tensor makes"),
+    ((torch.ones(4), torch.ones(4)), "weights: expected one tensor, or a pair"),
+]
+
+
+@pytest.mark.parametrize(("weights", "message"), WRONG_WEIGHTS, ids=str)
+def test_wrong_weights_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        fit(MaximumLikelihood(make_flow()), X, weights=weights, progress=False)
+
+
+def test_weights_need_one_loss_for_each_row():
+    with pytest.raises(
+        ValueError, match="weights: .*Blurred defines forward and not losses"
+    ):
+        fit(Blurred(make_flow()), X, weights=torch.ones(4), progress=False)
+    with pytest.raises(
+        ValueError, match="weights: expected None, because there is no data"
+    ):
+        run_reverse(weights=torch.ones(4))
+
+    class Sum(MaximumLikelihood):
+        def losses(self, batch, noise=None):
+            return super().losses(batch).sum()
+
+    with pytest.raises(
+        ValueError, match=r"Sum.losses .* 4 rows, got shape \(\)"
+    ):
+        fit(Sum(make_flow()), X, weights=torch.ones(4), progress=False)
+    with pytest.raises(NotImplementedError, match="neither losses nor forward"):
+        Objective()(X)
 
 
 # ---------------------------------------------------------------- processes,
