@@ -142,12 +142,14 @@ class MaximumLikelihood(Objective):
         return -log_prob
 
     def _split(self, batch):
-        if not isinstance(batch, tuple):
+        if isinstance(batch, Tensor):
             return batch, None
-        if len(batch) != 2:
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            came = _kind(batch)
+            came += f" of {len(batch)}" if isinstance(batch, tuple) else ""
             raise ValueError(
                 "data: MaximumLikelihood takes x or the pair (x, context), "
-                f"got a tuple of {len(batch)}"
+                f"got {came}"
             )
         return batch
 
@@ -192,11 +194,16 @@ def _outside(flow, x, context):
     ]
     for name, f in way:
         if not f.codomain.check(x).all():
-            return f"{name}, {f.codomain}"
+            return f"{name}, {_words(f.codomain)}"
         x = f.inverse(x, context if f.context_dim else None)[0]
     if not flow.base.support.check(x).all():
-        return f"the support of {type(flow.base).__name__}, {flow.base.support}"
+        return f"the support of {type(flow.base).__name__}, {_words(flow.base.support)}"
     return None
+
+
+def _words(constraint):
+    """A constraint on coordinates, without what it says of dimensions."""
+    return getattr(constraint, "base_constraint", constraint)
 
 # %% ../nbs/02-training.ipynb #b5bc0505
 class Annealing(nn.Module):
