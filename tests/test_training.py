@@ -33,6 +33,7 @@ from train_child import (
     run_likelihood,
     run_reverse,
 )
+from train_child import run_weighted as run_child_weighted
 
 from flowcourse.core import (
     Compose,
@@ -128,11 +129,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, run, at):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_end_is_like_ctrl_c(tmp_path, name):
     number, path = getattr(signal, name), tmp_path / "run.pt"
-    before = signal.getsignal(number)
-    stop = StopAt(9, lambda: press(number))
-    with pytest.raises(TrainingInterrupted, match=f"stopped by {name} after"):
-        run_reverse(checkpoint=path, callbacks=(stop,))
-    assert signal.getsignal(number) is before
+
+    def mine(number, frame):
+        raise AssertionError("fit did not take this signal")
+
+    before = signal.signal(number, mine)
+    try:
+        stop = StopAt(9, lambda: press(number))
+        with pytest.raises(
+            TrainingInterrupted, match=f"stopped by {name} after"
+        ) as stopped:
+            run_reverse(checkpoint=path, callbacks=(stop,))
+        assert signal.getsignal(number) is mine
+        assert stopped.value.signal == number
+    finally:
+        signal.signal(number, before)
     assert_same(run_reverse(checkpoint=path, resume=True), run_reverse())
 
 
@@ -1055,6 +1066,7 @@ def test_two_processes_equal_one(tmp_path):
         )[1],
         "reverse": run_reverse()[1],
         "blurred": run_blurred()[1],
+        "weighted": run_child_weighted()[1],
     }
     for name, history in one.items():
         for key in (
