@@ -11,6 +11,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Objective', 'MaximumLikelihood', 'Anneali
 import atexit
 import difflib
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -506,6 +507,12 @@ def _unreadable(name, value):
         except ValueError:
             return _unreadable(f"{name}[{key!r}]", part)
     return name, value
+
+
+def _remove_leftovers(path):
+    """Remove what killed runs left half written; nobody else may be writing now."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder):
@@ -1041,8 +1048,7 @@ class _Run:
     def norms(self):
         """Norms of the gradient, before it is clipped, and of the parameters."""
         size, clip = _norm(self.parameters), self.recipe.clip
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:
+        if all(p.grad is None for p in self.parameters):
             raise ValueError(
                 "objective: expected a loss that depends on its parameters, got "
                 "one without a gradient for any of them"
@@ -1050,7 +1056,9 @@ class _Run:
         if clip is not None:
             return self.accelerator.clip_grad_norm_(self.parameters, clip), size
         self.accelerator.unscale_gradients()
-        return _norm(gradients), size
+        return _norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        ), size
 
     def check(self, loss, norm, batch):
         """Stop before the weights are touched if the step is not finite."""
@@ -1083,7 +1091,10 @@ class _Run:
     def fault(self, module, batch, data):
         """Which row of the data, or what else, made a loss NaN or infinite, if that can be told."""
         module.eval()
-        fault = module._fault(batch.rows, batch.noise)
+        try:
+            fault = module._fault(batch.rows, batch.noise)
+        except (NotImplementedError, RuntimeError, ValueError):
+            return None  # not to be told; what was found before counts
         if fault is None or fault.row is None or data is None:
             return fault
         place = int(batch.index[fault.row])
@@ -1470,13 +1481,15 @@ def _train(run, interrupted, checkpoint_every, callbacks, progress):
     with tqdm(
         total=steps, initial=len(history), disable=not (progress and main)
     ) as bar:
-        while len(history) < steps and history.stale < patience:
+        stale = history.stale
+        while len(history) < steps and stale < patience:
             stop = _step(run, interrupted)
             done = len(history)
             if run.held_out is not None and (
                 done % recipe.validate_every == 0 or done == steps
             ):
                 run.validate()
+                stale = history.stale
             for callback in callbacks if main else ():
                 callback(done, run.objective, history)
             if stop or done % checkpoint_every == 0:
@@ -1679,6 +1692,7 @@ def fit(
             checkpoint = _check_output(checkpoint)
             if os.environ.get("RANK", "0") == "0":
                 stack.enter_context(locked(checkpoint))
+                _remove_leftovers(checkpoint)
             resume = _check_checkpoint(checkpoint, resume)
         accelerator = stack.enter_context(
             _accelerator(device, recipe.amp, compile)
@@ -1700,10 +1714,12 @@ def fit(
             )
             if resume:
                 run.load()
-            if run.broken() is not None:
+            broken = run.broken()
+            if broken is not None:
+                where = f"checkpoint: {checkpoint}" if resume else "objective"
                 raise ValueError(
-                    "objective: expected finite weights to begin with, got NaN or "
-                    f"infinite ones in {run.broken()}"
+                    f"{where}: expected finite weights to begin with, got NaN or "
+                    f"infinite ones in {broken}"
                 )
             run.save()
             _train(run, interrupted, checkpoint_every, callbacks, progress)

@@ -361,8 +361,12 @@ def test_two_runs_into_one_file_are_refused(tmp_path):
         run_reverse(
             checkpoint=path, resume=True, steps=2, callbacks=(StopAt(2, fail),)
         )
+    # what a killed run left half written is removed
+    (tmp_path / "run.pt.0123abcd.tmp").touch()
+    (tmp_path / "run.pt2.0123abcd.tmp").touch()
     run_reverse(checkpoint=path, resume=True, steps=3)
-    assert not list(tmp_path.glob("*.tmp"))
+    left = [p.name for p in tmp_path.glob("*.tmp")]
+    assert left == ["run.pt2.0123abcd.tmp"]
 
 
 def test_names_of_two_writers_never_meet(tmp_path, monkeypatch):
@@ -1366,6 +1370,19 @@ def test_weights_are_looked_at_before_they_are_judged_or_trained():
         ValueError, match="objective: expected finite weights .* in weight$"
     ):
         fit(objective, X, progress=False)
+
+
+def test_a_checkpoint_with_broken_weights_is_not_gone_on_from(tmp_path):
+    path = tmp_path / "run.pt"
+    run_reverse(steps=2, checkpoint=path)
+    broken = load_checkpoint(path)
+    name = next(iter(dict(make_flow().named_parameters())))
+    broken["objective"][f"flow.{name}"].fill_(math.nan)
+    save_checkpoint(path, broken)
+    with pytest.raises(
+        ValueError, match="checkpoint: .*run.pt: expected finite weights"
+    ):
+        run_reverse(steps=2, checkpoint=path, resume=True)
 
 
 X = torch.zeros(4, 2)
