@@ -944,6 +944,20 @@ class _Batch(NamedTuple):
     index: Tensor | None  # of the rows in all rows
 
 
+def _make_optimizer(make, parameters, recipe):
+    """The optimiser of a run, or an error that names what cannot make one."""
+    try:
+        made = make(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    except TypeError as error:
+        made = error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(
+            "optimizer: expected a function of (params, lr=, weight_decay=) that "
+            f"makes a torch optimiser, got {made!r} from {make!r}"
+        )
+    return made
+
+
 class _Run:
     """One run of `fit`; how far it is, is the length of its history."""
 
@@ -973,11 +987,7 @@ class _Run:
         # moves it to the device
         self.engine = accelerator.prepare_model(_Engine(objective))
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = optimizer(
-            self.parameters,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-        )
+        optimizer = _make_optimizer(optimizer, self.parameters, recipe)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         # only half precision needs accelerate's wrapper, which searches the
         # disk at every step

@@ -65,6 +65,7 @@ from flowcourse.training import (
     TrainingDiverged,
     TrainingInterrupted,
     _generator,
+    _stream,
     fit,
     learning_rate_factor,
     load_checkpoint,
@@ -255,6 +256,28 @@ def test_global_random_state_is_left_alone():
     assert torch.equal(torch.randn(3), want)
     assert run_reverse(steps=3)[1] == run_reverse(steps=3)[1]
     assert run_reverse(steps=3)[1] != run_reverse(steps=3, seed=1)[1]
+
+
+def test_noise_is_fresh_in_each_step_and_the_same_in_each_validation():
+    class Recorded(Blurred):
+        drawn = []
+
+        def draw(self, n, generator):
+            self.drawn.append(super().draw(n, generator))
+            return self.drawn[-1]
+
+    x = make_data(1700)[0]
+    objective = Recorded(make_flow())
+    options = dict(steps=4, batch_size=17, validate_every=2, progress=False)
+    fit(objective, x[:200], validation=x[200:], **options)
+    sizes = [len(noise) for noise in objective.drawn]
+    assert sizes == [17, 17, 1000, 500, 17, 17, 1000, 500]
+    d = objective.drawn
+    assert torch.equal(d[2], d[6]) and torch.equal(d[3], d[7])
+    starts = [tuple(d[k][0].tolist()) for k in (0, 1, 2, 3, 4, 5)]
+    assert len(set(starts)) == 6
+    # each use of randomness has a stream of its own
+    assert len({_stream(0, k) for k in (_ORDER, _NOISE, _SPLIT)}) == 3
 
 
 def wait_for(condition, child, seconds=60):
@@ -1618,6 +1641,14 @@ WRONG_OPTIONS = [
     (dict(validation=0.0), "a fraction that splits 4 rows in two, got 0.0"),
     (dict(validation=0), "a fraction that splits 4 rows in two, got 0"),
     (dict(validation=np.float32(1.5)), "a fraction that splits 4 rows"),
+    (
+        dict(optimizer=lambda p: None),
+        "optimizer: expected a function of .* got TypeError",
+    ),
+    (
+        dict(optimizer=lambda *_, **__: None),
+        "optimizer: expected a function of .* got None from",
+    ),
     (dict(validation="some"), "validation: expected a tensor, got str"),
 ]
 
