@@ -26,7 +26,7 @@ import threading
 import time
 import warnings
 import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from numbers import Real
@@ -517,12 +517,10 @@ def _remove_leftovers(path):
 
 def _sync_folder(folder):
     """Make the new names in a folder survive a power cut, where the system can."""
-    if os.name == "posix":
+    with suppress(OSError):  # Windows and some network folders cannot
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError:
-            pass  # some network folders cannot
         finally:
             os.close(descriptor)
 
