@@ -14,5 +14,11 @@ from flowcourse.core import (
 )
 from flowcourse.coupling import NICE, Coupling, Couplings, RealNVP
 from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
-from flowcourse.training import MaximumLikelihood, Objective, ReverseKL, fit
+from flowcourse.training import (
+    MaximumLikelihood,
+    Objective,
+    Recipe,
+    ReverseKL,
+    fit,
+)
 from flowcourse.zoo import zoo
