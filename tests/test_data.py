@@ -25,7 +25,6 @@ from flowcourse.data import (
     from_logit,
     load,
     mnist_grey,
-    split,
     standardise,
     to_logit,
     toys,
@@ -437,12 +436,12 @@ def test_rows_that_cannot_be_standardised_are_named():
 def test_parts_are_rows_of_the_data_each_once_and_follow_the_seed():
     x = torch.arange(100)
     sizes = np.array([60, 30])
-    parts = split(x, sizes, np.int64(3))
+    parts = data.split(x, sizes, np.int64(3))
     assert [len(part) for part in parts] == [60, 30]
     both = torch.cat(parts)
     assert len(both.unique()) == 90 and not both.equal(both.sort().values)
-    assert torch.equal(both, torch.cat(split(x, (60, 30), 3)))
-    assert not torch.equal(both, torch.cat(split(x, (60, 30), 4)))
+    assert torch.equal(both, torch.cat(data.split(x, (60, 30), 3)))
+    assert not torch.equal(both, torch.cat(data.split(x, (60, 30), 4)))
     for options, text in (
         ({"sizes": (60, 41)}, "at most 100 rows"),
         ({"sizes": (-1,)}, "sizes"),
@@ -456,17 +455,17 @@ def test_parts_are_rows_of_the_data_each_once_and_follow_the_seed():
         ({"x": torch.tensor(1.0), "sizes": (0,)}, "x"),
     ):
         with pytest.raises(ValueError, match=f"^{text}|{text}"):
-            split(**{"x": x} | options)
+            data.split(**{"x": x} | options)
 
 
 def test_a_default_device_does_not_reach_the_data():
     x = torch.arange(9)
-    expected = split(x, (5, 4))[0]
+    expected = data.split(x, (5, 4))[0]
     p = toys["moons"].sample(5, torch.Generator().manual_seed(0))
     values = {name: toy.log_prob(p) for name, toy in toys.items()}
     data._nodes.cache_clear()
     with torch.device("meta"):
-        found = split(x, (5, 4))[0]
+        found = data.split(x, (5, 4))[0]
         again = {name: toy.log_prob(p) for name, toy in toys.items()}
         spread = dequantise(x, 10, torch.Generator().manual_seed(0))
         faithful = load("old-faithful").x
