@@ -352,6 +352,17 @@ def mnist_grey(
     return Data(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 # %% ../nbs/90-data.ipynb #a349c4b1
+def _place_to_draw(generator, device):
+    "The generator's device, so that one seed gives one sample on every machine."
+    if generator is None:
+        return device
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator: expected a torch.Generator, got {generator!r}"
+        )
+    return generator.device
+
+
 def dequantise(
     # Whole numbers from 0 to `levels - 1`, of any shape and dtype
     counts: Tensor,
@@ -379,7 +390,7 @@ def dequantise(
             )
         if not (wide == wide.round()).all():
             raise ValueError("counts: expected whole numbers, got fractions")
-    where = counts.device if generator is None else generator.device
+    where = _place_to_draw(generator, counts.device)
     noise = torch.rand(
         counts.shape, dtype=dtype, device=where, generator=generator
     )
@@ -518,7 +529,11 @@ class Toy:
         device: torch.device | str | None = None,
     ) -> Tensor:  # Points, shape `(n, 2)`
         """Draw points."""
-        where = device if generator is None else generator.device
+        where = _place_to_draw(generator, device)
+        if dtype is not None and not getattr(dtype, "is_floating_point", False):
+            raise ValueError(
+                f"dtype: expected a floating-point one, got {dtype!r}"
+            )
         x = self._draw(
             as_int(n, "n", 0),
             dict(generator=generator, dtype=dtype, device=where),

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from flowcourse import data
+from flowcourse.cli import main
 from flowcourse.data import (
     bits_per_dim,
     check_numbers,
@@ -246,6 +247,19 @@ def test_a_wrong_file_in_the_folder_is_refused(idx, monkeypatch, damage):
         match="t10k-images-idx3-ubyte.gz: (the contents|not a whole)",
     ):
         mnist_grey("test")
+
+
+def test_the_command_line_says_in_a_line_that_a_file_is_damaged(
+    tmp_path, monkeypatch, capsys
+):
+    damaged = tmp_path / "old-faithful-all.npz.xz"
+    damaged.write_bytes(b"no archive")
+    monkeypatch.setattr(data.Record, "path", lambda self, split: damaged)
+    words = ["train", "--config", "realnvp.faithful", "--out", str(tmp_path)]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("flowcourse: old-faithful-all.npz.xz: this file is ")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "not xz", "array", "empty"])
@@ -505,6 +519,10 @@ def test_shapes_are_checked_in_words():
         (lambda: toys["moons"].sample(-1), "n"),
         (lambda: toys["moons"].sample(2.0), "n"),
         (lambda: toys["moons"].sample("2"), "n"),
+        (lambda: toys["moons"].sample(2, 0), "generator"),
+        (lambda: toys["moons"].sample(2, dtype=torch.int64), "dtype"),
+        (lambda: toys["moons"].sample(2, dtype="float32"), "dtype"),
+        (lambda: dequantise(torch.zeros(2), 2, 0), "generator"),
         (lambda: toys["moons"].log_prob([[0.0, 0.0]]), "x"),
         (lambda: toys["moons"].log_prob(torch.zeros(2, 2).long()), "x"),
         (lambda: to_logit(0.5), "p"),
