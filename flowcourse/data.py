@@ -17,7 +17,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -39,12 +39,15 @@ def check_numbers(
     meta: bool = False,  # Whether a tensor without values will do
 ):
     """Raise a `ValueError` unless `value` is a floating-point tensor of that shape."""
-    wanted = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+
+    def wanted():
+        return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+
     if not isinstance(value, Tensor) or not value.is_floating_point():
         tensor = isinstance(value, Tensor)
         came = f"{value.dtype}" if tensor else type(value).__name__
         raise ValueError(
-            f"{name}: expected floating-point numbers {wanted}, got {came}"
+            f"{name}: expected floating-point numbers {wanted()}, got {came}"
         )
     if value.is_meta and not meta:
         raise ValueError(f"{name}: expected values, got a tensor on meta")
@@ -57,7 +60,16 @@ def check_numbers(
         size in (None, n) or (isinstance(size, str) and n > 0)
         for size, n in zip(sizes, got)
     ):
-        raise ValueError(f"{name}: expected shape {wanted}, got {got}")
+        raise ValueError(f"{name}: expected shape {wanted()}, got {got}")
+
+
+def check_function(
+    value: Callable,  # What came
+    name: str,  # The argument's name, for the error
+):
+    """Raise a `ValueError` unless `value` can be called, and is not a class to make an instance of."""
+    if not callable(value) or isinstance(value, type):
+        raise ValueError(f"{name}: expected a function, got {value!r}")
 
 
 def check_log_density(
@@ -223,7 +235,7 @@ def load(
     """Load a packaged data set, after a check of its checksum."""
     record = datasets[name if isinstance(name, str) else repr(name)]
     split = next(iter(record.shapes)) if split is None else split
-    if split not in tuple(record.shapes):
+    if not isinstance(split, str) or split not in record.shapes:
         raise ValueError(
             f"split: {name!r} has {', '.join(record.shapes)}, got {split!r}"
         )
@@ -281,8 +293,8 @@ def read_idx(
     path: Path | str,  # A gzipped IDX file of MNIST
 ) -> np.ndarray:  # Its uint8 array
     """Read a gzipped IDX file whose contents have the checksum of MNIST's file of that name."""
-    path = Path(path)
-    if path.name not in MNIST_SHA256:
+    path = Path(path) if isinstance(path, (str, os.PathLike)) else path
+    if getattr(path, "name", None) not in MNIST_SHA256:
         raise ValueError(
             f"path: expected a file named {', '.join(MNIST_SHA256)}, got {path}"
         )
@@ -343,7 +355,7 @@ def mnist_grey(
     split: str = "train",  # "train" or "test"
 ) -> Data:  # Images 0 to 255 of shape `(n, 28, 28)`, uint8, and labels
     """Load the original grey images of MNIST from `FLOWCOURSE_DATA`, a cache or a download."""
-    if split not in tuple(MNIST_FILES):
+    if not isinstance(split, str) or split not in MNIST_FILES:
         raise ValueError(f"split: expected train or test, got {split!r}")
     images, labels = (
         read_idx(_find_mnist(name)).copy() for name in MNIST_FILES[split]
@@ -353,6 +365,12 @@ def mnist_grey(
 # %% ../nbs/90-data.ipynb #a349c4b1
 def _place_to_draw(generator, device):
     "The generator's device, so that one seed gives one sample on every machine."
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device: expected a device, got {device!r}"
+        ) from error
     if generator is None:
         return device
     if not isinstance(generator, torch.Generator):
@@ -447,6 +465,8 @@ def bits_per_dim(
 ) -> Tensor:  # Bits per dimension, an upper bound on average for the counts
     """Turn a log-density on the unit cube into bits per dimension of the counts."""
     dim, levels = as_int(dim, "dim", 1), as_int(levels, "levels", 1)
+    if not isinstance(log_prob, (Tensor, float, int)):
+        raise ValueError(f"log_prob: expected a tensor, got {log_prob!r}")
     return (math.log(levels) - log_prob / dim) / math.log(2)
 
 # %% ../nbs/90-data.ipynb #feedab8c
@@ -459,7 +479,7 @@ def split(
     """Split rows at random, into training, validation and test rows."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         raise ValueError(f"x: expected a tensor of rows, got {x!r}")
-    if isinstance(sizes, str) or not hasattr(sizes, "__len__"):
+    if not hasattr(sizes, "__len__") or getattr(sizes, "ndim", 1) != 1:
         raise ValueError(f"sizes: expected several numbers, got {sizes!r}")
     sizes = tuple(as_int(size, "sizes", 0) for size in sizes)
     if not sizes or sum(sizes) > len(x):
@@ -529,7 +549,9 @@ class Toy:
     ) -> Tensor:  # Points, shape `(n, 2)`
         """Draw points."""
         where = _place_to_draw(generator, device)
-        if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        ):
             raise ValueError(
                 f"dtype: expected a floating-point one, got {dtype!r}"
             )

@@ -19,6 +19,7 @@ from flowcourse.core import (
     Flow,
     StandardNormal,
     as_int,
+    check_event,
     draw,
 )
 from .data import check_numbers
@@ -45,6 +46,7 @@ class Maxout(nn.Module):
         x: Tensor,  # Shape `(*batch, n_in)`
     ) -> Tensor:  # Shape `(*batch, n_out)`
         """Outputs `k` from the functions `k * window` to `(k + 1) * window - 1`."""
+        check_event("x", x, self, (self.affine.in_features,), 1)
         return self.affine(x).unflatten(-1, (-1, self.window)).max(-1).values
 
 # %% ../nbs/11-dlgm.ipynb #3ec701da
@@ -65,7 +67,8 @@ class DLGM(nn.Module):
         decoder: str = "maxout",  # Or "linear", without hidden units
     ):
         super().__init__()
-        if decoder not in ("maxout", "linear"):
+        kinds = ("maxout", "linear")
+        if not isinstance(decoder, str) or decoder not in kinds:
             raise ValueError(
                 f"decoder: expected 'maxout' or 'linear', got {decoder!r}"
             )
@@ -106,11 +109,10 @@ class DLGM(nn.Module):
     ):
         """Raise a `ValueError` unless these are images of shape `(n, pixels)` in [0, 1]."""
         self._check_pixels(x, name)
-        if x.dim() != 2 or not len(x) or x.is_meta:
-            where = " on meta" if x.is_meta else ""
+        if x.dim() != 2 or not len(x) or x.is_meta or x.is_complex():
             raise ValueError(
-                f"{name}: expected images of shape (n, {self.pixels}), "
-                f"got {tuple(x.shape)}{where}"
+                f"{name}: expected images of shape (n, {self.pixels}) with real values, "
+                f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
             )
         if not ((x >= 0) & (x <= 1)).all():
             low, high = x.min().item(), x.max().item()
@@ -153,6 +155,14 @@ class DLGM(nn.Module):
         """Log-probability of an image's pixels, given its latent."""
         self._check_pixels(x)
         check_numbers(z, "z", ("*sample", *self.prior.event_shape), meta=True)
+        if x.shape[:-1] != z.shape[:-1]:
+            try:
+                torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])
+            except RuntimeError:
+                raise ValueError(
+                    f"z: expected latents of images of shape {tuple(x.shape)}, "
+                    f"got {tuple(z.shape)}"
+                ) from None
         logits = self.decoder(z)
         return (x.to(z.dtype) * logits - F.softplus(logits)).sum(-1)
 

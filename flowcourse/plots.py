@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .core import as_float, as_int
-from .data import check_log_density
+from .data import check_function, check_log_density
 
 # %% ../nbs/91-plots.ipynb #ef4d77b4
 COLORS = {
@@ -147,8 +147,7 @@ def density2d(
     **kwargs,  # Passed on to `Axes.imshow`
 ):  # The `Axes` drawn on; its `images[-1]` feeds a colour bar
     """Draw the density of a log-density on a window of the plane."""
-    if not callable(log_prob):
-        raise ValueError(f"log_prob: expected a function, got {log_prob!r}")
+    check_function(log_prob, "log_prob")
     points = grid_points(low, high, bins, device=device).reshape(-1, 2)
     bins, values = as_int(bins, "bins", 1), []
     for part in points.split(as_int(batch, "batch", 1)):
@@ -178,8 +177,7 @@ def grid2d(
     **kwargs,  # Passed on to `Axes.plot`
 ):  # The `Axes` drawn on
     """Draw how a map moves a square grid; pass `bijection.inverse` for the other direction."""
-    if not callable(bijection):
-        raise ValueError(f"bijection: expected a function, got {bijection!r}")
+    check_function(bijection, "bijection")
     lines = as_int(lines, "lines", 1)
     (low, _), (high, _) = _window(as_float(low, "low"), as_float(high, "high"))
     along = torch.linspace(low, high, 241, device=device)

@@ -21,7 +21,13 @@ from pyro.ops.stats import (
 from torch import Tensor
 
 from .core import Flow, as_float, as_int, draw
-from .data import Table, Toy, check_log_density, check_numbers
+from flowcourse.data import (
+    Table,
+    Toy,
+    check_function,
+    check_log_density,
+    check_numbers,
+)
 from .elementwise import widened
 from .planar import length_of
 
@@ -32,6 +38,9 @@ def wall(
     width: float = 0.4,  # Standard deviation of the Gaussian that it is made of
 ) -> Tensor:  # Energy, zero between the walls
     """A smooth wall: half a Gaussian beyond either edge."""
+    check_numbers(z1, "z1", ("*batch",), meta=True)
+    edge = as_float(edge, "edge", 0)
+    width = as_float(width, "width", 0, strict=True)
     return 0.5 * ((z1.abs() - edge).relu() / width).square()
 
 
@@ -137,6 +146,8 @@ class Ridges(Energy):
         # The distance, of the first coordinate
         drop: Callable[[Tensor], Tensor] | None = None,
     ):
+        if drop is not None:
+            check_function(drop, "drop")
         self.entropy, self.drop = entropy, drop
         self.widths = tuple(
             as_float(width, "widths", 0, strict=True)
@@ -268,10 +279,7 @@ def metropolis_hastings(
     from tqdm.auto import tqdm
 
     check_numbers(start, "start", ("chains", "d"))
-    if not callable(log_density):
-        raise ValueError(
-            f"log_density: expected a function, got {log_density!r}"
-        )
+    check_function(log_density, "log_density")
     steps, burn_in = as_int(steps, "steps", 1), as_int(burn_in, "burn_in", 0)
     step = as_float(step, "step", 0, strict=True)
     if (thin := as_int(thin, "thin", 1)) > steps:
@@ -492,10 +500,11 @@ def assess(
     """Draw from a flow and compare the two densities there."""
     if not isinstance(flow, Flow):
         raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
-    if not callable(log_prob):
-        raise ValueError(f"log_prob: expected a function, got {log_prob!r}")
+    check_function(log_prob, "log_prob")
     n, batch = as_int(n, "n", 25), as_int(batch, "batch", 1)
-    if context is not None and flow.context_dim:
+    if not (context is None or isinstance(context, Tensor)) or (
+        flow.context_dim and context is not None
+    ):
         check_numbers(context, "context", (flow.context_dim,))
     parts = []
     for low in range(0, n, batch):

@@ -88,6 +88,16 @@ def test_importance_sampling_is_exact_on_a_linear_gaussian(images):
         log_mean_weight(weights, 3)
 
 
+def test_many_images_are_weighed_in_parts_one_by_one():
+    model = LinearGaussian(blur=1.0)
+    x = torch.randn(230, 5, generator=torch.Generator().manual_seed(2))
+    # of parts of 100, and of latents that do not fill the last block
+    weights = importance_weights(model, x, 7, rows=300)
+    truth = model.log_prob(x).detach().expand(7, 230)
+    # the posterior itself: every weight is the evidence
+    assert_close(weights, truth, atol=1e-3, rtol=0)
+
+
 def test_exact_posterior_has_constant_weights(images):
     _, x, generator = images
     model = LinearGaussian(blur=1.0)
@@ -269,6 +279,7 @@ WRONG_IMAGES = [
     (torch.full((5, 12), 16, dtype=torch.uint8), "got 16 to 16; divide"),
     (torch.full((5, 12), -0.1), r"pixels in \[0, 1\], got -0.1"),
     (torch.full((5, 12), math.nan), r"pixels in \[0, 1\], got nan"),
+    (torch.zeros(5, 12, dtype=torch.complex64), "with real values"),
     ([[0.0] * 12], "got list"),
     (None, "got NoneType"),
 ]
@@ -318,6 +329,11 @@ def test_shapes_inside_a_model_are_looked_at_always():
         (lambda: model.log_likelihood(x[:, :11], z), "x: "),
         (lambda: model.log_joint(x, z[:, :2]), "z: "),
         (lambda: model.log_joint(x, z.long()), "z: "),
+        (lambda: model.log_joint(x, z[:0]), "z: "),
+        (lambda: model.log_joint(x[:2], z), "z: "),
+        (lambda: model.infer(x, z.double()), "x: Maxout holds torch.float32"),
+        (lambda: Maxout(3, 2)(torch.zeros(4, 5)), "x: Maxout expects"),
+        (lambda: Maxout(3, 2)([0.0] * 3), "x: Maxout expects"),
     ):
         with pytest.raises(ValueError, match=f"^{text}"):
             call()
