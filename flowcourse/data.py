@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import as_float, as_int
+from .core import as_float, as_int, check_instance
 
 # %% ../nbs/90-data.ipynb #bf8058f9
 def check_numbers(
@@ -373,10 +373,7 @@ def _place_to_draw(generator, device):
         ) from error
     if generator is None:
         return device
-    if not isinstance(generator, torch.Generator):
-        raise ValueError(
-            f"generator: expected a torch.Generator, got {generator!r}"
-        )
+    check_instance("generator", generator, torch.Generator, "a torch.Generator")
     return generator.device
 
 

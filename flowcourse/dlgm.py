@@ -20,6 +20,7 @@ from flowcourse.core import (
     StandardNormal,
     as_int,
     check_event,
+    check_instance,
     draw,
 )
 from .data import check_numbers
@@ -75,10 +76,9 @@ class DLGM(nn.Module):
         self.pixels = pixels = as_int(pixels, "pixels", 1)
         latent_dim = as_int(latent_dim, "latent_dim", 1)
         features = as_int(features, "features", 1)
-        if not (transform is None or isinstance(transform, Bijection)):
-            raise ValueError(
-                f"transform: expected a bijection or None, got {transform!r}"
-            )
+        if transform is not None:
+            wanted = "a bijection or None"
+            check_instance("transform", transform, Bijection, wanted)
         if transform is not None and (
             transform.event_shape not in (None, (latent_dim,))
             or transform.context_dim not in (0, features)
@@ -184,8 +184,7 @@ class FreeEnergy(Objective):
         annealing: Annealing | None = None,  # β over the run; None for 1
     ):
         super().__init__()
-        if not isinstance(model, DLGM):
-            raise ValueError(f"model: expected a DLGM, got {model!r}")
+        check_instance("model", model, DLGM, "a DLGM")
         if not (annealing is None or callable(annealing)):
             raise ValueError(
                 f"annealing: expected an Annealing or None, got {annealing!r}"

@@ -20,7 +20,7 @@ from pyro.ops.stats import (
 )
 from torch import Tensor
 
-from .core import Flow, as_float, as_int, draw
+from .core import Flow, as_float, as_int, check_instance, draw
 from flowcourse.data import (
     Table,
     Toy,
@@ -498,8 +498,7 @@ def assess(
     batch: int = 20_000,  # Draws at once
 ) -> Assessment:  # KL and its error, ESS, k-hat and log Z
     """Draw from a flow and compare the two densities there."""
-    if not isinstance(flow, Flow):
-        raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
+    check_instance("flow", flow, Flow, "a Flow")
     check_function(log_prob, "log_prob")
     n, batch = as_int(n, "n", 25), as_int(batch, "batch", 1)
     if not (context is None or isinstance(context, Tensor)) or (

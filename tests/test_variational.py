@@ -786,6 +786,9 @@ def test_assess_knows_the_divergence_of_gaussians():
         (found.ess_share, found.pareto_k)
     )
     assert "KL 0.3" in repr(found)
+    compiled = torch.compile(flow, backend="eager")
+    again = assess(compiled, target.log_prob, 200_000, generator=seeded())
+    assert again.kl == pytest.approx(found.kl)
     perfect = assess(gaussian_flow(0.0, 1.0), target.log_prob, 1000)
     assert perfect.kl == pytest.approx(
         0, abs=1e-6
@@ -843,6 +846,8 @@ def test_bad_arguments_of_assess_are_named():
     flow, target = gaussian_flow(0.0, 1.0), StandardNormal(2).log_prob
     conditional = Flow(Planar(2, 1, context_dim=4))
     for arguments, text in (
+        ((Flow, target), "flow: expected a Flow"),
+        ((flow, target, 100, None, 0), "generator: expected"),
         ((None, target), "flow: expected a Flow"),
         ((flow, "U1"), "log_prob: expected a function"),
         ((flow, StandardNormal), "log_prob: expected a function"),
