@@ -15,8 +15,9 @@ import io
 import lzma
 import math
 import os
+import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,70 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from .core import as_float, as_int, check_instance
+
+# %% ../nbs/90-data.ipynb #bf8058f9
+def check_numbers(
+    value: Tensor,  # What came
+    name: str,  # The argument's name, for the error
+    # What is expected: numbers, words for sizes of at least 1 that are free,
+    # and once perhaps a word with a star for any sizes
+    shape: tuple[int | str, ...],
+    meta: bool = False,  # Whether a tensor without values will do
+):
+    """Raise a `ValueError` unless `value` is a floating-point tensor of that shape."""
+
+    def wanted():
+        return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        tensor = isinstance(value, Tensor)
+        came = f"{value.dtype}" if tensor else type(value).__name__
+        raise ValueError(
+            f"{name}: expected floating-point numbers {wanted()}, got {came}"
+        )
+    if value.is_meta and not meta:
+        raise ValueError(f"{name}: expected values, got a tensor on meta")
+    sizes, got = list(shape), tuple(value.shape)
+    for i, size in enumerate(shape):
+        if str(size).startswith("*"):
+            free = len(got) - len(shape) + 1
+            sizes[i : i + 1] = [None] * free
+    if len(sizes) != len(got) or not all(
+        size in (None, n) or (isinstance(size, str) and n > 0)
+        for size, n in zip(sizes, got)
+    ):
+        raise ValueError(f"{name}: expected shape {wanted()}, got {got}")
+
+
+def check_function(
+    value: Callable,  # What came
+    name: str,  # The argument's name, for the error
+):
+    """Raise a `ValueError` unless `value` can be called, and is not a class to make an instance of."""
+    if not callable(value) or isinstance(value, type):
+        raise ValueError(f"{name}: expected a function, got {value!r}")
+
+
+def check_log_density(
+    found: Tensor,  # What a log-density gave
+    x: Tensor,  # The points that it was given, shape `(*batch, *event)`
+    name: str,  # The log-density's name, for the error
+    event_dim: int = 1,  # Dimensions of one point
+):
+    """Raise a `ValueError` unless a log-density gave one number for each point."""
+    wanted = tuple(x.shape[: x.dim() - event_dim])
+    if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
+        came = (
+            f"shape {tuple(found.shape)}"
+            if isinstance(found, Tensor)
+            else type(found).__name__
+        )
+        raise ValueError(
+            f"{name}: expected one number for each point, shape {wanted}, got {came}; "
+            "sum over the dimensions of a point alone, as with .sum(-1)"
+        )
 
 # %% ../nbs/90-data.ipynb #a53eaab3
 class Table(dict):
@@ -143,10 +208,23 @@ def unpack(
     packed: bytes,  # Contents of a packaged file: an .npz inside xz
 ) -> dict:  # Arrays by name
     """Unpack the arrays of a packaged file."""
-    with np.load(
-        io.BytesIO(lzma.decompress(packed)), allow_pickle=False
-    ) as arrays:
-        return dict(arrays)
+    try:
+        with np.load(
+            io.BytesIO(lzma.decompress(packed)), allow_pickle=False
+        ) as arrays:
+            return dict(arrays)
+    # What is no zip file, np.load takes for a pickle or for a single array
+    except (
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"packed: expected an .npz file inside xz, got damaged data ({error})"
+        ) from error
 
 
 def load(
@@ -155,16 +233,16 @@ def load(
     split: str | None = None,
 ) -> Data:  # Images as uint8, tables in torch's default dtype
     """Load a packaged data set, after a check of its checksum."""
-    record = datasets[name]
+    record = datasets[name if isinstance(name, str) else repr(name)]
     split = next(iter(record.shapes)) if split is None else split
-    if split not in record.shapes:
+    if not isinstance(split, str) or split not in record.shapes:
         raise ValueError(
             f"split: {name!r} has {', '.join(record.shapes)}, got {split!r}"
         )
     packed = record.path(split).read_bytes()
     found = hashlib.sha256(packed).hexdigest()
     if found != record.sha256[split]:
-        raise RuntimeError(
+        raise ValueError(
             f"{record.path(split).name}: this file is damaged (sha256 {found}, expected "
             f"{record.sha256[split]}); install flowcourse again"
         )
@@ -215,15 +293,17 @@ def read_idx(
     path: Path | str,  # A gzipped IDX file of MNIST
 ) -> np.ndarray:  # Its uint8 array
     """Read a gzipped IDX file whose contents have the checksum of MNIST's file of that name."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, (str, os.PathLike)) else path
+    if getattr(path, "name", None) not in MNIST_SHA256:
+        raise ValueError(
+            f"path: expected a file named {', '.join(MNIST_SHA256)}, got {path}"
+        )
     try:
         content = gzip.decompress(path.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RuntimeError(
-            f"{path}: not a whole gzip file ({error})"
-        ) from error
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from error
     if hashlib.sha256(content).hexdigest() != MNIST_SHA256[path.name][1]:
-        raise RuntimeError(
+        raise ValueError(
             f"{path}: the contents are not those of MNIST's {path.name}"
         )
     # The header: two zeros, a code for uint8, the number of sizes, the sizes
@@ -275,7 +355,7 @@ def mnist_grey(
     split: str = "train",  # "train" or "test"
 ) -> Data:  # Images 0 to 255 of shape `(n, 28, 28)`, uint8, and labels
     """Load the original grey images of MNIST from `FLOWCOURSE_DATA`, a cache or a download."""
-    if split not in MNIST_FILES:
+    if not isinstance(split, str) or split not in MNIST_FILES:
         raise ValueError(f"split: expected train or test, got {split!r}")
     images, labels = (
         read_idx(_find_mnist(name)).copy() for name in MNIST_FILES[split]
@@ -283,26 +363,62 @@ def mnist_grey(
     return Data(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 # %% ../nbs/90-data.ipynb #a349c4b1
+def _place_to_draw(generator, device):
+    "The generator's device, so that one seed gives one sample on every machine."
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device: expected a device, got {device!r}"
+        ) from error
+    if generator is None:
+        return device
+    check_instance("generator", generator, torch.Generator, "a torch.Generator")
+    return generator.device
+
+
 def dequantise(
-    counts: Tensor,  # Counts from 0 to `levels - 1`, of any shape
+    # Whole numbers from 0 to `levels - 1`, of any shape and dtype
+    counts: Tensor,
     levels: int = 17,  # Number of values that a count can take
     generator: torch.Generator | None = None,  # Source of the noise
 ) -> Tensor:  # Numbers in [0, 1), same shape, torch's default dtype
     """Spread each count uniformly over its own cell, `(counts + u) / levels`."""
-    if counts.numel() and not 0 <= counts.min() <= counts.max() < levels:
-        low, high = counts.min().item(), counts.max().item()
-        raise ValueError(
-            f"counts: expected 0 to {levels - 1}, got {low} to {high}"
-        )
     dtype = torch.get_default_dtype()
-    where = counts.device if generator is None else generator.device
+    # so many cells still have a few numbers each
+    most = int(0.5 / torch.finfo(dtype).eps)
+    if (levels := as_int(levels, "levels", 1)) > most:
+        raise ValueError(
+            f"levels: {dtype} has room for at most {most}, got {levels}"
+        )
+    if not isinstance(counts, Tensor) or counts.is_complex() or counts.is_meta:
+        raise ValueError(f"counts: expected a tensor of counts, got {counts!r}")
+    if counts.numel():
+        # As Python's numbers: 256 is 0 among the torch.uint8. The narrow
+        # unsigned dtypes of torch have no minimum.
+        wide = counts if counts.is_floating_point() else counts.long()
+        low, high = wide.min().item(), wide.max().item()
+        if not 0 <= low <= high < levels:
+            raise ValueError(
+                f"counts: expected 0 to {levels - 1}, got {low} to {high}"
+            )
+        if not (wide == wide.round()).all():
+            raise ValueError("counts: expected whole numbers, got fractions")
+    where = _place_to_draw(generator, counts.device)
     noise = torch.rand(
         counts.shape, dtype=dtype, device=where, generator=generator
     )
     # A hair less than one, or rounding would carry some counts over the edge of
     # their cell.
     noise = noise.to(counts.device) * (1 - levels * torch.finfo(dtype).eps)
-    return (counts + noise) / levels
+    return (counts.to(dtype) + noise) / levels
+
+
+def _margin(alpha):
+    alpha = as_float(alpha, "alpha")
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha: expected a number in (0, 0.5), got {alpha}")
+    return alpha
 
 
 def to_logit(
@@ -310,9 +426,15 @@ def to_logit(
     alpha: float = 0.01,  # Margin, in (0, 0.5)
 ) -> tuple[Tensor, Tensor]:  # `x`, and log|det dx/dp|, `(*batch,)`
     """Map the unit cube to the whole space, `logit(alpha + (1 - 2 alpha) p)`."""
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha: expected a number in (0, 0.5), got {alpha}")
+    alpha = _margin(alpha)
+    check_numbers(p, "p", ("*batch", "d"))
     q = alpha + (1 - 2 * alpha) * p
+    # what `from_logit` puts into the margin comes back
+    if not ((q >= 0) & (q <= 1)).all():
+        low, high = p.min().item(), p.max().item()
+        raise ValueError(
+            f"p: expected numbers in [0, 1], got {low:g} to {high:g}"
+        )
     log_q, log_rest = q.log(), (-q).log1p()
     return log_q - log_rest, (math.log(1 - 2 * alpha) - log_q - log_rest).sum(
         -1
@@ -324,8 +446,8 @@ def from_logit(
     alpha: float = 0.01,  # Margin, as given to `to_logit`
 ) -> tuple[Tensor, Tensor]:  # `p`, and log|det dp/dx|, `(*batch,)`
     """Undo `to_logit`; `p` leaves [0, 1] by up to the margin where `x` is far out."""
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha: expected a number in (0, 0.5), got {alpha}")
+    alpha = _margin(alpha)
+    check_numbers(x, "x", ("*batch", "d"), meta=True)
     p = (x.sigmoid() - alpha) / (1 - 2 * alpha)
     log_slope = torch.nn.functional.logsigmoid(
         x
@@ -339,6 +461,9 @@ def bits_per_dim(
     levels: int = 17,  # Number of values that a count can take
 ) -> Tensor:  # Bits per dimension, an upper bound on average for the counts
     """Turn a log-density on the unit cube into bits per dimension of the counts."""
+    dim, levels = as_int(dim, "dim", 1), as_int(levels, "levels", 1)
+    if not isinstance(log_prob, (Tensor, float, int)):
+        raise ValueError(f"log_prob: expected a tensor, got {log_prob!r}")
     return (math.log(levels) - log_prob / dim) / math.log(2)
 
 # %% ../nbs/90-data.ipynb #feedab8c
@@ -349,14 +474,20 @@ def split(
     seed: int = 0,  # The same seed and number of rows give the same parts
 ) -> tuple[Tensor, ...]:  # As many parts as sizes
     """Split rows at random, into training, validation and test rows."""
-    if min(sizes) < 0 or sum(sizes) > len(x):
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise ValueError(f"x: expected a tensor of rows, got {x!r}")
+    if not hasattr(sizes, "__len__") or getattr(sizes, "ndim", 1) != 1:
+        raise ValueError(f"sizes: expected several numbers, got {sizes!r}")
+    sizes = tuple(as_int(size, "sizes", 0) for size in sizes)
+    if not sizes or sum(sizes) > len(x):
         raise ValueError(
-            f"sizes: expected at most {len(x)} rows together, got {tuple(sizes)}"
+            f"sizes: expected at most {len(x)} rows together, got {sizes}"
         )
-    order = torch.randperm(
-        len(x), generator=torch.Generator().manual_seed(seed)
-    )
-    parts = order[: sum(sizes)].split(tuple(sizes))
+    if (seed := as_int(seed, "seed", 0)) >= 2**64:
+        raise ValueError(f"seed: expected less than 2^64, got {seed}")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator, device="cpu")
+    parts = order[: sum(sizes)].split(sizes)
     return tuple(x[rows.to(x.device)] for rows in parts)
 
 
@@ -375,6 +506,12 @@ def standardise(
     *others: Tensor,  # Further rows, moved and scaled by the same numbers
 ) -> Standardised:
     """Give the training rows mean 0 and standard deviation 1, and the others the same map."""
+    check_numbers(train, "train", ("n", "*d"))
+    for k, rows in enumerate(others):
+        check_numbers(rows, f"others[{k}]", ("*n", *train.shape[1:]), meta=True)
+    if not train.isfinite().all():
+        bad = int((~train.isfinite()).sum())
+        raise ValueError(f"train: {bad} values are not finite")
     mean, sd = train.mean(0), train.std(0, correction=0)
     constant = (sd == 0).nonzero().flatten().tolist()
     if constant:
@@ -408,23 +545,34 @@ class Toy:
         device: torch.device | str | None = None,
     ) -> Tensor:  # Points, shape `(n, 2)`
         """Draw points."""
-        where = device if generator is None else generator.device
-        options = dict(generator=generator, dtype=dtype, device=where)
-        x = self._place(
-            torch.rand(n, 2, **options), torch.randn(n, 2, **options)
+        where = _place_to_draw(generator, device)
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        ):
+            raise ValueError(
+                f"dtype: expected a floating-point one, got {dtype!r}"
+            )
+        x = self._draw(
+            as_int(n, "n", 0),
+            dict(generator=generator, dtype=dtype, device=where),
         )
         return x if device is None else x.to(device)
+
+    def _draw(self, n, options):
+        return self._place(
+            torch.rand(n, 2, **options), torch.randn(n, 2, **options)
+        )
 
     def log_prob(
         self,
         x: Tensor,  # Points, shape `(*batch, 2)`
     ) -> Tensor:  # Log-density in nats, shape `(*batch,)`
         """Weigh points exactly."""
-        if x.shape[-1:] != (2,):
-            raise ValueError(
-                f"x: expected shape (*batch, 2), got {tuple(x.shape)}"
-            )
-        return self._log_prob(x)
+        check_numbers(x, "x", ("*batch", 2), meta=True)
+        # whatever a formula makes of them
+        far, unknown = x.isinf().any(-1), x.isnan().any(-1)
+        log_prob = torch.where(far, -math.inf, self._log_prob(x))
+        return torch.where(unknown, math.nan, log_prob)
 
     def __repr__(self):
         return f"{type(self).__name__}(entropy={self.entropy})"
@@ -466,8 +614,10 @@ class EightGaussians(Toy):
         )
 
     def _log_prob(self, x):
-        centres = self.radius * _circle(torch.arange(8).double() * math.pi / 4)
-        return _blurred(x, centres, torch.full((8,), -math.log(8)), self.sd)
+        angles = torch.arange(8, dtype=torch.float64, device="cpu")
+        centres = self.radius * _circle(angles * math.pi / 4)
+        even = torch.full((8,), -math.log(8), device="cpu")
+        return _blurred(x, centres, even, self.sd)
 
 
 class Moons(Toy):
@@ -478,9 +628,8 @@ class Moons(Toy):
 
     def _curve(self, upper, t):
         sign = torch.where(upper, 1.0, -1.0).to(t)[..., None]
-        centre = torch.tensor([-1.0, -0.2]).to(t) + (1 - sign) * torch.tensor(
-            [1.0, 0.5]
-        ).to(t)
+        centre, shift = t.new_tensor([-1.0, -0.2]), t.new_tensor([1.0, 0.5])
+        centre = centre + (1 - sign) * shift
         return centre + 2 * sign * _circle(t)
 
     def _place(self, u, e):
@@ -488,7 +637,7 @@ class Moons(Toy):
 
     def _log_prob(self, x):
         t, weights = _nodes(math.pi, 96)
-        upper = torch.tensor([[True], [False]])
+        upper = torch.tensor([[True], [False]], device=t.device)
         points = self._curve(upper.expand(2, len(t)), t.expand(2, -1)).reshape(
             -1, 2
         )
@@ -531,7 +680,7 @@ class Rings(Toy):
 
     def _log_prob(self, x):
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        radii, var = torch.tensor(self.radii).to(x), self.sd**2
+        radii, var = x.new_tensor(self.radii), self.sd**2
         # i0e(a) is exp(-a) I_0(a), which does not overflow.
         log_terms = torch.special.i0e(r * radii / var).log() - (
             r - radii
@@ -546,9 +695,7 @@ class Pinwheel(Toy):
     centre, sd, twist = 2.0, (0.6, 0.2), 0.7
 
     def _place(self, u, e):
-        v = e * torch.tensor(self.sd).to(e) + torch.tensor(
-            [self.centre, 0.0]
-        ).to(e)
+        v = e * e.new_tensor(self.sd) + e.new_tensor([self.centre, 0.0])
         angle = (
             self.twist * v.norm(dim=-1)
             + (5 * u[:, 0]).floor() * 2 * math.pi / 5
@@ -556,7 +703,7 @@ class Pinwheel(Toy):
         return self._turn(v, angle)
 
     def _log_prob(self, x):
-        blades = torch.arange(5).to(x) * 2 * math.pi / 5
+        blades = x.new_tensor(range(5)) * 2 * math.pi / 5
         angle = (
             self.twist * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             + blades

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import Bijection, Compose, Flow, StandardNormal, draw
+from flowcourse.core import (
+    Bijection,
+    Compose,
+    Flow,
+    StandardNormal,
+    as_int,
+    check_event,
+    check_instance,
+    draw,
+)
+from .data import check_numbers
 from .elementwise import AffineMap, Elementwise
 from .training import Annealing, Objective
 
@@ -28,18 +38,24 @@ class Maxout(nn.Module):
         window: int = 4,  # Affine functions to an output
     ):
         super().__init__()
-        self.affine, self.window = nn.Linear(n_in, n_out * window), window
+        n_in, n_out = as_int(n_in, "n_in", 1), as_int(n_out, "n_out", 1)
+        self.window = as_int(window, "window", 1)
+        self.affine = nn.Linear(n_in, n_out * self.window)
 
     def forward(
         self,
         x: Tensor,  # Shape `(*batch, n_in)`
     ) -> Tensor:  # Shape `(*batch, n_out)`
         """Outputs `k` from the functions `k * window` to `(k + 1) * window - 1`."""
+        check_event("x", x, self, (self.affine.in_features,), 1)
         return self.affine(x).unflatten(-1, (-1, self.window)).max(-1).values
 
 # %% ../nbs/11-dlgm.ipynb #3ec701da
 class DLGM(nn.Module):
-    """Binary pixels from a Gaussian latent, with a posterior that may be a flow."""
+    """Binary pixels from a Gaussian latent, with a posterior that may be a flow.
+
+    Images are rows of pixels, shape `(n, pixels)`, of zeros and ones or of numbers between them.
+    """
 
     def __init__(
         self,
@@ -52,9 +68,24 @@ class DLGM(nn.Module):
         decoder: str = "maxout",  # Or "linear", without hidden units
     ):
         super().__init__()
-        if decoder not in ("maxout", "linear"):
+        kinds = ("maxout", "linear")
+        if not isinstance(decoder, str) or decoder not in kinds:
             raise ValueError(
                 f"decoder: expected 'maxout' or 'linear', got {decoder!r}"
+            )
+        self.pixels = pixels = as_int(pixels, "pixels", 1)
+        latent_dim = as_int(latent_dim, "latent_dim", 1)
+        features = as_int(features, "features", 1)
+        if transform is not None:
+            wanted = "a bijection or None"
+            check_instance("transform", transform, Bijection, wanted)
+        if transform is not None and (
+            transform.event_shape not in (None, (latent_dim,))
+            or transform.context_dim not in (0, features)
+        ):
+            raise ValueError(
+                f"transform: expected event_shape ({latent_dim},) and context_dim 0 or "
+                f"{features}, got {transform.event_shape} and {transform.context_dim}"
             )
         self.encoder = Maxout(pixels, features, window)
         gaussian = Elementwise(
@@ -71,12 +102,46 @@ class DLGM(nn.Module):
             else nn.Linear(latent_dim, pixels)
         )
 
+    def check_images(
+        self,
+        x: Tensor,  # What came
+        name: str = "x",  # The argument's name, for the error
+    ):
+        """Raise a `ValueError` unless these are images of shape `(n, pixels)` in [0, 1]."""
+        self._check_pixels(x, name)
+        if x.dim() != 2 or not len(x) or x.is_meta or x.is_complex():
+            raise ValueError(
+                f"{name}: expected images of shape (n, {self.pixels}) with real values, "
+                f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
+            )
+        if not ((x >= 0) & (x <= 1)).all():
+            low, high = x.min().item(), x.max().item()
+            raise ValueError(
+                f"{name}: expected pixels in [0, 1], got {low:g} to {high:g}; "
+                "divide grey levels by the highest there can be"
+            )
+
+    def _check_pixels(self, x, name="x"):
+        "The shape alone, which costs nothing."
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.pixels,):
+            tensor = isinstance(x, Tensor)
+            came = tuple(x.shape) if tensor else type(x).__name__
+            square = tensor and math.prod(x.shape[1:]) == self.pixels
+            hint = "; .flatten(1) makes rows of images" if square else ""
+            raise ValueError(
+                f"{name}: expected images of shape (*batch, {self.pixels}), "
+                f"got {came}{hint}"
+            )
+
     def infer(
         self,
         x: Tensor,  # Images of zeros and ones, shape `(*batch, pixels)`
         noise: Tensor,  # Standard normal, shape `(*sample, *batch, latent_dim)`
     ) -> tuple[Tensor, Tensor]:  # Latents like `noise`, log q(z | x)
         """Draw from the posterior of each image, with its log-density, in one pass."""
+        self._check_pixels(x)
+        latents = self.prior.event_shape
+        check_numbers(noise, "noise", ("*sample", *latents), meta=True)
         features = self.encoder(x.to(noise.dtype))
         return self.posterior.rsample_and_log_prob(
             context=features, noise=noise
@@ -88,6 +153,16 @@ class DLGM(nn.Module):
         z: Tensor,  # Latents, shape `(*sample, *batch, latent_dim)`
     ) -> Tensor:  # log p(x | z) in nats, shape `(*sample, *batch)`
         """Log-probability of an image's pixels, given its latent."""
+        self._check_pixels(x)
+        check_numbers(z, "z", ("*sample", *self.prior.event_shape), meta=True)
+        if x.shape[:-1] != z.shape[:-1]:
+            try:
+                torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])
+            except RuntimeError:
+                raise ValueError(
+                    f"z: expected latents of images of shape {tuple(x.shape)}, "
+                    f"got {tuple(z.shape)}"
+                ) from None
         logits = self.decoder(z)
         return (x.to(z.dtype) * logits - F.softplus(logits)).sum(-1)
 
@@ -109,7 +184,13 @@ class FreeEnergy(Objective):
         annealing: Annealing | None = None,  # β over the run; None for 1
     ):
         super().__init__()
+        check_instance("model", model, DLGM, "a DLGM")
+        if not (annealing is None or callable(annealing)):
+            raise ValueError(
+                f"annealing: expected an Annealing or None, got {annealing!r}"
+            )
         self.model, self.annealing = model, annealing
+        self._looked = False  # at the values of a batch
 
     def draw(
         self,
@@ -125,11 +206,32 @@ class FreeEnergy(Objective):
         noise: Tensor,  # What `draw` gave
     ) -> Tensor:  # Free energy in nats per image
         """The free energy of a batch, from one latent an image."""
+        # The first batch is enough to know grey levels by, and a graph has no
+        # values to look at.
+        blind = torch.compiler.is_compiling() or getattr(
+            batch, "is_meta", False
+        )
+        if not (blind or self._looked):
+            self.model.check_images(batch, "batch")
+            self._looked = True
         z, log_q = self.model.infer(batch, noise)
         weight = 1.0 if self.annealing is None else self.annealing()
         return (log_q - weight * self.model.log_joint(batch, z)).mean()
 
 # %% ../nbs/11-dlgm.ipynb #f4d3f582
+def _check_images(model, x, name="x"):
+    "Rows of images for a model; what a `DLGM` takes is known exactly."
+    if not hasattr(model, "prior"):
+        raise ValueError(f"model: expected a DLGM, got {model!r}")
+    if isinstance(model, DLGM):
+        model.check_images(x, name)
+    elif not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
+        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{name}: expected images of shape (n, pixels), got {came}"
+        )
+
+
 @torch.no_grad()
 def importance_weights(
     model: DLGM,  # Or anything with its `infer`, `log_joint` and `prior`
@@ -142,6 +244,8 @@ def importance_weights(
     """Log-weights of draws from the posterior; the mean of their exponentials estimates p(x)."""
     from tqdm.auto import tqdm
 
+    _check_images(model, x)
+    samples, rows = as_int(samples, "samples", 1), as_int(rows, "rows", 1)
     found = []
     for part in tqdm(
         x.split(100), disable=not progress, unit="batch", leave=False
@@ -162,7 +266,8 @@ def log_mean_weight(
     samples: int,  # Weights to an estimate, a divisor of what there is
 ) -> Tensor:  # Mean estimate of log p(x), shape `(n,)`
     """Estimates of log p(x) from so many weights each, averaged over all groups of them."""
-    if samples < 1 or len(log_weights) % samples:
+    check_numbers(log_weights, "log_weights", ("samples", "*n"), meta=True)
+    if len(log_weights) % (samples := as_int(samples, "samples", 1)):
         raise ValueError(
             f"samples: expected a divisor of {len(log_weights)}, got {samples}"
         )
@@ -182,6 +287,11 @@ def annealed_importance(
     """Annealed importance sampling from the prior, which does not know the model's own posterior."""
     from tqdm.auto import trange
 
+    _check_images(model, x)
+    chains = as_int(chains, "chains", 1)
+    temperatures = as_int(temperatures, "temperatures", 1)
+    leapfrog = as_int(leapfrog, "leapfrog", 1)
+
     def look(z):
         with torch.enable_grad():
             z = z.detach().requires_grad_()
@@ -190,7 +300,7 @@ def annealed_importance(
         return log_likelihood.detach(), slope
 
     ramp = torch.linspace(
-        -4, 4, temperatures + 1, dtype=torch.float64
+        -4, 4, temperatures + 1, dtype=torch.float64, device="cpu"
     ).sigmoid()
     betas = ((ramp - ramp[0]) / (ramp[-1] - ramp[0])).tolist()
     z = model.prior.noise((chains, len(x)), generator)
@@ -233,6 +343,9 @@ def active_units(
     generator: torch.Generator | None = None,  # Source of randomness
 ) -> int:  # From 0 to `latent_dim`
     """How many latents have a posterior mean whose variance over the images is above 0.01."""
+    _check_images(model, x)
+    if (samples := as_int(samples, "samples", 2)) % 2:
+        raise ValueError(f"samples: expected an even number, got {samples}")
     noise = model.prior.noise((samples, len(x)), generator)
     # with independent errors
     halves = model.infer(x, noise)[0].unflatten(0, (2, -1)).mean(1)
@@ -247,6 +360,7 @@ def reconstruct(
     generator: torch.Generator | None = None,  # Source of randomness
 ) -> Tensor:  # Chance of ink in each pixel, shape `(n, pixels)`
     """Decode a latent drawn from the posterior of each image."""
+    _check_images(model, x)
     return model.decoder(
         model.infer(x, model.prior.noise((len(x),), generator))[0]
     ).sigmoid()
@@ -262,6 +376,14 @@ def interpolate(
     generator: torch.Generator | None = None,  # Source of randomness
 ) -> Tensor:  # Chance of ink in each pixel, shape `(n, steps, pixels)`
     """Decode the points on the line from one posterior mean to another."""
+    _check_images(model, first, "first")
+    _check_images(model, last, "last")
+    if first.shape != last.shape:
+        raise ValueError(
+            f"last: expected shape {tuple(first.shape)} as of first, "
+            f"got {tuple(last.shape)}"
+        )
+    steps, samples = as_int(steps, "steps", 2), as_int(samples, "samples", 1)
     ends = []
     for x in (first, last):
         noise = model.prior.noise((samples, len(x)), generator)

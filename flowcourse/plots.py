@@ -12,6 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .core import as_float, as_int
+from .data import check_function, check_log_density
+
 # %% ../nbs/91-plots.ipynb #ef4d77b4
 COLORS = {
     "base": "#0072B2",
@@ -43,7 +46,7 @@ def use_style():
 
 # %% ../nbs/91-plots.ipynb #bb7b54c6
 def _color(role):
-    if role not in COLORS:
+    if not isinstance(role, str) or role not in COLORS:
         raise ValueError(
             f"role: expected one of {', '.join(COLORS)}, got {role!r}"
         )
@@ -71,6 +74,10 @@ def scatter2d(
     **kwargs,  # Passed on to `Axes.scatter`
 ):  # The `Axes` drawn on
     """Draw a cloud of points in the colour and with the marker of its role."""
+    if not isinstance(points, Tensor):
+        raise ValueError(
+            f"points: expected a tensor, got {type(points).__name__}"
+        )
     if points.ndim != 2 or points.shape[-1] != 2:
         raise ValueError(
             f"points: expected shape (n, 2), got {tuple(points.shape)}"
@@ -87,6 +94,23 @@ def scatter2d(
     return ax
 
 # %% ../nbs/91-plots.ipynb #32f8a47e
+def _window(low, high):
+    "The edges of a window of the plane, two numbers each, in order."
+    edges = []
+    for name, edge in (("low", low), ("high", high)):
+        several = isinstance(edge, (tuple, list)) or getattr(edge, "ndim", 0)
+        pair = tuple(edge) if several else (edge, edge)
+        if len(pair) != 2:
+            raise ValueError(
+                f"{name}: expected one number or two, got {edge!r}"
+            )
+        edges.append([as_float(end, name) for end in pair])
+    low, high = edges
+    if not (low[0] < high[0] and low[1] < high[1]):
+        raise ValueError(f"high: expected more than low = {low}, got {high}")
+    return low, high
+
+
 def grid_points(
     # Lower edge of the window, one number or one per axis
     low: float | tuple[float, float] = -4.0,
@@ -97,14 +121,9 @@ def grid_points(
     device: torch.device | str | None = None,  # Of the points
 ) -> Tensor:  # Points, `(bins, bins, 2)`: rows go up the second coordinate
     """Centres of the cells of a regular grid on a window of the plane."""
+    bins = as_int(bins, "bins", 1)
     options = dict(dtype=dtype or torch.get_default_dtype(), device=device)
-    low, high = (
-        torch.tensor(edge, **options).expand(2) for edge in (low, high)
-    )
-    if not (low < high).all():
-        raise ValueError(
-            f"high: expected more than low = {low.tolist()}, got {high.tolist()}"
-        )
+    low, high = (torch.tensor(e, **options) for e in _window(low, high))
     axes = (
         low
         + (high - low) * (torch.arange(bins, **options)[:, None] + 0.5) / bins
@@ -128,17 +147,17 @@ def density2d(
     **kwargs,  # Passed on to `Axes.imshow`
 ):  # The `Axes` drawn on; its `images[-1]` feeds a colour bar
     """Draw the density of a log-density on a window of the plane."""
-    points = grid_points(low, high, bins, device=device)
-    values = torch.cat(
-        [log_prob(part) for part in points.reshape(-1, 2).split(batch)]
-    )
-    density = values.exp().reshape(bins, bins).cpu()
-    edges = torch.stack(
-        [torch.tensor(edge).expand(2) for edge in (low, high)], -1
-    )
+    check_function(log_prob, "log_prob")
+    points = grid_points(low, high, bins, device=device).reshape(-1, 2)
+    bins, values = as_int(bins, "bins", 1), []
+    for part in points.split(as_int(batch, "batch", 1)):
+        values.append(log_prob(part))
+        check_log_density(values[-1], part, "log_prob")
+    density = torch.cat(values).exp().reshape(bins, bins).cpu()
+    (left, bottom), (right, top) = _window(low, high)
     ax = _plane(ax)
     style = dict(
-        origin="lower", extent=edges.flatten().tolist(), cmap="viridis"
+        origin="lower", extent=[left, right, bottom, top], cmap="viridis"
     )
     ax.imshow(density.numpy(), **(style | kwargs))
     return ax
@@ -158,6 +177,9 @@ def grid2d(
     **kwargs,  # Passed on to `Axes.plot`
 ):  # The `Axes` drawn on
     """Draw how a map moves a square grid; pass `bijection.inverse` for the other direction."""
+    check_function(bijection, "bijection")
+    lines = as_int(lines, "lines", 1)
+    (low, _), (high, _) = _window(as_float(low, "low"), as_float(high, "high"))
     along = torch.linspace(low, high, 241, device=device)
     across = torch.linspace(low, high, lines, device=device)
     style = dict(color=_color(role), linewidth=0.7) | kwargs
@@ -166,6 +188,11 @@ def grid2d(
     for grid, line in ((points, "-"), (points.flip(-1), "--")):
         out = bijection(grid.reshape(-1, 2))
         out = out[0] if isinstance(out, tuple) else out
+        if not isinstance(out, Tensor) or out.shape != (grid.numel() // 2, 2):
+            came = tuple(out.shape) if isinstance(out, Tensor) else repr(out)
+            raise ValueError(
+                f"bijection: expected points (n, 2) from points (n, 2), got {came}"
+            )
         x, y = out.reshape(grid.shape).cpu().unbind(-1)
         ax.plot(x.T.numpy(), y.T.numpy(), **({"linestyle": line} | style))
     return ax
@@ -180,9 +207,14 @@ def show_images(
     **kwargs,
 ):  # The `Axes` drawn on
     """Tile images into one picture, dark ink on white, without ticks."""
+    if not isinstance(images, Tensor) or images.is_complex():
+        raise ValueError(
+            f"images: expected a tensor of numbers, got {type(images).__name__}"
+        )
+    nrow = as_int(nrow, "nrow", 1)
     if images.ndim == 3:
         images = images[:, None]
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(
             "images: expected shape (n, H, W), (n, 1, H, W) or (n, 3, H, W) with n > 0, "
             f"got {tuple(images.shape)}"
@@ -195,7 +227,8 @@ def show_images(
     nrow = min(nrow, n)
     rows = math.ceil(n / nrow)
     gap = torch.nan if channels == 1 else 1.0  # Both are drawn white
-    tiles = torch.full((rows * nrow, channels, height + 2, width + 2), gap)
+    shape = rows * nrow, channels, height + 2, width + 2
+    tiles = torch.full(shape, gap, device="cpu")
     tiles[:n, :, 1:-1, 1:-1] = images
     tiles = tiles.reshape(rows, nrow, channels, height + 2, width + 2).permute(
         0, 3, 1, 4, 2

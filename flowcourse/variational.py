@@ -8,6 +8,7 @@ __all__ = ['energies', 'wall', 'Energy', 'SplitRing', 'Ridges', 'FourGaussians',
 
 # %% ../nbs/10-variational.ipynb #imports-exported
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +20,15 @@ from pyro.ops.stats import (
 )
 from torch import Tensor
 
-from .core import Flow, draw
-from .data import Table, Toy
+from .core import Flow, as_float, as_int, check_instance, draw
+from flowcourse.data import (
+    Table,
+    Toy,
+    check_function,
+    check_log_density,
+    check_numbers,
+)
+from .elementwise import widened
 from .planar import length_of
 
 # %% ../nbs/10-variational.ipynb #wall
@@ -30,6 +38,9 @@ def wall(
     width: float = 0.4,  # Standard deviation of the Gaussian that it is made of
 ) -> Tensor:  # Energy, zero between the walls
     """A smooth wall: half a Gaussian beyond either edge."""
+    check_numbers(z1, "z1", ("*batch",), meta=True)
+    edge = as_float(edge, "edge", 0)
+    width = as_float(width, "width", 0, strict=True)
     return 0.5 * ((z1.abs() - edge).relu() / width).square()
 
 
@@ -47,10 +58,7 @@ class Energy(Toy):
         z: Tensor,  # Points, shape `(*batch, 2)`
     ) -> Tensor:  # -U, shape `(*batch,)`
         """Weigh points up to the constant: all that a chain or a flow is given."""
-        if z.shape[-1:] != (2,):
-            raise ValueError(
-                f"z: expected shape (*batch, 2), got {tuple(z.shape)}"
-            )
+        check_numbers(z, "z", ("*batch", 2), meta=True)
         return -self._energy(z)
 
     def _log_prob(self, x):
@@ -73,7 +81,9 @@ class SplitRing(Energy):
         side: float = 0.6,  # Width of the two heavy strips
     ):
         self.log_normaliser, self.entropy = log_normaliser, entropy
-        self.radius, self.side, self.window = radius, side, radius + 2.0
+        self.radius = as_float(radius, "radius", 0)
+        self.side = as_float(side, "side", 0, strict=True)
+        self.window = self.radius + 2.0
 
     def _strips(self, z1):
         left, right = (
@@ -86,10 +96,8 @@ class SplitRing(Energy):
             (length_of(z) - self.radius) / 0.4
         ).square() - self._strips(z[..., 0])
 
-    def sample(self, n, generator=None, dtype=None, device=None):
-        """Draw points, exactly, by rejection."""
-        options = dict(generator=generator, dtype=dtype)
-        options["device"] = device if generator is None else generator.device
+    def _draw(self, n, options):
+        "By rejection, and exactly."
         # The radius has density r N(r; radius, 0.4); it is proposed from a
         # wider Gaussian.
         spread, slack = 0.5, 1 / 0.4**2 - 1 / 0.5**2
@@ -98,7 +106,7 @@ class SplitRing(Energy):
         # the strips' largest sum
         log_top += math.log1p(math.exp(-0.5 * (2 / self.side) ** 2))
         found = []
-        while sum(map(len, found)) < n:
+        while not found or sum(map(len, found)) < n:
             r = self.radius + spread * torch.randn(4 * n + 100, **options)
             u = torch.rand(2, len(r), **options)
             angle = 2 * math.pi * u[0]
@@ -110,8 +118,7 @@ class SplitRing(Energy):
             )
             # no r below 0 fits: its log is nan
             found.append(z[u[1].log() < fits - log_top])
-        x = torch.cat(found)[:n]
-        return x if device is None else x.to(device)
+        return torch.cat(found)[:n]
 
 # %% ../nbs/10-variational.ipynb #ridges
 def _wave(z1):
@@ -139,11 +146,21 @@ class Ridges(Energy):
         # The distance, of the first coordinate
         drop: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.entropy, self.widths, self.drop = entropy, widths, drop
+        if drop is not None:
+            check_function(drop, "drop")
+        self.entropy, self.drop = entropy, drop
+        self.widths = tuple(
+            as_float(width, "widths", 0, strict=True)
+            for width in (widths if isinstance(widths, (list, tuple)) else ())
+        )
+        if len(self.widths) != (1 if drop is None else 2):
+            raise ValueError(
+                f"widths: expected two with a drop and one without, got {widths}"
+            )
         # of the floor, and of the two half walls
         self.length = 8 + 0.4 * math.sqrt(2 * math.pi)
         self.log_normaliser = math.log(
-            math.sqrt(2 * math.pi) * sum(widths) * self.length
+            math.sqrt(2 * math.pi) * sum(self.widths) * self.length
         )
 
     def _ridges(self, z1):
@@ -261,37 +278,31 @@ def metropolis_hastings(
     """Let many chains walk at once: random proposals, accepted by the ratio of densities."""
     from tqdm.auto import tqdm
 
-    if start.dim() != 2 or not start.is_floating_point():
-        got = f"{start.dtype} of shape {tuple(start.shape)}"
-        raise ValueError(
-            f"start: expected floating-point numbers (chains, d), got {got}"
-        )
-    for name, value, least in (
-        ("steps", steps, 1),
-        ("burn_in", burn_in, 0),
-        ("thin", thin, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if thin > steps:
+    check_numbers(start, "start", ("chains", "d"))
+    check_function(log_density, "log_density")
+    steps, burn_in = as_int(steps, "steps", 1), as_int(burn_in, "burn_in", 0)
+    step = as_float(step, "step", 0, strict=True)
+    if (thin := as_int(thin, "thin", 1)) > steps:
         raise ValueError(f"thin: expected at most steps = {steps}, got {thin}")
-    if not step > 0:
-        raise ValueError(f"step: expected a number above 0, got {step}")
-    if target is not None and not (0 < target < 1 and burn_in):
-        raise ValueError(
-            f"target: expected a share in (0, 1), and a burn-in to tune in; got {target}, "
-            f"burn_in = {burn_in}"
-        )
+    if target is not None:
+        target = as_float(target, "target")
+        if not (0 < target < 1 and burn_in):
+            raise ValueError(
+                f"target: expected a share in (0, 1), and a burn-in to tune in; got {target}, "
+                f"burn_in = {burn_in}"
+            )
     z, log_p = start, log_density(start)
+    check_log_density(log_p, start, "log_density")
     if not log_p.isfinite().all():
         bad = int((~log_p.isfinite()).sum())
         raise ValueError(
             f"start: log-density not finite at {bad} of {len(start)} states"
         )
-    log_step = torch.tensor(math.log(step)).to(start)
+    log_step = start.new_tensor(math.log(step))
     kept = start.new_empty(steps // thin, *start.shape)
-    # nothing here waits for it
+    # nothing here waits for them
     taken = torch.zeros((), dtype=torch.int64, device=start.device)
+    unknown = torch.zeros_like(taken)
     # moves whose noise is drawn together
     block = max(1, min(100, 1_000_000 // start.numel()))
     total = burn_in + steps
@@ -300,10 +311,12 @@ def metropolis_hastings(
             size = min(block, total - low)
             noise = draw(torch.randn, (size, *start.shape), start, generator)
             log_u = draw(torch.rand, (size, len(start)), start, generator).log()
+            seen = []
             for i in range(size):
                 t = low + i - burn_in  # moves since the burn-in
                 proposal = torch.addcmul(z, noise[i], log_step.exp())
                 log_new = log_density(proposal)
+                seen.append(log_new)
                 accept = log_u[i] < log_new - log_p
                 z = torch.where(accept.unsqueeze(-1), proposal, z)
                 log_p = torch.where(accept, log_new, log_p)
@@ -317,21 +330,26 @@ def metropolis_hastings(
                     log_step += (accept.to(z).mean() - target) / (
                         low + i + 1
                     ) ** 0.6
+            unknown += torch.stack(seen).isnan().sum()
             bar.update(size)
+    if unknown:
+        warnings.warn(
+            f"log_density: nan at {unknown} of {total * len(start)} proposals, "
+            "which were rejected",
+            stacklevel=3,  # past `no_grad`
+        )
+    if log_p.isposinf().any():
+        raise ValueError(
+            f"log_density: infinite where {int(log_p.isposinf().sum())} of {len(start)} "
+            "chains ended, which can never leave"
+        )
     return Chains(
         kept, taken.item() / (steps * len(start)), log_step.exp().item()
     )
 
 # %% ../nbs/10-variational.ipynb #diagnostics
-def effective_sample_size(
-    states: Tensor,  # Of several chains, shape `(kept, chains, *d)`
-) -> Tensor:  # Shape `d`
-    """How many independent draws would give the mean as exactly as these do."""
-    if states.dim() < 2 or len(states) < 4:
-        got = tuple(states.shape)
-        raise ValueError(
-            f"states: expected shape (kept, chains, *d), at least 4 kept, got {got}"
-        )
+def _spread(states):
+    "Variance of the states and of their mean, and correlation of neighbours, each of shape `d`."
     n, chains = states.shape[:2]
     covariance = autocovariance(states, dim=0).mean(1)  # by lag
     within = states.var(0).mean(0)
@@ -343,7 +361,32 @@ def effective_sample_size(
     # noise: cut it off
     pairs = correlation[: n // 2 * 2].unflatten(0, (-1, 2)).sum(1)
     pairs = pairs.clamp(min=0).cummin(0).values
-    return n * chains / (2 * pairs.sum(0) - 1)
+    # as Stan does, for chains of a few states that undo each other
+    least = 1 / max(1.0, math.log10(n * chains))
+    factor = (2 * pairs.sum(0) - 1).clamp(min=least)
+    return variance, variance * factor / (n * chains), correlation[1]
+
+
+def effective_sample_size(
+    states: Tensor,  # Of several chains, shape `(kept, chains, *d)`
+) -> Tensor:  # Shape `d`; nan for what never moved or is not finite
+    """How many independent draws would give the mean as exactly as these do."""
+    check_numbers(states, "states", ("kept", "chains", "*d"))
+    n = len(states)
+    if n < 4 or not states.numel():
+        got = tuple(states.shape)
+        raise ValueError(
+            f"states: expected shape (kept, chains, *d), at least 4 kept, got {got}"
+        )
+    variance, of_mean, neighbours = _spread(states)
+    swings = neighbours < 0
+    if n > 5 and swings.any():
+        # What swings has a mean better than its states: a small difference of
+        # large sums. Averages of neighbours have the same mean and swing less.
+        smooth = (states[:-2] + 2 * states[1:-1] + states[2:]) / 4
+        calm = _spread(smooth)[1] * (n - 2) / n
+        of_mean = torch.where(swings & (calm > 0), calm, of_mean)
+    return variance / of_mean
 
 
 def _normal_scores(x):
@@ -362,9 +405,10 @@ def _normal_scores(x):
 
 def r_hat(
     states: Tensor,  # Of several chains, shape `(kept, chains, d)`
-) -> Tensor:  # Shape `(d,)`; 1 if the chains agree
+) -> Tensor:  # Shape `(d,)`; 1 if the chains agree, nan if one is not finite
     """Compare chains with each other and with themselves, halves apart, after ranking."""
-    if states.dim() != 3 or len(states) < 4 or states.shape[1] < 2:
+    check_numbers(states, "states", ("kept", "chains", "d"))
+    if len(states) < 4 or states.shape[1] < 2:
         got = tuple(states.shape)
         raise ValueError(
             f"states: expected at least 4 states of at least 2 chains, got {got}"
@@ -374,37 +418,56 @@ def r_hat(
         split_gelman_rubin(_normal_scores(x), chain_dim=1, sample_dim=0)
         for x in (states, folded)
     ]
-    return torch.maximum(*each)
+    # ranks would make numbers of nan
+    finite = states.isfinite().all(0).all(0)
+    return torch.where(finite, torch.maximum(*each), math.nan)
 
 # %% ../nbs/10-variational.ipynb #weights
+def _weights(log_weights):
+    "Weights over the largest one: zero if all are; nan if one is nan or infinite."
+    check_numbers(log_weights, "log_weights", ("n",))
+    log_weights = widened(log_weights)
+    least = torch.finfo(log_weights.dtype).min
+    return (log_weights - log_weights.max().clamp(min=least)).exp()
+
+
 def ess_share(
     # log p - log q of draws from q, up to a constant, shape `(n,)`
     log_weights: Tensor,
-) -> float:  # From 1/n to 1
+) -> float:  # From 1/n to 1; 0 if no draw has weight, nan if one's is unknown
     """Share of the draws that importance weighting leaves: `(sum w)² / (n sum w²)`."""
-    weights = (log_weights.double() - log_weights.max()).exp()
-    return (
-        weights.sum().square() / weights.square().sum() / len(weights)
-    ).item()
+    weights = _weights(log_weights)
+    squares = weights.square().sum()
+    if squares == 0:
+        return 0.0
+    return (weights.sum().square() / squares / len(weights)).item()
 
 
 def pareto_k(
     # log p - log q of draws from q, up to a constant, shape `(n,)`
     log_weights: Tensor,
 ) -> float:  # Shape of the tail; above 0.7 too heavy for importance weights
-    """Fit a generalised Pareto distribution to the largest weights, and return its shape."""
-    n = len(log_weights)
+    """Fit a generalised Pareto distribution to the largest weights, and return its shape.
+
+    Where there is nothing to fit: -inf if no weight stands out, inf if fewer than five do or
+    all are zero, nan if one is nan.
+    """
+    weights = _weights(log_weights).sort().values.cpu()
+    n = len(weights)
     if n < 25:
         raise ValueError(f"log_weights: expected at least 25, got {n}")
-    weights = (
-        (log_weights.double() - log_weights.max()).exp().sort().values.cpu()
-    )
+    if weights.isnan().any():
+        return math.nan if log_weights.isnan().any() else math.inf
     tail = math.ceil(min(0.2 * n, 3 * math.sqrt(n)))
-    excess = weights[-tail:] - weights[-tail - 1]
+    rest = weights[-tail - 1]
+    excess = weights[-tail:] - rest
     excess = excess[excess > 0]
     if len(excess) < 5:
-        return -math.inf  # all weights are the same, and there is no tail
-    return fit_generalized_pareto(excess)[0]
+        return -math.inf if weights[-1] < 2 * rest else math.inf
+    with torch.device("cpu"):  # the fit makes tensors of its own
+        k = fit_generalized_pareto(excess)[0]
+    # beyond float64
+    return k if math.isfinite(k) else math.inf
 
 # %% ../nbs/10-variational.ipynb #assess
 @dataclass(frozen=True, repr=False)
@@ -435,13 +498,29 @@ def assess(
     batch: int = 20_000,  # Draws at once
 ) -> Assessment:  # KL and its error, ESS, k-hat and log Z
     """Draw from a flow and compare the two densities there."""
+    check_instance("flow", flow, Flow, "a Flow")
+    check_function(log_prob, "log_prob")
+    n, batch = as_int(n, "n", 25), as_int(batch, "batch", 1)
+    if not (context is None or isinstance(context, Tensor)) or (
+        flow.context_dim and context is not None
+    ):
+        check_numbers(context, "context", (flow.context_dim,))
     parts = []
     for low in range(0, n, batch):
         x, log_q = flow.rsample_and_log_prob(
             min(batch, n - low), context, generator
         )
-        parts.append((log_prob(x) - log_q).double())
+        log_p = log_prob(x)
+        check_log_density(log_p, x, "log_prob", len(flow.event_shape))
+        parts.append(widened(log_p - log_q))
     log_w = torch.cat(parts)
+    if log_w.is_meta:
+        raise ValueError("flow: expected values, got parameters on meta")
+    if bad := int((~(log_w < math.inf)).sum()):
+        warnings.warn(
+            f"log_prob: nan or infinite at {bad} of {n} draws, so that nothing can be said",
+            stacklevel=3,  # past `no_grad`
+        )
     return Assessment(
         -log_w.mean().item(),
         log_w.std().item() / math.sqrt(n),

@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import http.server
 import importlib.util
+import io
+import lzma
 import math
 import os
 import threading
@@ -15,7 +17,19 @@ import pytest
 import torch
 
 from flowcourse import data
-from flowcourse.data import datasets, dequantise, load, mnist_grey, toys
+from flowcourse.cli import main
+from flowcourse.data import (
+    bits_per_dim,
+    check_numbers,
+    datasets,
+    dequantise,
+    from_logit,
+    load,
+    mnist_grey,
+    standardise,
+    to_logit,
+    toys,
+)
 from flowcourse.plots import grid_points
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +84,7 @@ def test_one_flipped_bit_is_noticed(tmp_path, monkeypatch):
     damaged.write_bytes(content)
     monkeypatch.setattr(data.Record, "path", lambda self, split: damaged)
     with pytest.raises(
-        RuntimeError, match="old-faithful-all.npz.xz: this file is damaged"
+        ValueError, match="old-faithful-all.npz.xz: this file is damaged"
     ):
         load("old-faithful")
 
@@ -229,10 +243,46 @@ def test_a_wrong_file_in_the_folder_is_refused(idx, monkeypatch, damage):
     }[damage]
     images.write_bytes(content)
     with pytest.raises(
-        RuntimeError,
+        ValueError,
         match="t10k-images-idx3-ubyte.gz: (the contents|not a whole)",
     ):
         mnist_grey("test")
+
+
+def test_the_command_line_says_in_a_line_that_a_file_is_damaged(
+    tmp_path, monkeypatch, capsys
+):
+    damaged = tmp_path / "old-faithful-all.npz.xz"
+    damaged.write_bytes(b"no archive")
+    monkeypatch.setattr(data.Record, "path", lambda self, split: damaged)
+    words = ["train", "--config", "realnvp.faithful", "--out", str(tmp_path)]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("flowcourse: old-faithful-all.npz.xz: this file is ")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "not xz", "array", "empty"])
+def test_damaged_contents_are_refused_in_a_line(damage):
+    packed = datasets["old-faithful"].path("all").read_bytes()
+    plain = bytearray(lzma.decompress(packed))
+    plain[100] ^= 1  # in the deflated numbers
+    array = io.BytesIO()
+    np.save(array, np.arange(3))
+    broken = {
+        "cut": packed[:-100],
+        "flip": lzma.compress(plain),
+        "not xz": b"<html>",
+        "array": lzma.compress(array.getvalue()),
+        "empty": b"",
+    }[damage]
+    with pytest.raises(ValueError, match="packed: expected an .npz file"):
+        data.unpack(broken)
+
+
+def test_another_name_than_those_of_mnist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="path: expected a file named train-"):
+        data.read_idx(tmp_path / "images.gz")
 
 
 def test_unknown_split():
@@ -267,6 +317,234 @@ def test_noise_follows_the_generator_alone():
         for _ in range(2)
     )
     assert torch.equal(a, b) and torch.equal(before, torch.get_rng_state())
+
+
+WHOLE = [
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+]
+
+
+@pytest.mark.parametrize("dtype", WHOLE, ids=str)
+@pytest.mark.parametrize("levels", [17, 100, 256, np.int64(65536)])
+def test_counts_of_every_dtype_are_spread(dtype, levels):
+    counts = torch.arange(17).to(dtype)
+    p = dequantise(counts, levels, torch.Generator().manual_seed(0))
+    assert p.dtype == torch.float32
+    assert (p * int(levels)).floor().tolist() == list(range(17))
+    with pytest.raises(ValueError, match="expected 0 to 15, got 0(.0)? to 16"):
+        dequantise(counts, 16)
+
+
+def test_grey_images_are_counts_of_256_levels():
+    grey = torch.arange(256, dtype=torch.uint8)
+    p = dequantise(grey, 256)
+    assert (p * 256).floor().tolist() == list(range(256))
+    with pytest.raises(ValueError, match="expected 0 to 254, got 0 to 255"):
+        dequantise(grey, 255)
+    assert dequantise(grey.bool(), 2).floor().sum() == 0
+
+
+def test_what_is_no_count_is_refused():
+    for counts, levels, text in (
+        (torch.tensor([-1]), 5, "expected 0 to 4, got -1"),
+        (torch.tensor([math.nan]), 5, "got nan"),
+        (torch.tensor([1.5]), 5, "whole numbers"),
+        (torch.tensor([1j]), 5, "a tensor of counts"),
+        ([1], 5, "a tensor of counts"),
+        (torch.zeros(2, device="meta"), 5, "a tensor of counts"),
+        (torch.tensor([1]), 0, "levels"),
+        (torch.tensor([1]), 5.0, "levels"),
+        (torch.tensor([1]), "5", "levels"),
+        (torch.tensor([1]), 2**23, "levels: torch.float32 has room for"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            dequantise(counts, levels)
+    most = 2**22  # at the limit, every count keeps its cell
+    p = dequantise(torch.tensor([0, 1, most - 2, most - 1]), most)
+    assert (p.double() * most).floor().tolist() == [0, 1, most - 2, most - 1]
+
+
+def test_logits_are_those_of_the_formula_and_come_back():
+    p = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)).double()
+    p[0] = torch.tensor([0.0, 1.0, 0.5])
+    x, ladj = to_logit(p, 0.05)
+    # 0 goes to logit(0.05), and 1 to its mirror image
+    edge = math.log(0.05 / 0.95)
+    torch.testing.assert_close(x[0], torch.tensor([edge, -edge, 0.0]).double())
+    t = p.clone().requires_grad_()
+    slopes = torch.autograd.grad((0.05 + 0.9 * t).logit().sum(), t)[0]
+    torch.testing.assert_close(ladj, slopes.log().sum(-1))
+    again, back = from_logit(x, 0.05)
+    torch.testing.assert_close(again, p)
+    torch.testing.assert_close(back, -ladj)
+
+
+def test_past_the_walls_of_the_cube_the_margin_leads_there_and_back():
+    x = torch.tensor([[-8.0, 8.0]], dtype=torch.float64)
+    p, ladj = from_logit(x, 0.1)
+    # sigmoid(±8) is nearly 0 or 1, and the cube ends at 0.1 and 0.9
+    margin = (0.1 - torch.sigmoid(x[0, 0])) / 0.8
+    torch.testing.assert_close(p[0], torch.stack([-margin, 1 + margin]))
+    again, back = to_logit(p, 0.1)
+    torch.testing.assert_close(again, x)
+    torch.testing.assert_close(back, -ladj)
+
+
+@pytest.mark.parametrize("bad", [3.0, -1.0, 255.0, math.nan, math.inf])
+def test_what_is_outside_the_cube_has_no_logit(bad):
+    p = torch.rand(4, 3)
+    p[2, 1] = bad
+    with pytest.raises(ValueError, match=r"p: expected numbers in \[0, 1\]"):
+        to_logit(p)
+
+
+@pytest.mark.parametrize("bad", [0, 0.5, -1, math.nan, math.inf, "0.1", None])
+def test_the_margin_is_a_number_below_one_half(bad):
+    for f in (to_logit, from_logit):
+        with pytest.raises(ValueError, match="alpha"):
+            f(torch.rand(2, 3), alpha=bad)
+
+
+def test_bits_per_dimension_by_hand():
+    # 2 nats in 4 dimensions of 8 levels: 3 bits, less half a nat in bits
+    found = bits_per_dim(torch.tensor(2.0), np.int64(4), 8)
+    assert found.item() == pytest.approx(3 - 0.5 / math.log(2))
+    for options in ((0, 8), (2.0, 8), (4, 0), (4, "8")):
+        with pytest.raises(ValueError, match="dim|levels"):
+            bits_per_dim(torch.tensor(0.0), *options)
+
+
+def test_held_out_rows_are_standardised_by_the_training_rows():
+    train = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    other = torch.tensor([[5.0, 20.0], [9.0, 80.0], [2.0, 0.0]])
+    (a, b), mean, sd = standardise(train, other)
+    assert mean.tolist() == [2, 20] and sd.tolist() == [1, 10]
+    assert a.tolist() == [[-1, -1], [1, 1]]
+    assert b.tolist() == [[3, 0], [7, 6], [0, -2]]
+
+
+def test_a_constant_column_is_named():
+    x = torch.rand(1797, 3)
+    x[:, 1] = 0.1
+    with pytest.raises(ValueError, match=r"columns \[1\] are constant"):
+        standardise(x)
+
+
+def test_rows_that_cannot_be_standardised_are_named():
+    rows = torch.rand(4, 2)
+    for parts, text in (
+        ((torch.zeros(4, 2, dtype=torch.uint8),), "train: .*floating"),
+        ((rows[:0],), r"train: expected shape \(n, \*d\)"),
+        ((rows.tolist(),), "train: .*list"),
+        ((torch.full((3, 2), math.nan),), "train: 6 values are not finite"),
+        ((rows, rows[:, :1]), r"others\[0\]: expected shape \(\*n, 2\)"),
+        ((rows, rows, "rows"), r"others\[1\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            standardise(*parts)
+    assert standardise(rows, rows[:0]).parts[1].shape == (0, 2)
+
+
+def test_parts_are_rows_of_the_data_each_once_and_follow_the_seed():
+    x = torch.arange(100)
+    sizes = np.array([60, 30])
+    parts = data.split(x, sizes, np.int64(3))
+    assert [len(part) for part in parts] == [60, 30]
+    both = torch.cat(parts)
+    assert len(both.unique()) == 90 and not both.equal(both.sort().values)
+    assert torch.equal(both, torch.cat(data.split(x, (60, 30), 3)))
+    assert not torch.equal(both, torch.cat(data.split(x, (60, 30), 4)))
+    for options, text in (
+        ({"sizes": (60, 41)}, "at most 100 rows"),
+        ({"sizes": (-1,)}, "sizes"),
+        ({"sizes": ()}, "sizes"),
+        ({"sizes": 60}, "sizes"),
+        ({"sizes": "60"}, "sizes"),
+        ({"sizes": (0.5, 0.5)}, "sizes"),
+        ({"sizes": (60,), "seed": 0.5}, "seed"),
+        ({"sizes": (60,), "seed": 2**64}, "seed"),
+        ({"x": [1, 2], "sizes": (1,)}, "x"),
+        ({"x": torch.tensor(1.0), "sizes": (0,)}, "x"),
+    ):
+        with pytest.raises(ValueError, match=f"^{text}|{text}"):
+            data.split(**{"x": x} | options)
+
+
+def test_a_default_device_does_not_reach_the_data():
+    x = torch.arange(9)
+    expected = data.split(x, (5, 4))[0]
+    p = toys["moons"].sample(5, torch.Generator().manual_seed(0))
+    values = {name: toy.log_prob(p) for name, toy in toys.items()}
+    data._nodes.cache_clear()
+    with torch.device("meta"):
+        found = data.split(x, (5, 4))[0]
+        again = {name: toy.log_prob(p) for name, toy in toys.items()}
+        spread = dequantise(x, 10, torch.Generator().manual_seed(0))
+        faithful = load("old-faithful").x
+    assert torch.equal(found, expected) and not spread.is_meta
+    assert not faithful.is_meta
+    for name in toys:
+        assert torch.equal(again[name], values[name]), name
+
+
+def test_shapes_are_checked_in_words():
+    x = torch.zeros(3, 2)
+    check_numbers(x, "x", ("n", 2))
+    check_numbers(x, "x", ("*batch", "n", 2))
+    check_numbers(x[:0], "x", ("*n", 2))
+    check_numbers(x, "x", ("n", "*d"))
+    for value, shape, text in (
+        (x, ("n", 3), r"x: expected shape \(n, 3\), got \(3, 2\)"),
+        (x, ("n",), r"x: expected shape \(n,\), got \(3, 2\)"),
+        (x[:0], ("n", 2), r"got \(0, 2\)"),
+        (x[0, 0], ("*batch", 2), r"got \(\)"),
+        (x, ("*batch", 5, 3, 2), "expected shape"),
+        (x.long(), ("n", 2), r"floating-point numbers \(n, 2\), got torch.int"),
+        (None, ("n", 2), "got NoneType"),
+        (x.to("meta"), ("n", 2), "on meta"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            check_numbers(value, "x", shape)
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: load(["mnist"]), "name"),
+        (lambda: load("mnist", ["train"]), "split"),
+        (lambda: load("mnist", 0), "split"),
+        (lambda: mnist_grey(["train"]), "split"),
+        (lambda: toys["moons"].sample(-1), "n"),
+        (lambda: toys["moons"].sample(2.0), "n"),
+        (lambda: toys["moons"].sample("2"), "n"),
+        (lambda: toys["moons"].sample(2, 0), "generator"),
+        (lambda: toys["moons"].sample(2, dtype=torch.int64), "dtype"),
+        (lambda: toys["moons"].sample(2, dtype="float32"), "dtype"),
+        (lambda: toys["moons"].sample(2, dtype=torch.zeros(2)), "dtype"),
+        (lambda: toys["moons"].sample(2, device="gpu"), "device"),
+        (lambda: toys["moons"].sample(2, device=[0]), "device"),
+        (lambda: load("mnist", np.zeros(2)), "split"),
+        (lambda: mnist_grey(np.zeros(2)), "split"),
+        (lambda: data.read_idx(0), "path"),
+        (lambda: bits_per_dim(None, 2), "log_prob"),
+        (lambda: data.split(torch.zeros(2), torch.tensor(1)), "sizes"),
+        (lambda: data.check_function(3, "f"), "f"),
+        (lambda: data.check_function(data.Moons, "f"), "f"),
+        (lambda: dequantise(torch.zeros(2), 2, 0), "generator"),
+        (lambda: toys["moons"].log_prob([[0.0, 0.0]]), "x"),
+        (lambda: toys["moons"].log_prob(torch.zeros(2, 2).long()), "x"),
+        (lambda: to_logit(0.5), "p"),
+        (lambda: to_logit(torch.tensor(0.5)), "p"),
+        (lambda: to_logit(torch.ones(3, 2).long()), "p"),
+        (lambda: from_logit(None), "x"),
+        (lambda: from_logit(torch.tensor(0.5)), "x"),
+    ],
+)
+def test_mistakes_are_named(call, text):
+    with pytest.raises(ValueError, match=f"^{text}: "):
+        call()
 
 
 # --- toys ---
@@ -344,6 +622,7 @@ def test_toys_keep_type_and_shape_and_the_global_generator(name):
     assert torch.equal(a, b) and a.dtype == torch.float64 and a.shape == (7, 2)
     assert torch.equal(before, torch.get_rng_state())
     assert toy.sample(0).shape == (0, 2)
+    assert toy.sample(np.int64(3)).shape == (3, 2)
     log_p = toy.log_prob(a.expand(3, 7, 2))
     assert log_p.shape == (3, 7) and log_p.dtype == torch.float64
     assert toy.log_prob(a[0].float()).dtype == torch.float32
@@ -360,6 +639,15 @@ def test_log_density_and_slope_are_finite_and_right_far_out(name):
         [[1.3, -0.4], [0.2, 2.1]], dtype=torch.float64, requires_grad=True
     )
     assert torch.autograd.gradcheck(toys[name].log_prob, y)
+
+
+@pytest.mark.parametrize("name", toys)
+def test_density_is_zero_at_infinity_and_unknown_at_nan(name):
+    inf, nan = math.inf, math.nan
+    far = torch.tensor([[inf, 0.0], [0.0, -inf], [inf, inf]])
+    assert (toys[name].log_prob(far) == -inf).all()
+    unknown = torch.tensor([[nan, 0.0], [0.5, nan], [nan, inf]])
+    assert toys[name].log_prob(unknown).isnan().all()
 
 
 def test_every_draw_from_the_board_has_a_density():
