@@ -200,12 +200,12 @@ class FreeEnergy(Objective):
         """Draw what the latents of one step are made of."""
         return self.model.posterior.base.noise((n,), generator)
 
-    def forward(
+    def losses(
         self,
         batch: Tensor,  # Images, shape `(n, pixels)`
         noise: Tensor,  # What `draw` gave
-    ) -> Tensor:  # Free energy in nats per image
-        """The free energy of a batch, from one latent an image."""
+    ) -> Tensor:  # In nats, shape `(n,)`
+        """The free energy of each image, from one latent."""
         # The first batch is enough to know grey levels by, and a graph has no
         # values to look at.
         blind = torch.compiler.is_compiling() or getattr(
@@ -216,7 +216,7 @@ class FreeEnergy(Objective):
             self._looked = True
         z, log_q = self.model.infer(batch, noise)
         weight = 1.0 if self.annealing is None else self.annealing()
-        return (log_q - weight * self.model.log_joint(batch, z)).mean()
+        return log_q - weight * self.model.log_joint(batch, z)
 
 # %% ../nbs/11-dlgm.ipynb #f4d3f582
 def _check_images(model, x, name="x"):

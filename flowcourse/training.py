@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .core import Compose, Flow, as_float, as_int
+from .data import check_log_density
 
 # %% ../nbs/02-training.ipynb #b6c7aff8
 class _Fault(NamedTuple):
@@ -297,26 +298,18 @@ class ReverseKL(Objective):
             }
             log_q = functional_call(_LogProb(self.flow), fixed, (x,))
         weight = 1.0 if self.annealing is None else self.annealing()
-        return log_q - weight * self._target(x, log_q.shape)
+        return log_q - weight * self._target(x)
 
-    def _target(self, x, shape):
+    def _target(self, x):
         """The target's log-density, one number for each draw."""
         log_p = self.log_target(x)
-        if not isinstance(log_p, Tensor) or log_p.shape != shape:
-            came = (
-                f"shape {tuple(log_p.shape)}; sum over the last dimension, .sum(-1)"
-                if isinstance(log_p, Tensor)
-                else type(log_p).__name__
-            )
-            raise ValueError(
-                "log_target: expected one log-density for each draw, shape "
-                f"{tuple(shape)}, got {came}"
-            )
+        event_dim = len(self.flow.event_shape)
+        check_log_density(log_p, x, "log_target", event_dim)
         return log_p
 
     def _fault(self, batch, noise):
-        x, log_q = self.flow.rsample_and_log_prob(noise=noise)
-        log_p = self._target(x, log_q.shape)
+        x, _ = self.flow.rsample_and_log_prob(noise=noise)
+        log_p = self._target(x)
         nan, infinite = int(log_p.isnan().sum()), int(log_p.isinf().sum())
         if not x.isfinite().all() or nan + infinite == 0:
             return None

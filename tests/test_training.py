@@ -1875,7 +1875,7 @@ def test_classes_in_the_place_of_instances_are_named():
 def test_a_target_gives_one_number_for_each_draw(wrong, message):
     objective = ReverseKL(make_flow(), wrong)
     with pytest.raises(
-        ValueError, match=f"log_target: expected one log-density .*{message}"
+        ValueError, match=f"log_target: expected one number .*{message}"
     ):
         fit(objective, batch_size=33, progress=False)
 
