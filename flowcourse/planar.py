@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'softplus', 'log_softplus', 'above_minus_one', 'log_add_square', 'TanhUnit', 'LogisticUnit', 'LeakyUnit',
-           'substitute', 'substitute_back', 'times', 'length_of', 'last_digits', 'Planar', 'Radial', 'gram_schmidt',
-           'reflect', 'Sylvester']
+           'substitute', 'substitute_back', 'times', 'shrinking', 'length_of', 'last_digits', 'Planar', 'Radial',
+           'gram_schmidt', 'reflect', 'Sylvester']
 
 # %% ../nbs/05-planar.ipynb #777daaee
 import math
@@ -16,7 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import Bijection, as_shape
-from .elementwise import Conditional, monotone_root, widened
+from flowcourse.elementwise import (
+    Conditional,
+    forward_mode,
+    monotone_root,
+    widened,
+)
 
 # %% ../nbs/05-planar.ipynb #ad297c6e
 # softplus is 1 there, so that u = 0 gives the identity
@@ -64,6 +69,8 @@ def log_add_square(
     relative = t * (v.clamp(min=-80) * -0.5).exp()
     # has the right curvature
     around_zero = torch.addcmul(v, relative, relative)
+    # what adds no digit is left out: its second derivative would be 0 * inf
+    v = torch.clamp(v, min=(log_square - 80).detach())
     return torch.where(zero, around_zero, torch.logaddexp(log_square, v))
 
 # %% ../nbs/05-planar.ipynb #63b6feaf
@@ -95,8 +102,10 @@ class TanhUnit:
     ) -> Tensor:  # log(1 + m h'(a) / max h'), finite everywhere
         """Log-slope of `a + m h(a) / max h'`."""
         steepest = log_steepest + 2 * math.log(2)
+        # farther out the unit is flat to the last digit
+        near = F.hardtanh(a, -40.0, 40.0)
         return log_add_square(
-            a.tanh(), torch.sub(steepest, torch.logaddexp(a, -a), alpha=2)
+            a.tanh(), torch.sub(steepest, torch.logaddexp(near, -near), alpha=2)
         )
 
     def solve(
@@ -172,7 +181,7 @@ class LeakyUnit:
     ) -> Tensor:  # log(1 + m h'(a) / max h')
         """Log-slope of `a + m h(a) / max h'`."""
         share = self.derivative(a) / self.max_slope
-        return torch.logaddexp((-share).log1p(), share.log() + log_steepest)
+        return (share * log_steepest.expm1()).log1p()
 
     def solve(
         self,
@@ -308,13 +317,23 @@ class _Block(torch.autograd.Function):
         return _Block.apply(z, *layers, unit), 0
 
 # %% ../nbs/05-planar.ipynb #aa5af011
+def shrinking(
+    t: Tensor,  # Vectors, shape `(*batch, n)`
+) -> Tensor:  # Shape `(*batch, 1)`, without gradient
+    """1, or for a vector so long that squares would overflow, what makes its largest entry 1."""
+    most = t.detach().abs().amax(-1, keepdim=True)
+    return torch.where(most > torch.finfo(t.dtype).max ** 0.375, 1 / most, 1.0)
+
+
 def length_of(
     t: Tensor,  # Vectors, shape `(*batch, n)`
 ) -> Tensor:  # Shape `(*batch,)`
     """Euclidean length, with gradient zero at zero."""
-    square = t.square().sum(-1)
+    scale = shrinking(t)
+    square = (t * scale).square().sum(-1)
     zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+    root = torch.where(zero, 1.0, square).sqrt() / scale.squeeze(-1)
+    return torch.where(zero, 0.0, root)
 
 # %% ../nbs/05-planar.ipynb #b5050026
 @torch.no_grad()
@@ -341,7 +360,9 @@ def last_digits(
     next_image, next_a = ahead(z + missing)
     # no kink between
     nearer = (length_of(x - next_image) < length_of(x - image)).unsqueeze(-1)
-    return torch.where(nearer, missing, 0.0), torch.where(nearer, next_a, a)
+    found = torch.where(nearer, missing, 0.0), torch.where(nearer, next_a, a)
+    # `no_grad` does not stop derivatives that are carried forwards
+    return tuple(t.detach() for t in found)
 
 # %% ../nbs/05-planar.ipynb #5d7e212c
 class Planar(Bijection):
@@ -420,8 +441,10 @@ class Planar(Bijection):
             or torch._C._are_functorch_transforms_active()
         )
         ahead = _Block.apply if arranged else _Block.forward
+        if forward_mode():
+            ahead = self._plainly
         for layers in zip(*blocks):
-            z, a, _ = ahead(z, *layers, self.unit)
+            z, a, *_ = ahead(z, *layers, self.unit)
             activations.append(a)
         return z, self.unit.log_slope(
             torch.cat(activations, -1), log_steepest
@@ -431,6 +454,10 @@ class Planar(Bijection):
         "The plain way through a block of layers: where it takes a point, and its activations."
         a = substitute(times(z, w.mT) + b, products, self.unit)
         return z + times(self.unit(a), u), a
+
+    def _plainly(self, z, w, u, b, unit):
+        "What `_Block` computes, for derivatives that are carried forwards."
+        return self._ahead(z, w, u, b, w @ u.mT)
 
     def _inverse(self, given, context):
         # in float32, the ladj of single points would lose all digits
@@ -524,14 +551,18 @@ class Radial(Bijection):
         r = torch.where(half > 0, 2 * alpha * r_out / far, far / 2)
         return r, (r + alpha) / (r + total)
 
-    def _run(self, point, context, order, scale):
+    def _run(self, point, context, order, move):
         "Move along rays from each centre; `ladj` is that of the way out."
         z0, alpha, total = self.layers(context)
         ladj = 0.0
         for k in order:
             ray = point - z0[..., k, :]
-            a, t = alpha[..., k], total[..., k]
-            r, factor = scale(length_of(ray), a, t)
+            # a layer looks the same in any unit of length
+            scale = shrinking(ray)
+            a, t = (
+                length[..., k] * scale.squeeze(-1) for length in (alpha, total)
+            )
+            r, factor = move(length_of(ray * scale), a, t)
             point = z0[..., k, :] + ray * factor.unsqueeze(-1)
             across = (r + t).log() - (r + a).log()
             along = (r.square() + 2 * a * r + a * t).log() - 2 * (r + a).log()

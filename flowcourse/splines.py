@@ -15,7 +15,13 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from .data import Table
-from .elementwise import ScalarMap, bounded, interior, monotone_root
+from flowcourse.elementwise import (
+    ScalarMap,
+    bounded,
+    forward_mode,
+    interior,
+    monotone_root,
+)
 
 # %% ../nbs/07-splines.ipynb #wrap0707
 def wrap(
@@ -566,6 +572,8 @@ class RationalQuadraticSplineMap(SplineMap):
         return rise.log() - 2 * (1 + (a + b - 2) * mixed).log()
 
     def _in_box(self, t, theta, side):
+        if forward_mode():
+            return super()._in_box(t, theta, side)
         limits = self.evenness, self.steepest, self.end_slope, self.tails
         # without gradients there is no need for what `apply` arranges
         spline = (
