@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'softplus', 'log_softplus', 'above_minus_one', 'log_add_square', 'TanhUnit', 'LogisticUnit', 'LeakyUnit',
-           'substitute', 'substitute_back', 'times', 'shrinking', 'length_of', 'last_digits', 'Planar', 'Radial',
-           'gram_schmidt', 'reflect', 'Sylvester']
+           'substitute', 'substitute_back', 'times', 'length_of', 'last_digits', 'Planar', 'Radial', 'gram_schmidt',
+           'reflect', 'Sylvester']
 
 # %% ../nbs/05-planar.ipynb #777daaee
 import math
@@ -317,23 +317,13 @@ class _Block(torch.autograd.Function):
         return _Block.apply(z, *layers, unit), 0
 
 # %% ../nbs/05-planar.ipynb #aa5af011
-def shrinking(
-    t: Tensor,  # Vectors, shape `(*batch, n)`
-) -> Tensor:  # Shape `(*batch, 1)`, without gradient
-    """1, or for a vector so long that squares would overflow, what makes its largest entry 1."""
-    most = t.detach().abs().amax(-1, keepdim=True)
-    return torch.where(most > torch.finfo(t.dtype).max ** 0.375, 1 / most, 1.0)
-
-
 def length_of(
     t: Tensor,  # Vectors, shape `(*batch, n)`
 ) -> Tensor:  # Shape `(*batch,)`
     """Euclidean length, with gradient zero at zero."""
-    scale = shrinking(t)
-    square = (t * scale).square().sum(-1)
+    square = t.square().sum(-1)
     zero = square == 0
-    root = torch.where(zero, 1.0, square).sqrt() / scale.squeeze(-1)
-    return torch.where(zero, 0.0, root)
+    return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 # %% ../nbs/05-planar.ipynb #b5050026
 @torch.no_grad()
@@ -530,43 +520,42 @@ class Radial(Bijection):
         return raw[..., :-2], alpha, alpha * grown
 
     def _forward(self, z, context):
-        return self._run(z, context, range(self.length), self._outwards)
+        return self._run(z, context)
 
     def _inverse(self, x, context):
-        z, ladj = self._run(x, context, range(self.length)[::-1], self._inwards)
+        z, ladj = self._run(x, context, inwards=True)
         return z, -ladj
-
-    @staticmethod
-    def _outwards(r, alpha, total):
-        return r, (r + total) / (r + alpha)
 
     @staticmethod
     def _inwards(r_out, alpha, total):
         # r² + (α + β - R) r - α R = 0; the root without cancellation.
         half = total - r_out
-        far = (
-            torch.where(half > 0, half, -half)
-            + (half.square() + 4 * alpha * r_out).sqrt()
-        )
-        r = torch.where(half > 0, 2 * alpha * r_out / far, far / 2)
-        return r, (r + alpha) / (r + total)
+        rising, product = half > 0, 2 * alpha * r_out
+        root = torch.addcmul(2 * product, half, half).sqrt()
+        far = torch.where(rising, half, -half) + root
+        return torch.where(rising, product / far, far / 2)
 
-    def _run(self, point, context, order, move):
+    def _run(self, point, context, inwards=False):
         "Move along rays from each centre; `ladj` is that of the way out."
         z0, alpha, total = self.layers(context)
-        ladj = 0.0
-        for k in order:
+        most = torch.finfo(point.dtype).max
+        ladj, many = 0.0, most**0.375
+        layers = range(self.length)
+        for k in reversed(layers) if inwards else layers:
             ray = point - z0[..., k, :]
-            # a layer looks the same in any unit of length
-            scale = shrinking(ray)
-            a, t = (
-                length[..., k] * scale.squeeze(-1) for length in (alpha, total)
-            )
-            r, factor = move(length_of(ray * scale), a, t)
+            # a layer looks the same in any unit of length: for long rays take
+            # one whose squares do not overflow
+            size = ray.detach().abs().sum(-1)
+            unit = many / size.clamp(many, most)
+            a, t = alpha[..., k] * unit, total[..., k] * unit
+            r = length_of(ray * unit.unsqueeze(-1))
+            r = self._inwards(r, a, t) if inwards else r
+            whole = r + a
+            across = (r + t) / whole
+            along = torch.addcmul(r, a, across) / whole
+            ladj = ladj + (self.event_shape[0] - 1) * across.log() + along.log()
+            factor = 1 / across if inwards else across
             point = z0[..., k, :] + ray * factor.unsqueeze(-1)
-            across = (r + t).log() - (r + a).log()
-            along = (r.square() + 2 * a * r + a * t).log() - 2 * (r + a).log()
-            ladj = ladj + (self.event_shape[0] - 1) * across + along
         return point, ladj
 
     def extra_repr(self) -> str:
@@ -659,13 +648,14 @@ class Sylvester(Bijection):
         square, inner, b, frame = self.raw(context).split(self.sizes, -1)
         square = square.unflatten(-1, (self.units, self.units))
         outer = square.diagonal(dim1=-2, dim2=-1)
+        product = inner * outer
         m, log_steepest = above_minus_one(
-            self.unit.max_slope * inner * outer, self.offset
+            self.unit.max_slope * product, self.offset
         )
         zero = inner == 0  # as for w = 0 in a planar layer
         gain = torch.where(zero, 0.0, m / self.unit.max_slope)
         log_steepest = torch.where(zero, 0.0, log_steepest)
-        outer = outer + (gain - inner * outer) / torch.where(zero, 1.0, inner)
+        outer = outer + (gain - product) / torch.where(zero, 1.0, inner)
         r = square.triu(1) + outer.diag_embed()
         r_inner = square.tril(-1).mT + inner.diag_embed()
         return self._frame(frame), r, r_inner, b, gain, log_steepest
@@ -683,7 +673,7 @@ class Sylvester(Bijection):
 
     def _forward(self, z, context):
         q, r, r_inner, b, _, log_steepest = self.layers(context)
-        ladj = 0.0
+        activations = []
         for k in range(self.length):
             z, a = self._ahead(
                 z,
@@ -692,10 +682,9 @@ class Sylvester(Bijection):
                 r_inner[..., k, :, :],
                 b[..., k, :],
             )
-            ladj = ladj + self.unit.log_slope(a, log_steepest[..., k, :]).sum(
-                -1
-            )
-        return z, ladj
+            activations.append(a)
+        slopes = self.unit.log_slope(torch.stack(activations, -2), log_steepest)
+        return z, slopes.sum((-1, -2))
 
     def _ahead(self, z, q, r, r_inner, b):
         "Where one layer takes a point, and its activations."
