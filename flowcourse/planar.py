@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'softplus', 'log_softplus', 'above_minus_one', 'log_add_square', 'TanhUnit', 'LogisticUnit', 'LeakyUnit',
-           'substitute', 'substitute_back', 'times', 'length_of', 'last_digits', 'Planar', 'Radial', 'gram_schmidt',
-           'reflect', 'Sylvester']
+           'as_unit', 'substitute', 'substitute_back', 'times', 'length_of', 'last_digits', 'Planar', 'Radial',
+           'gram_schmidt', 'reflect', 'Sylvester']
 
 # %% ../nbs/05-planar.ipynb #777daaee
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import Bijection, as_shape
+from .core import Bijection, as_float, as_int
 from flowcourse.elementwise import (
     Conditional,
     forward_mode,
@@ -154,11 +154,11 @@ class LeakyUnit:
         self,
         slope: float = 0.1,  # Below zero, between 0 and 1
     ):
-        if not 0 < slope < 1:
+        self.slope = as_float(slope, "slope")
+        if not 0 < self.slope < 1:
             raise ValueError(
                 f"slope: expected a number between 0 and 1, got {slope}"
             )
-        self.slope = slope
 
     def __call__(
         self,
@@ -194,6 +194,18 @@ class LeakyUnit:
 
     def __repr__(self) -> str:
         return f"LeakyUnit(slope={self.slope:g})"
+
+
+def as_unit(
+    unit,  # What came
+) -> TanhUnit | LeakyUnit:  # The same
+    """Refuse what is not a hidden unit, as a name of one or a class."""
+    if isinstance(unit, type) or not hasattr(unit, "log_slope"):
+        raise ValueError(
+            "unit: expected TanhUnit(), LogisticUnit(), LeakyUnit() or an "
+            f"object like these, got {unit!r}"
+        )
+    return unit
 
 # %% ../nbs/05-planar.ipynb #d4f44076
 def substitute(
@@ -372,18 +384,16 @@ class Planar(Bijection):
         # Multiplies the context; a small one makes it learn slowly
         context_scale: float = 1.0,
     ):
+        dim, length = as_int(dim, "dim", 1), as_int(length, "length", 1)
         super().__init__(dim, context_dim)
-        self.length, self.block = (
-            as_shape(length, "length")[0],
-            as_shape(block, "block")[0],
-        )
-        self.unit, self.offset = unit, offset
+        self.length, self.block = length, as_int(block, "block", 1)
+        self.unit, self.offset = as_unit(unit), as_float(offset, "offset")
         # so that w'z is about as large as one entry of z
         w = torch.randn(length, dim) / dim**0.5
         start = torch.cat([w, torch.zeros(length, dim + 1)], -1)
         # Rows of w, u, b.
         self.raw = Conditional(
-            start.shape, context_dim, start, hidden, context_scale
+            start.shape, self.context_dim, start, hidden, context_scale
         )
 
     @property
@@ -501,13 +511,14 @@ class Radial(Bijection):
         # Widths of the context network's hidden layers
         hidden: tuple[int, ...] = (32,),
     ):
+        dim, length = as_int(dim, "dim", 1), as_int(length, "length", 1)
         super().__init__(dim, context_dim)
-        self.length = as_shape(length, "length")[0]
+        self.length = length
         start = torch.cat(
             [torch.randn(length, dim), torch.zeros(length, 2)], -1
         )
         # rows of z0, raw α, raw β
-        self.raw = Conditional(start.shape, context_dim, start, hidden)
+        self.raw = Conditional(start.shape, self.context_dim, start, hidden)
 
     def layers(
         self,
@@ -604,24 +615,25 @@ class Sylvester(Bijection):
         # Multiplies the context; a small one makes it learn slowly
         context_scale: float = 1.0,
     ):
+        dim, length = as_int(dim, "dim", 1), as_int(length, "length", 1)
         super().__init__(dim, context_dim)
-        self.length, self.units = as_shape(length, "length")[0], units or dim
-        if self.units > dim or (variant == "triangular" and self.units < dim):
+        n = dim if units is None else as_int(units, "units", 1)
+        frames = {
+            "orthogonal": dim * n,
+            "householder": as_int(reflections, "reflections", 1) * dim,
+            "triangular": 0,
+        }
+        if not isinstance(variant, str) or variant not in frames:
+            raise ValueError(
+                f"variant: expected one of {', '.join(frames)}, got {variant!r}"
+            )
+        if n > dim or (variant == "triangular" and n < dim):
             wanted = dim if variant == "triangular" else f"at most {dim}"
             raise ValueError(
                 f"units: Sylvester ({variant}) expects {wanted}, got {units}"
             )
-        frames = {
-            "orthogonal": dim * self.units,
-            "householder": as_shape(reflections, "reflections")[0] * dim,
-            "triangular": 0,
-        }
-        if variant not in frames:
-            raise ValueError(
-                f"variant: expected one of {', '.join(frames)}, got {variant!r}"
-            )
-        self.variant, self.unit, self.offset = variant, unit, offset
-        n = self.units
+        self.length, self.units, self.variant = length, n, variant
+        self.unit, self.offset = as_unit(unit), as_float(offset, "offset")
         # R and R̃ off its diagonal, diagonal of R̃, b, Q
         self.sizes = [n * n, n, n, frames[variant]]
         start = [
@@ -631,7 +643,7 @@ class Sylvester(Bijection):
         ]
         start = torch.cat([*start, torch.randn(length, frames[variant])], -1)
         self.raw = Conditional(
-            start.shape, context_dim, start, hidden, context_scale
+            start.shape, self.context_dim, start, hidden, context_scale
         )
 
     @property
