@@ -303,6 +303,24 @@ def test_values_and_gradients_are_finite_far_out(name, dtype):
 
 
 @names
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_second_derivatives_are_finite_where_squares_overflow(name, way):
+    scalar_map = monotone_maps[name]
+    theta = raw(scalar_map, 1.0, dtype=torch.float32)
+    for size in (1e18, -2e19, 1e30, -1e30):
+
+        def value(t, theta, size=size):
+            image, log_slope = getattr(scalar_map, way)(t, theta)
+            return image / size + log_slope
+
+        at = torch.tensor(size), theta
+        assert value(*at).isfinite()
+        found = torch.func.grad(value, (0, 1))(*at)
+        second = torch.func.jacrev(torch.func.grad(value), (0, 1))(*at)
+        assert all(t.isfinite().all() for t in (*found, *second))
+
+
+@names
 @levels
 def test_float32_agrees_with_float64_far_out(name, sd):
     scalar_map = monotone_maps[name]
@@ -455,11 +473,48 @@ def test_a_map_that_knows_no_cost_costs_one_pass():
         (lambda: BernsteinMap(1), "degree"),
         (lambda: BernsteinMap(bound=float("nan")), "bound"),
         (lambda: BernsteinMap(2.5), "degree"),
+        (lambda: BernsteinMap(bound="3"), "bound"),
+        (lambda: MonotoneNetworkMap(bound=math.inf), "bound"),
+        (lambda: SumOfSquaresMap(None), "degree"),
+        (lambda: SumOfSquaresMap(bound=None), "bound"),
+        (lambda: DeepSigmoidalMap(apart=math.nan), "apart"),
+        (lambda: DeepSigmoidalMap("5"), "units"),
+        (lambda: LogisticMixtureMap(apart="far"), "apart"),
+        (lambda: LogisticMixtureMap(8.0), "components"),
     ],
 )
 def test_wrong_arguments_are_named(make, argument):
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         make()
+
+
+def test_settings_may_be_numbers_of_numpy():
+    for kind, options in (
+        (LogisticMixtureMap, {"components": 3, "apart": 2}),
+        (SumOfSquaresMap, {"degree": 2, "bound": 2}),
+        (DeepSigmoidalMap, {"units": 3, "layers": 2, "apart": 1}),
+        (MonotoneNetworkMap, {"units": 3, "bound": 2}),
+        (BernsteinMap, {"degree": 4, "bound": 2}),
+    ):
+        scalar_map = kind(**{k: np.int64(v) for k, v in options.items()})
+        assert repr(scalar_map) == repr(kind(**options))
+        assert scalar_map.n_params == kind(**options).n_params
+
+
+@names
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_no_tensor_is_made_on_the_default_device(name, way):
+    scalar_map = monotone_maps[name]
+    points, theta = LINE[:4], raw(scalar_map, 1.0, 4)
+    go = getattr(scalar_map, way)
+    want = go(points, theta)
+    try:
+        torch.set_default_device("meta")
+        got = go(points, theta)
+    finally:
+        torch.set_default_device(None)
+    assert_close(got, want)
+    assert all(t.is_meta for t in go(points.to("meta"), theta.to("meta")))
 
 
 @pytest.mark.parametrize("layers", [2, 3])

@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from helpers import noise, shaken
@@ -453,6 +454,87 @@ def test_the_radial_layer_is_its_formula():
     assert f(z0)[0].isfinite().all() and f.inverse(z0)[1].isfinite()
 
 
+FAR = {  # lengths whose squares overflow, and some that are not so far
+    torch.float32: (1e3, 1e18, 2e19, 1e25, 1e30, 1e38),
+    torch.float64: (1e3, 1e153, 1e155, 1e200, 1e300),
+}
+
+
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_radial_layers_take_points_as_far_as_numbers_go(way, dtype):
+    """Far out the layer moves a point by beta along its ray, and by nothing that shows."""
+    f = perturbed(Radial(3)).to(dtype)
+    z0, alpha, total = (t[0] for t in f.layers())
+    beta = (total - alpha).detach()
+    eps = torch.finfo(dtype).eps
+    for size in FAR[dtype]:
+        ray = torch.tensor([0.6, 0.0, -0.8], dtype=dtype) * size
+        point = (z0 + ray).detach()
+        image, ladj = getattr(f, way)(point)
+        step = beta if way == "forward" else -beta
+        want = point + step * ray / size
+        assert_close(image, want, rtol=4 * eps, atol=2 * beta.abs() / size)
+        # (1 + beta / r)^2 across, and 1 - O(1 / r^2) along
+        close = 10 * ((beta.abs() + alpha) / size) ** 2 + 4 * eps
+        assert (ladj - 2 * step / size).abs() < close
+
+        def value(theta, point):
+            image, ladj = torch.func.functional_call(
+                f, {"raw.value": theta}, (point,)
+            )
+            return (image * ray).sum() / size + ladj
+
+        at = f.raw.value.detach(), point
+        for slope in torch.func.grad(value, (0, 1))(*at):
+            assert slope.isfinite().all()
+        for curvature in torch.func.hessian(value, (0, 1))(*at):
+            assert all(t.isfinite().all() for t in curvature)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+def test_second_derivatives_of_the_log_slope_are_right_far_out(unit, dtype):
+    """Of log(1 + m h'(a) / max h'), written out for the unit; 0 where it is flat."""
+
+    def log_slope(a, log_steepest):
+        return unit.log_slope(a, log_steepest)
+
+    def plain(a, log_steepest):
+        share = unit.derivative(a) / unit.max_slope
+        return (1 + log_steepest.expm1() * share).log()
+
+    for steepest in (-300.0, -20.0, -2.0, 0.0, 3.0):
+        for a in (0.0, 0.3, -2.0, 8.0, -30.0, 50.0, -400.0, *FAR[dtype]):
+            at = torch.tensor(a, dtype=dtype), torch.tensor(steepest).to(dtype)
+            got = torch.func.hessian(log_slope, (0, 1))(*at)
+            assert all(t.isfinite() for row in got for t in row)
+            if steepest > -10:  # else the plain form loses all digits
+                wide = [t.double() for t in at]
+                want = torch.func.hessian(plain, (0, 1))(*wide)
+                for g, w in zip(sum(got, ()), sum(want, ())):
+                    assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_far_points_stay_numbers_and_so_do_their_derivatives(name, way):
+    for dtype, sizes in FAR.items():
+        torch.manual_seed(0)
+        f = perturbed(MAKERS[name](0)).to(dtype)
+        for size in sizes[1:-1]:
+
+            def value(point, size=size):
+                image, ladj = getattr(f, way)(point)
+                return image.sum() / size + ladj
+
+            point = noise(4).to(dtype) * size
+            assert value(point).isfinite()
+            assert torch.func.grad(value)(point).isfinite().all()
+            curvature = torch.func.jacrev(torch.func.grad(value))(point)
+            assert curvature.isfinite().all()
+
+
 def test_a_sylvester_layer_with_one_unit_is_planar():
     f = perturbed(Sylvester(4, units=1))
     z = noise(6, 4, seed=2)
@@ -539,22 +621,77 @@ def test_softplus_and_m_keep_their_digits():
 @pytest.mark.parametrize(
     "make, word",
     [
-        (lambda: LeakyUnit(1.5), "slope"),
-        (lambda: Planar(2, 0), "length"),
-        (lambda: Planar(2, 3, block=0), "block"),
+        (lambda: LeakyUnit(1.5), "slope: expected a number between 0 and 1"),
+        (lambda: LeakyUnit("0.1"), "slope: expected a finite number"),
+        (lambda: LeakyUnit(math.nan), "slope: expected a finite number"),
+        (lambda: Planar(2, 0), "length: expected a whole number"),
+        (lambda: Planar(2, 2.5), "length: expected a whole number"),
+        (lambda: Planar((2, 3)), "dim: expected a whole number"),
+        (lambda: Planar("2"), "dim: expected a whole number"),
+        (
+            lambda: Planar(2, unit="tanh"),
+            r"unit: expected TanhUnit\(\), .*'tanh'",
+        ),
+        (lambda: Planar(2, unit=LeakyUnit), r"unit: expected .*LeakyUnit\(\)"),
+        (
+            lambda: Planar(2, offset=math.inf),
+            "offset: expected a finite number",
+        ),
+        (lambda: Planar(2, 3, block=0), "block: expected a whole number"),
         (
             lambda: Planar(2, 3, context_dim=2, context_scale=0.0),
             "context_scale",
         ),
-        (lambda: Sylvester(3, units=4), "units"),
-        (lambda: Sylvester(3, units=2, variant="triangular"), "units"),
-        (lambda: Sylvester(3, variant="qr"), "variant"),
+        (lambda: Radial(2, 1.0), "length: expected a whole number"),
+        (lambda: Radial(0), "dim: expected a whole number"),
+        (lambda: Sylvester(3, units=4), "units: .* at most 3, got 4"),
+        (lambda: Sylvester(3, units=0), "units: expected a whole number"),
+        (lambda: Sylvester(3, length=None), "length: expected a whole number"),
+        (
+            lambda: Sylvester(3, units=2, variant="triangular"),
+            "units: .* 3, got",
+        ),
+        (lambda: Sylvester(3, variant="qr"), "variant: expected one of"),
+        (lambda: Sylvester(3, variant=["qr"]), "variant: expected one of"),
+        (lambda: Sylvester(3, unit=TanhUnit), "unit: expected TanhUnit"),
+        (lambda: Sylvester(3, offset=math.nan), "offset: expected a finite"),
         (
             lambda: Sylvester(3, variant="householder", reflections=0),
-            "reflections",
+            "reflections: expected a whole number",
         ),
     ],
 )
 def test_bad_arguments_are_named(make, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=f"^{word}"):
         make()
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    three, two = np.int64(3), np.uint8(2)
+    for f in (
+        Planar(three, two, two, block=two),
+        Radial(three, two, two),
+        Sylvester(three, two, two, two, "householder", two),
+    ):
+        assert f(torch.zeros(3), torch.zeros(2))[0].shape == (3,)
+        assert "np." not in repr(f)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_no_tensor_is_made_on_the_default_device(name, context_dim):
+    """Made there all of it is there; made elsewhere, the map works where it was made."""
+    f = perturbed(MAKERS[name](context_dim))
+    z = noise(6, 4)
+    context = noise(6, 2, seed=1) if context_dim else None
+    try:
+        torch.set_default_device("meta")
+        made = MAKERS[name](context_dim)
+        results = f(z, context), f.inverse(z, context)
+    finally:
+        torch.set_default_device(None)
+    assert all(p.is_meta for p in made.state_dict().values())
+    assert all(t.device.type == "cpu" for pair in results for t in pair)
+    away = None if context is None else context.float().to("meta")
+    x, ladj = made(z.float().to("meta"), away)
+    assert x.is_meta and ladj.shape == (6,)

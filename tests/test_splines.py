@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pyro.distributions.transforms  # noqa: F401  the module is shadowed by a function of its name
 import pytest
 import torch
@@ -543,19 +544,84 @@ def test_a_coupling_of_splines_takes_a_context(kind):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LinearSplineMap(1), "bins: expected at least 2, got 1"),
-        (lambda: QuadraticSplineMap(2), "bins: expected at least 3, got 2"),
+        (lambda: LinearSplineMap(1), "bins: .* at least 2, got 1"),
+        (lambda: QuadraticSplineMap(2), "bins: .* at least 3, got 2"),
+        (lambda: LinearSplineMap(8.0), "bins: expected a whole number"),
         (lambda: CubicSplineMap(bound=-1.0), "bound: expected"),
         (lambda: RationalLinearSplineMap(bound=(1.0, 1.0)), "bound: expected"),
         (
             lambda: RationalQuadraticSplineMap(tails="none"),
             "tails: expected 'linear', 'box'",
         ),
+        (lambda: LinearSplineMap(tails=None), "tails: expected"),
+        *(
+            (lambda b=b: RationalQuadraticSplineMap(bound=b), "bound: expected")
+            for b in (
+                0,
+                math.inf,
+                math.nan,
+                "3",
+                None,
+                True,
+                (),
+                (0.0,),
+                (0.0, math.inf),
+                (2.0, 1.0),
+                (0.0, 1.0, 2.0),
+                (-1e308, 1e308),
+            )
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+def test_settings_may_be_numbers_of_numpy_and_pairs_may_be_lists():
+    by_numpy = RationalQuadraticSplineMap(np.int64(8), np.float32(3))
+    assert repr(by_numpy) == repr(RationalQuadraticSplineMap())
+    pair = RationalQuadraticSplineMap(4, [np.float64(0), np.int64(1)], "box")
+    assert pair.ends == (0.0, 1.0) and pair.domain.check(torch.tensor(0.5))
+
+
+@everything
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_no_tensor_is_made_on_the_default_device(scalar_map, way):
+    points, theta = draw(scalar_map, 4)
+    go = getattr(scalar_map, way)
+    want = go(points, theta)
+    try:
+        torch.set_default_device("meta")
+        got = go(points, theta)
+    finally:
+        torch.set_default_device(None)
+    assert_close(got, want)
+    assert all(t.is_meta for t in go(points.to("meta"), theta.to("meta")))
+
+
+@everything
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_far_points_stay_numbers_and_so_do_their_derivatives(scalar_map, way):
+    go = getattr(scalar_map, way)
+    for dtype, sizes in (
+        (torch.float32, (1e6, 1e18, 2e19, 1e30)),
+        (torch.float64, (1e150, 1e300)),
+    ):
+        theta = draw(scalar_map, 1, dtype=dtype)[1][0]
+        for size in sizes:
+
+            def value(t, theta, size=size):
+                image, log_slope = go(t, theta)
+                return image / size + log_slope
+
+            for t in (size, -size):
+                at = torch.tensor(t, dtype=dtype), theta
+                assert value(*at).isfinite()
+                found = torch.func.grad(value, (0, 1))(*at)
+                second = torch.func.hessian(value, (0, 1))(*at)
+                for slope in (*found, *sum(second, ())):
+                    assert slope.isfinite().all()
 
 
 def test_a_repr_says_what_it_is():
