@@ -184,6 +184,9 @@ class SplineMap(ScalarMap):
         if self.tails == "circular":
             shift = 0.0 if theta is None else wrap(theta[..., -1], *self.ends)
             return wrap(image + shift, *self.ends), log_slope
+        # by rounding, a point near an end could come to lie outside
+        if self.tails == "box":
+            image = image.clamp(*self.ends)
         far = given != t  # what lies outside the box stays where it is
         image = torch.where(far, given, image)
         return interior(image, self.codomain), log_slope.masked_fill(far, 0.0)

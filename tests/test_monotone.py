@@ -19,6 +19,7 @@ from flowcourse.monotone import (
     NonlinearSquaredMap,
     SumOfSquaresMap,
     monotone_maps,
+    spread,
 )
 from flowcourse.testing import check_bijection, total_mass
 from flowcourse.training import MaximumLikelihood, fit
@@ -333,6 +334,63 @@ def test_float32_agrees_with_float64_far_out(name, sd):
         )
         for got, wanted in pairs:
             assert_close(got.double(), wanted, rtol=3e-5, atol=3e-5)
+
+
+@names
+def test_no_raw_parameters_ask_for_tails_that_rounding_would_destroy(name):
+    scalar_map = monotone_maps[name]
+    far = torch.tensor([-1e4, 1e4])
+    for seed in range(10):
+        theta = raw(scalar_map, 1e4, seed=seed, dtype=torch.float32)
+        theta[-1] = 0.0  # often a shift, which may be any number
+        if name == "nonlinear-squared":
+            theta[1] = 0.0
+        x, log_slope = scalar_map.forward(far, theta)
+        assert x.isfinite().all() and log_slope.abs().max() < 12
+        assert_close(scalar_map.inverse(x, theta)[0], far, rtol=1e-4, atol=0)
+
+
+def test_the_bend_leaves_a_twentieth_of_the_slope():
+    """At u = 1 / sqrt(3) the bump is steepest; its share of the slope is at most 0.95."""
+    scalar_map = NonlinearSquaredMap()
+    for share in (-50.0, 50.0):
+        theta = torch.tensor([0.0, 0.0, share, 0.0, 0.0], dtype=torch.float64)
+        _, log_slope = scalar_map.forward(
+            torch.linspace(-6, 6, 100_001, dtype=torch.float64), theta
+        )
+        assert_close(log_slope.min().item(), math.log(0.05), rtol=1e-6, atol=0)
+
+
+def test_squares_that_vanish_together_leave_a_slope():
+    scalar_map = SumOfSquaresMap(2)
+    theta = torch.zeros(scalar_map.n_params, dtype=torch.float64)
+    theta[0] = 2 * math.atanh(-math.sqrt(0.99) / 2)  # no constant is left
+    _, log_slope = scalar_map.forward(torch.zeros(1).double(), theta)
+    assert_close(log_slope.exp().item(), 0.01)
+
+
+@pytest.mark.parametrize(
+    "kind", [SumOfSquaresMap, MonotoneNetworkMap, BernsteinMap]
+)
+@pytest.mark.parametrize("bound", [1.5, 6.0])
+def test_a_map_bends_up_to_its_bound(kind, bound):
+    scalar_map = kind(bound=bound)
+    theta = raw(scalar_map, 1.0)
+    z = bound * torch.tensor([0.6, 0.8, 1.0, 1.2, 9.0], dtype=torch.float64)
+    for side in (-z, z):
+        _, log_slope = scalar_map.forward(side, theta)
+        inside, outside = log_slope[:3], log_slope[2:]
+        assert_close(outside, outside[:1].expand(3))
+        assert inside.diff().abs().min() > 1e-4
+
+
+def test_parts_start_where_they_were_told():
+    assert spread(3, 2.0) == [-2.0, 0.0, 2.0]
+    for kind in (LogisticMixtureMap, DeepSigmoidalMap):
+        scalar_map = kind(3, apart=2.0)
+        shape = read(scalar_map, raw(scalar_map, 0.0))
+        places = shape[1] if kind is LogisticMixtureMap else shape[0][1]
+        assert_close(places.flatten().tolist(), [-2.0, 0.0, 2.0])
 
 
 @names

@@ -23,6 +23,7 @@ from flowcourse.planar import (
     TanhUnit,
     above_minus_one,
     gram_schmidt,
+    last_digits,
     log_add_square,
     log_softplus,
     reflect,
@@ -307,6 +308,73 @@ def test_u_zero_is_the_identity():
     assert_close(ladj, torch.zeros_like(ladj), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("offset", [0.0, IDENTITY])
+def test_where_w_is_zero_a_layer_only_shifts(unit, offset):
+    """Whatever m is there: the paper's is log 2 - 1 at zero, and would count in the ladj."""
+    u, z = noise(4), noise(5, 4, seed=1)
+    f = layer(torch.zeros_like(u), u, 0.7, unit=unit, offset=offset)
+    shift = u * unit(torch.tensor(0.7, dtype=torch.float64))
+    for way, sign in ((f.forward, 1), (f.inverse, -1)):
+        image, ladj = way(z)
+        assert_close(image, z + sign * shift)
+        assert ladj.abs().max() < 1e-15
+    assert (f.layers()[3] == 0).all()
+    # R~ with zeros on its diagonal: R~ R is strictly upper triangular
+    f = perturbed(Sylvester(4, length=2, unit=unit, offset=offset))
+    f.raw.value.data[:, 16:20] = 0.0
+    assert f(z)[1].abs().max() < 1e-15 and (f.layers()[4] == 0).all()
+    jacobian = torch.func.jacrev(lambda t: f(t)[0])(z[0])
+    determinant = torch.linalg.det(jacobian)
+    assert_close(determinant, torch.ones_like(determinant))
+
+
+def test_a_leaky_layer_squeezes_no_half_of_space_by_more_than_five():
+    steepest = torch.tensor(-1e4, dtype=torch.float64)
+    sides = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    least = LeakyUnit(0.5).log_slope(sides, steepest)
+    assert_close(least.exp(), torch.tensor([0.6, 0.2], dtype=torch.float64))
+
+
+def test_a_newton_step_across_a_kink_is_not_taken_where_it_leads_away():
+    f = layer(torch.ones(1).double(), [30.0], unit=LeakyUnit())
+    w, u, b, _, log_steepest = f.layers()
+    products = w @ u.mT
+    ahead = partial(f._ahead, w=w, u=u, b=b, products=products)
+    z = torch.tensor([0.01], dtype=torch.float64)
+    for off, taken in ((-0.011, False), (0.02, True)):
+        near = z + off
+        missing, a = last_digits(
+            near, f(z)[0], ahead, w, u, products, f.unit, log_steepest
+        )
+        assert_close(missing, torch.full_like(z, -off if taken else 0.0))
+        assert_close(a, z if taken else near)
+
+
+def test_every_option_is_used():
+    hidden = {"context_dim": 2, "hidden": (5,)}
+    for f in (
+        Planar(3, 2, **hidden),
+        Radial(3, 2, **hidden),
+        Sylvester(3, length=2, **hidden),
+    ):
+        assert f.raw.net[0].out_features == 5
+    assert [
+        len(range(7)[part]) for part in Planar(3, 7, block=3)._blocks()
+    ] == [3, 3, 1]
+    reflected = Sylvester(3, 2, variant="householder", reflections=7)
+    assert reflected.raw.value.shape == (1, 4 + 2 + 2 + 7 * 3)
+    turned = Sylvester(3, length=3, variant="triangular").layers()[0]
+    eye = torch.eye(3)
+    assert torch.equal(turned, torch.stack([eye, eye.flip(0), eye]))
+
+
+def test_a_direction_starts_with_length_one():
+    """So that w'z is about as large as an entry of z; the mean is good to 1/100."""
+    w = Planar(50, 400).raw.value[:, :50]
+    assert abs(w.square().sum(-1).mean() - 1) < 0.05
+
+
 MAKERS = {
     **{
         f"planar {u}": lambda c, u=u: Planar(4, 3, c, unit=u, block=2)
@@ -535,13 +603,19 @@ def test_far_points_stay_numbers_and_so_do_their_derivatives(name, way):
             assert curvature.isfinite().all()
 
 
-def test_a_sylvester_layer_with_one_unit_is_planar():
-    f = perturbed(Sylvester(4, units=1))
+@pytest.mark.parametrize("offset", [0.0, IDENTITY])
+def test_a_sylvester_layer_with_one_unit_is_planar(offset):
+    f = perturbed(Sylvester(4, units=1, offset=offset))
     z = noise(6, 4, seed=2)
     q, _, r_inner, b, _, _ = f.layers()
     w = (q * r_inner)[0, :, 0]
     outer = f.raw.value[0, 0]
-    g = layer(w.detach(), (q[0, :, 0] * outer).detach(), float(b.detach()))
+    g = layer(
+        w.detach(),
+        (q[0, :, 0] * outer).detach(),
+        float(b.detach()),
+        offset=offset,
+    )
     for got, want in zip(g(z), f(z)):
         assert_close(got, want)
 

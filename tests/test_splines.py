@@ -320,7 +320,9 @@ def test_a_box_keeps_its_ends_and_leaves_alone_what_lies_outside(kind):
     scalar_map = kind(5, (0.0, 1.0), "box")
     _, theta = draw(scalar_map, 100, sd=3.0)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None].expand(2, 100)
-    assert_close(scalar_map.forward(ends, theta)[0], ends)
+    images = scalar_map.forward(ends, theta)[0]
+    assert_close(images, ends)
+    assert ((images > 0) & (images < 1)).all()  # the box is open
     outside = torch.tensor([-0.5, 1.5], dtype=torch.float64)[:, None].expand(
         2, 100
     )
@@ -334,6 +336,42 @@ def test_a_box_keeps_its_ends_and_leaves_alone_what_lies_outside(kind):
         assert_close(
             total_mass(f.log_prob, low=0, high=1).item(), 1.0, atol=1e-3, rtol=0
         )
+
+
+def test_a_knot_belongs_to_the_bin_above():
+    scalar_map = LinearSplineMap(4, (0.0, 1.0), "box")
+    theta = draw(scalar_map, 1)[1][0]
+    knots = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    _, at = scalar_map.forward(knots, theta)
+    assert_close(at, scalar_map.forward(knots + 0.1, theta)[1])
+
+
+@kinds
+@pytest.mark.parametrize("tails", BOXES)
+def test_raw_parameters_ask_for_no_more_than_their_bounds(kind, tails):
+    """Sizes of bins up to e^(2 evenness) apart, log-slopes at knots up to steepest."""
+    scalar_map = kind(5, BOXES[tails], tails)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        signs = torch.randn(scalar_map.n_params, generator=generator).sign()
+        theta = 1e4 * signs.double()
+        zs, xs, *rest = torch.tensor(
+            knots_of(scalar_map, theta), dtype=torch.float64
+        )
+        most = math.exp(2 * scalar_map.evenness) * (1 + 1e-6)
+        for knots in (zs, xs) if kind is not QuadraticSplineMap else (zs,):
+            assert knots.diff().max() / knots.diff().min() < most
+        if kind in (RationalLinearSplineMap, RationalQuadraticSplineMap):
+            assert rest[0].log().abs().max() < scalar_map.steepest + 1e-6
+        if kind is RationalLinearSplineMap:
+            assert 0.11 < rest[1][:-1].min() and rest[1].max() < 0.89
+
+
+@kinds
+def test_a_circle_holds_one_of_its_ends(kind):
+    domain = kind(5, math.pi, "circular").domain
+    ends = torch.tensor([-math.pi, math.pi], dtype=torch.float64)
+    assert domain.check(ends).tolist() == [True, False]
 
 
 @kinds
