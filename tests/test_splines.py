@@ -410,6 +410,8 @@ def test_wrap_stays_in_its_interval_despite_rounding():
         assert_close(
             turned.sin(), t.sin(), rtol=0, atol=100 * torch.finfo(dtype).eps
         )
+    # 1 - 1e-9 is 1 in float32, and so the next turn's beginning
+    assert wrap(torch.tensor(-1e-9), 0.0, 1.0) == 0
     assert wrap(torch.tensor(math.nan)).isnan()
 
 
