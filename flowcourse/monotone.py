@@ -14,22 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .core import as_float, as_int
 from .data import Table
 from .elementwise import ScalarMap, bounded, monotone_root
 
 # %% ../nbs/08-monotone.ipynb #2d8cc0fe
-def _at_least(name, value, least):
-    if not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"{name}: expected a whole number of at least {least}, got {value}"
-        )
-
-
-def _above_zero(name, value):
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value}")
-
-
 def _column(values, like):
     "Numbers along a first axis in front of the axes of `like`, in its dtype and on its device."
     column = torch.tensor(values, dtype=like.dtype, device=like.device)
@@ -130,8 +119,8 @@ class LogisticMixtureMap(MonotoneMap):
         # Their places at theta = 0 go from minus this to this
         apart: float = 1.0,
     ):
-        _at_least("components", components, 2)
-        self.components, self.apart = components, apart
+        self.components = components = as_int(components, "components", 2)
+        self.apart = as_float(apart, "apart")
         # raw weights, places, log-widths; log-scale, shift
         self.n_params = 3 * components + 2
 
@@ -171,9 +160,9 @@ class DeepSigmoidalMap(MonotoneMap):
         # The first units' places at theta = 0 go from minus this to this
         apart: float = 1.0,
     ):
-        _at_least("units", units, 2)
-        _at_least("layers", layers, 2)
-        self.units, self.layers, self.apart = units, layers, apart
+        self.units = units = as_int(units, "units", 2)
+        self.layers = layers = as_int(layers, "layers", 2)
+        self.apart = as_float(apart, "apart")
         ends = zip([1] + [units] * (layers - 1), [units] * (layers - 1) + [1])
         # For each layer: raw log-slopes, places, weights of inputs, and of
         # mixtures.
@@ -211,10 +200,8 @@ class DeepSigmoidalMap(MonotoneMap):
             return None
         rows = bounded(raw, 4.0).unflatten(0, (n, -1))
         if rows.shape[1] == n:
-            rows = (
-                rows
-                + 2 * torch.eye(n).to(rows)[(...,) + (None,) * (rows.dim() - 2)]
-            )
+            eye = torch.eye(n, dtype=rows.dtype, device=rows.device)
+            rows = rows + 2 * eye[(...,) + (None,) * (rows.dim() - 2)]
         return rows.softmax(1)
 
     def point(self, z, *layers):
@@ -357,9 +344,8 @@ class SumOfSquaresMap(BoxedMap):
         degree: int = 4,
         bound: float = 3.0,  # Where straight lines take over, above 0
     ):
-        _at_least("degree", degree, 1)
-        _above_zero("bound", bound)
-        self.degree, self.bound = degree, bound
+        self.degree = degree = as_int(degree, "degree", 1)
+        self.bound = as_float(bound, "bound", 0.0, strict=True)
         # coefficients from the constant upwards, shift
         self.n_params = 2 * (degree + 1) + 1
 
@@ -417,9 +403,8 @@ class MonotoneNetworkMap(BoxedMap):
         units: int = 6,  # Width of the network's hidden layer, at least 2
         bound: float = 3.0,  # Where straight lines take over, above 0
     ):
-        _at_least("units", units, 2)
-        _above_zero("bound", bound)
-        self.units, self.bound = units, bound
+        self.units = units = as_int(units, "units", 2)
+        self.bound = as_float(bound, "bound", 0.0, strict=True)
         # raw output weights, steepness, places; log-scale, shift
         self.n_params = 3 * units + 2
         nodes, weights = np.polynomial.legendre.leggauss(self.nodes)
@@ -507,9 +492,8 @@ class BernsteinMap(BoxedMap):
         degree: int = 16,  # Of the polynomial, at least 2
         bound: float = 3.0,  # Where straight lines take over, above 0
     ):
-        _at_least("degree", degree, 2)
-        _above_zero("bound", bound)
-        self.degree, self.bound = degree, bound
+        self.degree = degree = as_int(degree, "degree", 2)
+        self.bound = as_float(bound, "bound", 0.0, strict=True)
         self.n_params = degree + 1  # raw logarithms of the increments, shift
 
     def read(self, raw):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'softplus', 'log_softplus', 'above_minus_one', 'log_add_square', 'TanhUnit', 'LogisticUnit', 'LeakyUnit',
-           'substitute', 'substitute_back', 'times', 'length_of', 'last_digits', 'Planar', 'Radial', 'gram_schmidt',
-           'reflect', 'Sylvester']
+           'as_unit', 'substitute', 'substitute_back', 'times', 'length_of', 'last_digits', 'Planar', 'Radial',
+           'gram_schmidt', 'reflect', 'Sylvester']
 
 # %% ../nbs/05-planar.ipynb #777daaee
 import math
@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import Bijection, as_shape
-from .elementwise import Conditional, monotone_root, widened
+from .core import Bijection, as_float, as_int
+from flowcourse.elementwise import (
+    Conditional,
+    forward_mode,
+    monotone_root,
+    widened,
+)
 
 # %% ../nbs/05-planar.ipynb #ad297c6e
 # softplus is 1 there, so that u = 0 gives the identity
@@ -64,6 +69,8 @@ def log_add_square(
     relative = t * (v.clamp(min=-80) * -0.5).exp()
     # has the right curvature
     around_zero = torch.addcmul(v, relative, relative)
+    # what adds no digit is left out: its second derivative would be 0 * inf
+    v = torch.clamp(v, min=(log_square - 80).detach())
     return torch.where(zero, around_zero, torch.logaddexp(log_square, v))
 
 # %% ../nbs/05-planar.ipynb #63b6feaf
@@ -95,8 +102,10 @@ class TanhUnit:
     ) -> Tensor:  # log(1 + m h'(a) / max h'), finite everywhere
         """Log-slope of `a + m h(a) / max h'`."""
         steepest = log_steepest + 2 * math.log(2)
+        # farther out the unit is flat to the last digit
+        near = F.hardtanh(a, -40.0, 40.0)
         return log_add_square(
-            a.tanh(), torch.sub(steepest, torch.logaddexp(a, -a), alpha=2)
+            a.tanh(), torch.sub(steepest, torch.logaddexp(near, -near), alpha=2)
         )
 
     def solve(
@@ -145,11 +154,11 @@ class LeakyUnit:
         self,
         slope: float = 0.1,  # Below zero, between 0 and 1
     ):
-        if not 0 < slope < 1:
+        self.slope = as_float(slope, "slope")
+        if not 0 < self.slope < 1:
             raise ValueError(
                 f"slope: expected a number between 0 and 1, got {slope}"
             )
-        self.slope = slope
 
     def __call__(
         self,
@@ -172,7 +181,7 @@ class LeakyUnit:
     ) -> Tensor:  # log(1 + m h'(a) / max h')
         """Log-slope of `a + m h(a) / max h'`."""
         share = self.derivative(a) / self.max_slope
-        return torch.logaddexp((-share).log1p(), share.log() + log_steepest)
+        return (share * log_steepest.expm1()).log1p()
 
     def solve(
         self,
@@ -185,6 +194,18 @@ class LeakyUnit:
 
     def __repr__(self) -> str:
         return f"LeakyUnit(slope={self.slope:g})"
+
+
+def as_unit(
+    unit,  # What came
+) -> TanhUnit | LeakyUnit:  # The same
+    """Refuse what is not a hidden unit, as a name of one or a class."""
+    if isinstance(unit, type) or not hasattr(unit, "log_slope"):
+        raise ValueError(
+            "unit: expected TanhUnit(), LogisticUnit(), LeakyUnit() or an "
+            f"object like these, got {unit!r}"
+        )
+    return unit
 
 # %% ../nbs/05-planar.ipynb #d4f44076
 def substitute(
@@ -314,7 +335,7 @@ def length_of(
     """Euclidean length, with gradient zero at zero."""
     square = t.square().sum(-1)
     zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+    return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 # %% ../nbs/05-planar.ipynb #b5050026
 @torch.no_grad()
@@ -341,7 +362,9 @@ def last_digits(
     next_image, next_a = ahead(z + missing)
     # no kink between
     nearer = (length_of(x - next_image) < length_of(x - image)).unsqueeze(-1)
-    return torch.where(nearer, missing, 0.0), torch.where(nearer, next_a, a)
+    found = torch.where(nearer, missing, 0.0), torch.where(nearer, next_a, a)
+    # `no_grad` does not stop derivatives that are carried forwards
+    return tuple(t.detach() for t in found)
 
 # %% ../nbs/05-planar.ipynb #5d7e212c
 class Planar(Bijection):
@@ -361,18 +384,16 @@ class Planar(Bijection):
         # Multiplies the context; a small one makes it learn slowly
         context_scale: float = 1.0,
     ):
+        dim, length = as_int(dim, "dim", 1), as_int(length, "length", 1)
         super().__init__(dim, context_dim)
-        self.length, self.block = (
-            as_shape(length, "length")[0],
-            as_shape(block, "block")[0],
-        )
-        self.unit, self.offset = unit, offset
+        self.length, self.block = length, as_int(block, "block", 1)
+        self.unit, self.offset = as_unit(unit), as_float(offset, "offset")
         # so that w'z is about as large as one entry of z
         w = torch.randn(length, dim) / dim**0.5
         start = torch.cat([w, torch.zeros(length, dim + 1)], -1)
         # Rows of w, u, b.
         self.raw = Conditional(
-            start.shape, context_dim, start, hidden, context_scale
+            start.shape, self.context_dim, start, hidden, context_scale
         )
 
     @property
@@ -420,8 +441,10 @@ class Planar(Bijection):
             or torch._C._are_functorch_transforms_active()
         )
         ahead = _Block.apply if arranged else _Block.forward
+        if forward_mode():
+            ahead = self._plainly
         for layers in zip(*blocks):
-            z, a, _ = ahead(z, *layers, self.unit)
+            z, a, *_ = ahead(z, *layers, self.unit)
             activations.append(a)
         return z, self.unit.log_slope(
             torch.cat(activations, -1), log_steepest
@@ -431,6 +454,10 @@ class Planar(Bijection):
         "The plain way through a block of layers: where it takes a point, and its activations."
         a = substitute(times(z, w.mT) + b, products, self.unit)
         return z + times(self.unit(a), u), a
+
+    def _plainly(self, z, w, u, b, unit):
+        "What `_Block` computes, for derivatives that are carried forwards."
+        return self._ahead(z, w, u, b, w @ u.mT)
 
     def _inverse(self, given, context):
         # in float32, the ladj of single points would lose all digits
@@ -484,13 +511,14 @@ class Radial(Bijection):
         # Widths of the context network's hidden layers
         hidden: tuple[int, ...] = (32,),
     ):
+        dim, length = as_int(dim, "dim", 1), as_int(length, "length", 1)
         super().__init__(dim, context_dim)
-        self.length = as_shape(length, "length")[0]
+        self.length = length
         start = torch.cat(
             [torch.randn(length, dim), torch.zeros(length, 2)], -1
         )
         # rows of z0, raw α, raw β
-        self.raw = Conditional(start.shape, context_dim, start, hidden)
+        self.raw = Conditional(start.shape, self.context_dim, start, hidden)
 
     def layers(
         self,
@@ -503,39 +531,42 @@ class Radial(Bijection):
         return raw[..., :-2], alpha, alpha * grown
 
     def _forward(self, z, context):
-        return self._run(z, context, range(self.length), self._outwards)
+        return self._run(z, context)
 
     def _inverse(self, x, context):
-        z, ladj = self._run(x, context, range(self.length)[::-1], self._inwards)
+        z, ladj = self._run(x, context, inwards=True)
         return z, -ladj
-
-    @staticmethod
-    def _outwards(r, alpha, total):
-        return r, (r + total) / (r + alpha)
 
     @staticmethod
     def _inwards(r_out, alpha, total):
         # r² + (α + β - R) r - α R = 0; the root without cancellation.
         half = total - r_out
-        far = (
-            torch.where(half > 0, half, -half)
-            + (half.square() + 4 * alpha * r_out).sqrt()
-        )
-        r = torch.where(half > 0, 2 * alpha * r_out / far, far / 2)
-        return r, (r + alpha) / (r + total)
+        rising, product = half > 0, 2 * alpha * r_out
+        root = torch.addcmul(2 * product, half, half).sqrt()
+        far = torch.where(rising, half, -half) + root
+        return torch.where(rising, product / far, far / 2)
 
-    def _run(self, point, context, order, scale):
+    def _run(self, point, context, inwards=False):
         "Move along rays from each centre; `ladj` is that of the way out."
         z0, alpha, total = self.layers(context)
-        ladj = 0.0
-        for k in order:
+        most = torch.finfo(point.dtype).max
+        ladj, many = 0.0, most**0.375
+        layers = range(self.length)
+        for k in reversed(layers) if inwards else layers:
             ray = point - z0[..., k, :]
-            a, t = alpha[..., k], total[..., k]
-            r, factor = scale(length_of(ray), a, t)
+            # a layer looks the same in any unit of length: for long rays take
+            # one whose squares do not overflow
+            size = ray.detach().abs().sum(-1)
+            unit = many / size.clamp(many, most)
+            a, t = alpha[..., k] * unit, total[..., k] * unit
+            r = length_of(ray * unit.unsqueeze(-1))
+            r = self._inwards(r, a, t) if inwards else r
+            whole = r + a
+            across = (r + t) / whole
+            along = torch.addcmul(r, a, across) / whole
+            ladj = ladj + (self.event_shape[0] - 1) * across.log() + along.log()
+            factor = 1 / across if inwards else across
             point = z0[..., k, :] + ray * factor.unsqueeze(-1)
-            across = (r + t).log() - (r + a).log()
-            along = (r.square() + 2 * a * r + a * t).log() - 2 * (r + a).log()
-            ladj = ladj + (self.event_shape[0] - 1) * across + along
         return point, ladj
 
     def extra_repr(self) -> str:
@@ -584,24 +615,25 @@ class Sylvester(Bijection):
         # Multiplies the context; a small one makes it learn slowly
         context_scale: float = 1.0,
     ):
+        dim, length = as_int(dim, "dim", 1), as_int(length, "length", 1)
         super().__init__(dim, context_dim)
-        self.length, self.units = as_shape(length, "length")[0], units or dim
-        if self.units > dim or (variant == "triangular" and self.units < dim):
+        n = dim if units is None else as_int(units, "units", 1)
+        frames = {
+            "orthogonal": dim * n,
+            "householder": as_int(reflections, "reflections", 1) * dim,
+            "triangular": 0,
+        }
+        if not isinstance(variant, str) or variant not in frames:
+            raise ValueError(
+                f"variant: expected one of {', '.join(frames)}, got {variant!r}"
+            )
+        if n > dim or (variant == "triangular" and n < dim):
             wanted = dim if variant == "triangular" else f"at most {dim}"
             raise ValueError(
                 f"units: Sylvester ({variant}) expects {wanted}, got {units}"
             )
-        frames = {
-            "orthogonal": dim * self.units,
-            "householder": as_shape(reflections, "reflections")[0] * dim,
-            "triangular": 0,
-        }
-        if variant not in frames:
-            raise ValueError(
-                f"variant: expected one of {', '.join(frames)}, got {variant!r}"
-            )
-        self.variant, self.unit, self.offset = variant, unit, offset
-        n = self.units
+        self.length, self.units, self.variant = length, n, variant
+        self.unit, self.offset = as_unit(unit), as_float(offset, "offset")
         # R and R̃ off its diagonal, diagonal of R̃, b, Q
         self.sizes = [n * n, n, n, frames[variant]]
         start = [
@@ -611,7 +643,7 @@ class Sylvester(Bijection):
         ]
         start = torch.cat([*start, torch.randn(length, frames[variant])], -1)
         self.raw = Conditional(
-            start.shape, context_dim, start, hidden, context_scale
+            start.shape, self.context_dim, start, hidden, context_scale
         )
 
     @property
@@ -628,13 +660,14 @@ class Sylvester(Bijection):
         square, inner, b, frame = self.raw(context).split(self.sizes, -1)
         square = square.unflatten(-1, (self.units, self.units))
         outer = square.diagonal(dim1=-2, dim2=-1)
+        product = inner * outer
         m, log_steepest = above_minus_one(
-            self.unit.max_slope * inner * outer, self.offset
+            self.unit.max_slope * product, self.offset
         )
         zero = inner == 0  # as for w = 0 in a planar layer
         gain = torch.where(zero, 0.0, m / self.unit.max_slope)
         log_steepest = torch.where(zero, 0.0, log_steepest)
-        outer = outer + (gain - inner * outer) / torch.where(zero, 1.0, inner)
+        outer = outer + (gain - product) / torch.where(zero, 1.0, inner)
         r = square.triu(1) + outer.diag_embed()
         r_inner = square.tril(-1).mT + inner.diag_embed()
         return self._frame(frame), r, r_inner, b, gain, log_steepest
@@ -652,7 +685,7 @@ class Sylvester(Bijection):
 
     def _forward(self, z, context):
         q, r, r_inner, b, _, log_steepest = self.layers(context)
-        ladj = 0.0
+        activations = []
         for k in range(self.length):
             z, a = self._ahead(
                 z,
@@ -661,10 +694,9 @@ class Sylvester(Bijection):
                 r_inner[..., k, :, :],
                 b[..., k, :],
             )
-            ladj = ladj + self.unit.log_slope(a, log_steepest[..., k, :]).sum(
-                -1
-            )
-        return z, ladj
+            activations.append(a)
+        slopes = self.unit.log_slope(torch.stack(activations, -2), log_steepest)
+        return z, slopes.sum((-1, -2))
 
     def _ahead(self, z, q, r, r_inner, b):
         "Where one layer takes a point, and its activations."

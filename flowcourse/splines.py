@@ -14,8 +14,15 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
 
+from .core import as_float, as_int
 from .data import Table
-from .elementwise import ScalarMap, bounded, interior, monotone_root
+from flowcourse.elementwise import (
+    ScalarMap,
+    bounded,
+    forward_mode,
+    interior,
+    monotone_root,
+)
 
 # %% ../nbs/07-splines.ipynb #wrap0707
 def wrap(
@@ -29,6 +36,22 @@ def wrap(
     return torch.where((t < low) | (t >= high), low, t)
 
 # %% ../nbs/07-splines.ipynb #spl00707
+def _as_bound(bound):
+    "A number or a pair of numbers, which stand for the ends of a box, as floats."
+    pair = isinstance(bound, (tuple, list))
+    try:
+        ends = [as_float(end, "bound") for end in (bound if pair else [bound])]
+    except ValueError:
+        ends = []
+    low, high = ends if len(ends) == 2 else (-sum(ends), sum(ends))
+    if len(ends) != 1 + pair or not 0 < high - low < math.inf:
+        raise ValueError(
+            "bound: expected a finite number above 0 or a pair (low, high), "
+            f"got {bound!r}"
+        )
+    return (low, high) if pair else high
+
+
 class SplineMap(ScalarMap):
     """Pieces of a curve joined in a box; a subclass says `knots` and the piece in the unit square."""
 
@@ -46,20 +69,12 @@ class SplineMap(ScalarMap):
         # Outside the box: "linear", nothing ("box"), or "circular" angles
         tails: str = "linear",
     ):
-        if bins < self.least_bins:
-            raise ValueError(
-                f"bins: expected at least {self.least_bins}, got {bins}"
-            )
-        low, high = bound if isinstance(bound, tuple) else (-bound, bound)
-        if not low < high:
-            raise ValueError(
-                f"bound: expected a number above 0 or a pair (low, high), got {bound}"
-            )
+        self.bins = as_int(bins, "bins", self.least_bins)
         if tails not in ("linear", "box", "circular"):
             raise ValueError(
                 f"tails: expected 'linear', 'box' or 'circular', got {tails!r}"
             )
-        self.bins, self.bound, self.tails = bins, bound, tails
+        self.bound, self.tails = _as_bound(bound), tails
         self.n_params = sum(self.parts()) + (tails == "circular")
 
     @property
@@ -169,6 +184,9 @@ class SplineMap(ScalarMap):
         if self.tails == "circular":
             shift = 0.0 if theta is None else wrap(theta[..., -1], *self.ends)
             return wrap(image + shift, *self.ends), log_slope
+        # by rounding, a point near an end could come to lie outside
+        if self.tails == "box":
+            image = image.clamp(*self.ends)
         far = given != t  # what lies outside the box stays where it is
         image = torch.where(far, given, image)
         return interior(image, self.codomain), log_slope.masked_fill(far, 0.0)
@@ -566,6 +584,8 @@ class RationalQuadraticSplineMap(SplineMap):
         return rise.log() - 2 * (1 + (a + b - 2) * mixed).log()
 
     def _in_box(self, t, theta, side):
+        if forward_mode():
+            return super()._in_box(t, theta, side)
         limits = self.evenness, self.steepest, self.end_slope, self.tails
         # without gradients there is no need for what `apply` arranges
         spline = (

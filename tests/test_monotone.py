@@ -19,6 +19,7 @@ from flowcourse.monotone import (
     NonlinearSquaredMap,
     SumOfSquaresMap,
     monotone_maps,
+    spread,
 )
 from flowcourse.testing import check_bijection, total_mass
 from flowcourse.training import MaximumLikelihood, fit
@@ -303,6 +304,24 @@ def test_values_and_gradients_are_finite_far_out(name, dtype):
 
 
 @names
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_second_derivatives_are_finite_where_squares_overflow(name, way):
+    scalar_map = monotone_maps[name]
+    theta = raw(scalar_map, 1.0, dtype=torch.float32)
+    for size in (1e18, -2e19, 1e30, -1e30):
+
+        def value(t, theta, size=size):
+            image, log_slope = getattr(scalar_map, way)(t, theta)
+            return image / size + log_slope
+
+        at = torch.tensor(size), theta
+        assert value(*at).isfinite()
+        found = torch.func.grad(value, (0, 1))(*at)
+        second = torch.func.jacrev(torch.func.grad(value), (0, 1))(*at)
+        assert all(t.isfinite().all() for t in (*found, *second))
+
+
+@names
 @levels
 def test_float32_agrees_with_float64_far_out(name, sd):
     scalar_map = monotone_maps[name]
@@ -315,6 +334,63 @@ def test_float32_agrees_with_float64_far_out(name, sd):
         )
         for got, wanted in pairs:
             assert_close(got.double(), wanted, rtol=3e-5, atol=3e-5)
+
+
+@names
+def test_no_raw_parameters_ask_for_tails_that_rounding_would_destroy(name):
+    scalar_map = monotone_maps[name]
+    far = torch.tensor([-1e4, 1e4])
+    for seed in range(10):
+        theta = raw(scalar_map, 1e4, seed=seed, dtype=torch.float32)
+        theta[-1] = 0.0  # often a shift, which may be any number
+        if name == "nonlinear-squared":
+            theta[1] = 0.0
+        x, log_slope = scalar_map.forward(far, theta)
+        assert x.isfinite().all() and log_slope.abs().max() < 12
+        assert_close(scalar_map.inverse(x, theta)[0], far, rtol=1e-4, atol=0)
+
+
+def test_the_bend_leaves_a_twentieth_of_the_slope():
+    """At u = 1 / sqrt(3) the bump is steepest; its share of the slope is at most 0.95."""
+    scalar_map = NonlinearSquaredMap()
+    for share in (-50.0, 50.0):
+        theta = torch.tensor([0.0, 0.0, share, 0.0, 0.0], dtype=torch.float64)
+        _, log_slope = scalar_map.forward(
+            torch.linspace(-6, 6, 100_001, dtype=torch.float64), theta
+        )
+        assert_close(log_slope.min().item(), math.log(0.05), rtol=1e-6, atol=0)
+
+
+def test_squares_that_vanish_together_leave_a_slope():
+    scalar_map = SumOfSquaresMap(2)
+    theta = torch.zeros(scalar_map.n_params, dtype=torch.float64)
+    theta[0] = 2 * math.atanh(-math.sqrt(0.99) / 2)  # no constant is left
+    _, log_slope = scalar_map.forward(torch.zeros(1).double(), theta)
+    assert_close(log_slope.exp().item(), 0.01)
+
+
+@pytest.mark.parametrize(
+    "kind", [SumOfSquaresMap, MonotoneNetworkMap, BernsteinMap]
+)
+@pytest.mark.parametrize("bound", [1.5, 6.0])
+def test_a_map_bends_up_to_its_bound(kind, bound):
+    scalar_map = kind(bound=bound)
+    theta = raw(scalar_map, 1.0)
+    z = bound * torch.tensor([0.6, 0.8, 1.0, 1.2, 9.0], dtype=torch.float64)
+    for side in (-z, z):
+        _, log_slope = scalar_map.forward(side, theta)
+        inside, outside = log_slope[:3], log_slope[2:]
+        assert_close(outside, outside[:1].expand(3))
+        assert inside.diff().abs().min() > 1e-4
+
+
+def test_parts_start_where_they_were_told():
+    assert spread(3, 2.0) == [-2.0, 0.0, 2.0]
+    for kind in (LogisticMixtureMap, DeepSigmoidalMap):
+        scalar_map = kind(3, apart=2.0)
+        shape = read(scalar_map, raw(scalar_map, 0.0))
+        places = shape[1] if kind is LogisticMixtureMap else shape[0][1]
+        assert_close(places.flatten().tolist(), [-2.0, 0.0, 2.0])
 
 
 @names
@@ -455,11 +531,48 @@ def test_a_map_that_knows_no_cost_costs_one_pass():
         (lambda: BernsteinMap(1), "degree"),
         (lambda: BernsteinMap(bound=float("nan")), "bound"),
         (lambda: BernsteinMap(2.5), "degree"),
+        (lambda: BernsteinMap(bound="3"), "bound"),
+        (lambda: MonotoneNetworkMap(bound=math.inf), "bound"),
+        (lambda: SumOfSquaresMap(None), "degree"),
+        (lambda: SumOfSquaresMap(bound=None), "bound"),
+        (lambda: DeepSigmoidalMap(apart=math.nan), "apart"),
+        (lambda: DeepSigmoidalMap("5"), "units"),
+        (lambda: LogisticMixtureMap(apart="far"), "apart"),
+        (lambda: LogisticMixtureMap(8.0), "components"),
     ],
 )
 def test_wrong_arguments_are_named(make, argument):
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         make()
+
+
+def test_settings_may_be_numbers_of_numpy():
+    for kind, options in (
+        (LogisticMixtureMap, {"components": 3, "apart": 2}),
+        (SumOfSquaresMap, {"degree": 2, "bound": 2}),
+        (DeepSigmoidalMap, {"units": 3, "layers": 2, "apart": 1}),
+        (MonotoneNetworkMap, {"units": 3, "bound": 2}),
+        (BernsteinMap, {"degree": 4, "bound": 2}),
+    ):
+        scalar_map = kind(**{k: np.int64(v) for k, v in options.items()})
+        assert repr(scalar_map) == repr(kind(**options))
+        assert scalar_map.n_params == kind(**options).n_params
+
+
+@names
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_no_tensor_is_made_on_the_default_device(name, way):
+    scalar_map = monotone_maps[name]
+    points, theta = LINE[:4], raw(scalar_map, 1.0, 4)
+    go = getattr(scalar_map, way)
+    want = go(points, theta)
+    try:
+        torch.set_default_device("meta")
+        got = go(points, theta)
+    finally:
+        torch.set_default_device(None)
+    assert_close(got, want)
+    assert all(t.is_meta for t in go(points.to("meta"), theta.to("meta")))
 
 
 @pytest.mark.parametrize("layers", [2, 3])

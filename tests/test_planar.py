@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from helpers import noise, shaken
@@ -22,6 +23,7 @@ from flowcourse.planar import (
     TanhUnit,
     above_minus_one,
     gram_schmidt,
+    last_digits,
     log_add_square,
     log_softplus,
     reflect,
@@ -306,6 +308,73 @@ def test_u_zero_is_the_identity():
     assert_close(ladj, torch.zeros_like(ladj), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("offset", [0.0, IDENTITY])
+def test_where_w_is_zero_a_layer_only_shifts(unit, offset):
+    """Whatever m is there: the paper's is log 2 - 1 at zero, and would count in the ladj."""
+    u, z = noise(4), noise(5, 4, seed=1)
+    f = layer(torch.zeros_like(u), u, 0.7, unit=unit, offset=offset)
+    shift = u * unit(torch.tensor(0.7, dtype=torch.float64))
+    for way, sign in ((f.forward, 1), (f.inverse, -1)):
+        image, ladj = way(z)
+        assert_close(image, z + sign * shift)
+        assert ladj.abs().max() < 1e-15
+    assert (f.layers()[3] == 0).all()
+    # R~ with zeros on its diagonal: R~ R is strictly upper triangular
+    f = perturbed(Sylvester(4, length=2, unit=unit, offset=offset))
+    f.raw.value.data[:, 16:20] = 0.0
+    assert f(z)[1].abs().max() < 1e-15 and (f.layers()[4] == 0).all()
+    jacobian = torch.func.jacrev(lambda t: f(t)[0])(z[0])
+    determinant = torch.linalg.det(jacobian)
+    assert_close(determinant, torch.ones_like(determinant))
+
+
+def test_a_leaky_layer_squeezes_no_half_of_space_by_more_than_five():
+    steepest = torch.tensor(-1e4, dtype=torch.float64)
+    sides = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    least = LeakyUnit(0.5).log_slope(sides, steepest)
+    assert_close(least.exp(), torch.tensor([0.6, 0.2], dtype=torch.float64))
+
+
+def test_a_newton_step_across_a_kink_is_not_taken_where_it_leads_away():
+    f = layer(torch.ones(1).double(), [30.0], unit=LeakyUnit())
+    w, u, b, _, log_steepest = f.layers()
+    products = w @ u.mT
+    ahead = partial(f._ahead, w=w, u=u, b=b, products=products)
+    z = torch.tensor([0.01], dtype=torch.float64)
+    for off, taken in ((-0.011, False), (0.02, True)):
+        near = z + off
+        missing, a = last_digits(
+            near, f(z)[0], ahead, w, u, products, f.unit, log_steepest
+        )
+        assert_close(missing, torch.full_like(z, -off if taken else 0.0))
+        assert_close(a, z if taken else near)
+
+
+def test_every_option_is_used():
+    hidden = {"context_dim": 2, "hidden": (5,)}
+    for f in (
+        Planar(3, 2, **hidden),
+        Radial(3, 2, **hidden),
+        Sylvester(3, length=2, **hidden),
+    ):
+        assert f.raw.net[0].out_features == 5
+    assert [
+        len(range(7)[part]) for part in Planar(3, 7, block=3)._blocks()
+    ] == [3, 3, 1]
+    reflected = Sylvester(3, 2, variant="householder", reflections=7)
+    assert reflected.raw.value.shape == (1, 4 + 2 + 2 + 7 * 3)
+    turned = Sylvester(3, length=3, variant="triangular").layers()[0]
+    eye = torch.eye(3)
+    assert torch.equal(turned, torch.stack([eye, eye.flip(0), eye]))
+
+
+def test_a_direction_starts_with_length_one():
+    """So that w'z is about as large as an entry of z; the mean is good to 1/100."""
+    w = Planar(50, 400).raw.value[:, :50]
+    assert abs(w.square().sum(-1).mean() - 1) < 0.05
+
+
 MAKERS = {
     **{
         f"planar {u}": lambda c, u=u: Planar(4, 3, c, unit=u, block=2)
@@ -453,13 +522,100 @@ def test_the_radial_layer_is_its_formula():
     assert f(z0)[0].isfinite().all() and f.inverse(z0)[1].isfinite()
 
 
-def test_a_sylvester_layer_with_one_unit_is_planar():
-    f = perturbed(Sylvester(4, units=1))
+FAR = {  # lengths whose squares overflow, and some that are not so far
+    torch.float32: (1e3, 1e18, 2e19, 1e25, 1e30, 1e38),
+    torch.float64: (1e3, 1e153, 1e155, 1e200, 1e300),
+}
+
+
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_radial_layers_take_points_as_far_as_numbers_go(way, dtype):
+    """Far out the layer moves a point by beta along its ray, and by nothing that shows."""
+    f = perturbed(Radial(3)).to(dtype)
+    z0, alpha, total = (t[0] for t in f.layers())
+    beta = (total - alpha).detach()
+    eps = torch.finfo(dtype).eps
+    for size in FAR[dtype]:
+        ray = torch.tensor([0.6, 0.0, -0.8], dtype=dtype) * size
+        point = (z0 + ray).detach()
+        image, ladj = getattr(f, way)(point)
+        step = beta if way == "forward" else -beta
+        want = point + step * ray / size
+        assert_close(image, want, rtol=4 * eps, atol=2 * beta.abs() / size)
+        # (1 + beta / r)^2 across, and 1 - O(1 / r^2) along
+        close = 10 * ((beta.abs() + alpha) / size) ** 2 + 4 * eps
+        assert (ladj - 2 * step / size).abs() < close
+
+        def value(theta, point):
+            image, ladj = torch.func.functional_call(
+                f, {"raw.value": theta}, (point,)
+            )
+            return (image * ray).sum() / size + ladj
+
+        at = f.raw.value.detach(), point
+        for slope in torch.func.grad(value, (0, 1))(*at):
+            assert slope.isfinite().all()
+        for curvature in torch.func.hessian(value, (0, 1))(*at):
+            assert all(t.isfinite().all() for t in curvature)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+def test_second_derivatives_of_the_log_slope_are_right_far_out(unit, dtype):
+    """Of log(1 + m h'(a) / max h'), written out for the unit; 0 where it is flat."""
+
+    def log_slope(a, log_steepest):
+        return unit.log_slope(a, log_steepest)
+
+    def plain(a, log_steepest):
+        share = unit.derivative(a) / unit.max_slope
+        return (1 + log_steepest.expm1() * share).log()
+
+    for steepest in (-300.0, -20.0, -2.0, 0.0, 3.0):
+        for a in (0.0, 0.3, -2.0, 8.0, -30.0, 50.0, -400.0, *FAR[dtype]):
+            at = torch.tensor(a, dtype=dtype), torch.tensor(steepest).to(dtype)
+            got = torch.func.hessian(log_slope, (0, 1))(*at)
+            assert all(t.isfinite() for row in got for t in row)
+            if steepest > -10:  # else the plain form loses all digits
+                wide = [t.double() for t in at]
+                want = torch.func.hessian(plain, (0, 1))(*wide)
+                for g, w in zip(sum(got, ()), sum(want, ())):
+                    assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_far_points_stay_numbers_and_so_do_their_derivatives(name, way):
+    for dtype, sizes in FAR.items():
+        torch.manual_seed(0)
+        f = perturbed(MAKERS[name](0)).to(dtype)
+        for size in sizes[1:-1]:
+
+            def value(point, size=size):
+                image, ladj = getattr(f, way)(point)
+                return image.sum() / size + ladj
+
+            point = noise(4).to(dtype) * size
+            assert value(point).isfinite()
+            assert torch.func.grad(value)(point).isfinite().all()
+            curvature = torch.func.jacrev(torch.func.grad(value))(point)
+            assert curvature.isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, IDENTITY])
+def test_a_sylvester_layer_with_one_unit_is_planar(offset):
+    f = perturbed(Sylvester(4, units=1, offset=offset))
     z = noise(6, 4, seed=2)
     q, _, r_inner, b, _, _ = f.layers()
     w = (q * r_inner)[0, :, 0]
     outer = f.raw.value[0, 0]
-    g = layer(w.detach(), (q[0, :, 0] * outer).detach(), float(b.detach()))
+    g = layer(
+        w.detach(),
+        (q[0, :, 0] * outer).detach(),
+        float(b.detach()),
+        offset=offset,
+    )
     for got, want in zip(g(z), f(z)):
         assert_close(got, want)
 
@@ -539,22 +695,77 @@ def test_softplus_and_m_keep_their_digits():
 @pytest.mark.parametrize(
     "make, word",
     [
-        (lambda: LeakyUnit(1.5), "slope"),
-        (lambda: Planar(2, 0), "length"),
-        (lambda: Planar(2, 3, block=0), "block"),
+        (lambda: LeakyUnit(1.5), "slope: expected a number between 0 and 1"),
+        (lambda: LeakyUnit("0.1"), "slope: expected a finite number"),
+        (lambda: LeakyUnit(math.nan), "slope: expected a finite number"),
+        (lambda: Planar(2, 0), "length: expected a whole number"),
+        (lambda: Planar(2, 2.5), "length: expected a whole number"),
+        (lambda: Planar((2, 3)), "dim: expected a whole number"),
+        (lambda: Planar("2"), "dim: expected a whole number"),
+        (
+            lambda: Planar(2, unit="tanh"),
+            r"unit: expected TanhUnit\(\), .*'tanh'",
+        ),
+        (lambda: Planar(2, unit=LeakyUnit), r"unit: expected .*LeakyUnit\(\)"),
+        (
+            lambda: Planar(2, offset=math.inf),
+            "offset: expected a finite number",
+        ),
+        (lambda: Planar(2, 3, block=0), "block: expected a whole number"),
         (
             lambda: Planar(2, 3, context_dim=2, context_scale=0.0),
             "context_scale",
         ),
-        (lambda: Sylvester(3, units=4), "units"),
-        (lambda: Sylvester(3, units=2, variant="triangular"), "units"),
-        (lambda: Sylvester(3, variant="qr"), "variant"),
+        (lambda: Radial(2, 1.0), "length: expected a whole number"),
+        (lambda: Radial(0), "dim: expected a whole number"),
+        (lambda: Sylvester(3, units=4), "units: .* at most 3, got 4"),
+        (lambda: Sylvester(3, units=0), "units: expected a whole number"),
+        (lambda: Sylvester(3, length=None), "length: expected a whole number"),
+        (
+            lambda: Sylvester(3, units=2, variant="triangular"),
+            "units: .* 3, got",
+        ),
+        (lambda: Sylvester(3, variant="qr"), "variant: expected one of"),
+        (lambda: Sylvester(3, variant=["qr"]), "variant: expected one of"),
+        (lambda: Sylvester(3, unit=TanhUnit), "unit: expected TanhUnit"),
+        (lambda: Sylvester(3, offset=math.nan), "offset: expected a finite"),
         (
             lambda: Sylvester(3, variant="householder", reflections=0),
-            "reflections",
+            "reflections: expected a whole number",
         ),
     ],
 )
 def test_bad_arguments_are_named(make, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=f"^{word}"):
         make()
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    three, two = np.int64(3), np.uint8(2)
+    for f in (
+        Planar(three, two, two, block=two),
+        Radial(three, two, two),
+        Sylvester(three, two, two, two, "householder", two),
+    ):
+        assert f(torch.zeros(3), torch.zeros(2))[0].shape == (3,)
+        assert "np." not in repr(f)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_no_tensor_is_made_on_the_default_device(name, context_dim):
+    """Made there all of it is there; made elsewhere, the map works where it was made."""
+    f = perturbed(MAKERS[name](context_dim))
+    z = noise(6, 4)
+    context = noise(6, 2, seed=1) if context_dim else None
+    try:
+        torch.set_default_device("meta")
+        made = MAKERS[name](context_dim)
+        results = f(z, context), f.inverse(z, context)
+    finally:
+        torch.set_default_device(None)
+    assert all(p.is_meta for p in made.state_dict().values())
+    assert all(t.device.type == "cpu" for pair in results for t in pair)
+    away = None if context is None else context.float().to("meta")
+    x, ladj = made(z.float().to("meta"), away)
+    assert x.is_meta and ladj.shape == (6,)

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pyro.distributions.transforms  # noqa: F401  the module is shadowed by a function of its name
 import pytest
 import torch
@@ -319,7 +320,9 @@ def test_a_box_keeps_its_ends_and_leaves_alone_what_lies_outside(kind):
     scalar_map = kind(5, (0.0, 1.0), "box")
     _, theta = draw(scalar_map, 100, sd=3.0)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None].expand(2, 100)
-    assert_close(scalar_map.forward(ends, theta)[0], ends)
+    images = scalar_map.forward(ends, theta)[0]
+    assert_close(images, ends)
+    assert ((images > 0) & (images < 1)).all()  # the box is open
     outside = torch.tensor([-0.5, 1.5], dtype=torch.float64)[:, None].expand(
         2, 100
     )
@@ -333,6 +336,42 @@ def test_a_box_keeps_its_ends_and_leaves_alone_what_lies_outside(kind):
         assert_close(
             total_mass(f.log_prob, low=0, high=1).item(), 1.0, atol=1e-3, rtol=0
         )
+
+
+def test_a_knot_belongs_to_the_bin_above():
+    scalar_map = LinearSplineMap(4, (0.0, 1.0), "box")
+    theta = draw(scalar_map, 1)[1][0]
+    knots = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    _, at = scalar_map.forward(knots, theta)
+    assert_close(at, scalar_map.forward(knots + 0.1, theta)[1])
+
+
+@kinds
+@pytest.mark.parametrize("tails", BOXES)
+def test_raw_parameters_ask_for_no_more_than_their_bounds(kind, tails):
+    """Sizes of bins up to e^(2 evenness) apart, log-slopes at knots up to steepest."""
+    scalar_map = kind(5, BOXES[tails], tails)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        signs = torch.randn(scalar_map.n_params, generator=generator).sign()
+        theta = 1e4 * signs.double()
+        zs, xs, *rest = torch.tensor(
+            knots_of(scalar_map, theta), dtype=torch.float64
+        )
+        most = math.exp(2 * scalar_map.evenness) * (1 + 1e-6)
+        for knots in (zs, xs) if kind is not QuadraticSplineMap else (zs,):
+            assert knots.diff().max() / knots.diff().min() < most
+        if kind in (RationalLinearSplineMap, RationalQuadraticSplineMap):
+            assert rest[0].log().abs().max() < scalar_map.steepest + 1e-6
+        if kind is RationalLinearSplineMap:
+            assert 0.11 < rest[1][:-1].min() and rest[1].max() < 0.89
+
+
+@kinds
+def test_a_circle_holds_one_of_its_ends(kind):
+    domain = kind(5, math.pi, "circular").domain
+    ends = torch.tensor([-math.pi, math.pi], dtype=torch.float64)
+    assert domain.check(ends).tolist() == [True, False]
 
 
 @kinds
@@ -371,6 +410,8 @@ def test_wrap_stays_in_its_interval_despite_rounding():
         assert_close(
             turned.sin(), t.sin(), rtol=0, atol=100 * torch.finfo(dtype).eps
         )
+    # 1 - 1e-9 is 1 in float32, and so the next turn's beginning
+    assert wrap(torch.tensor(-1e-9), 0.0, 1.0) == 0
     assert wrap(torch.tensor(math.nan)).isnan()
 
 
@@ -543,19 +584,84 @@ def test_a_coupling_of_splines_takes_a_context(kind):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LinearSplineMap(1), "bins: expected at least 2, got 1"),
-        (lambda: QuadraticSplineMap(2), "bins: expected at least 3, got 2"),
+        (lambda: LinearSplineMap(1), "bins: .* at least 2, got 1"),
+        (lambda: QuadraticSplineMap(2), "bins: .* at least 3, got 2"),
+        (lambda: LinearSplineMap(8.0), "bins: expected a whole number"),
         (lambda: CubicSplineMap(bound=-1.0), "bound: expected"),
         (lambda: RationalLinearSplineMap(bound=(1.0, 1.0)), "bound: expected"),
         (
             lambda: RationalQuadraticSplineMap(tails="none"),
             "tails: expected 'linear', 'box'",
         ),
+        (lambda: LinearSplineMap(tails=None), "tails: expected"),
+        *(
+            (lambda b=b: RationalQuadraticSplineMap(bound=b), "bound: expected")
+            for b in (
+                0,
+                math.inf,
+                math.nan,
+                "3",
+                None,
+                True,
+                (),
+                (0.0,),
+                (0.0, math.inf),
+                (2.0, 1.0),
+                (0.0, 1.0, 2.0),
+                (-1e308, 1e308),
+            )
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+def test_settings_may_be_numbers_of_numpy_and_pairs_may_be_lists():
+    by_numpy = RationalQuadraticSplineMap(np.int64(8), np.float32(3))
+    assert repr(by_numpy) == repr(RationalQuadraticSplineMap())
+    pair = RationalQuadraticSplineMap(4, [np.float64(0), np.int64(1)], "box")
+    assert pair.ends == (0.0, 1.0) and pair.domain.check(torch.tensor(0.5))
+
+
+@everything
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_no_tensor_is_made_on_the_default_device(scalar_map, way):
+    points, theta = draw(scalar_map, 4)
+    go = getattr(scalar_map, way)
+    want = go(points, theta)
+    try:
+        torch.set_default_device("meta")
+        got = go(points, theta)
+    finally:
+        torch.set_default_device(None)
+    assert_close(got, want)
+    assert all(t.is_meta for t in go(points.to("meta"), theta.to("meta")))
+
+
+@everything
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_far_points_stay_numbers_and_so_do_their_derivatives(scalar_map, way):
+    go = getattr(scalar_map, way)
+    for dtype, sizes in (
+        (torch.float32, (1e6, 1e18, 2e19, 1e30)),
+        (torch.float64, (1e150, 1e300)),
+    ):
+        theta = draw(scalar_map, 1, dtype=dtype)[1][0]
+        for size in sizes:
+
+            def value(t, theta, size=size):
+                image, log_slope = go(t, theta)
+                return image / size + log_slope
+
+            for t in (size, -size):
+                at = torch.tensor(t, dtype=dtype), theta
+                assert value(*at).isfinite()
+                found = torch.func.grad(value, (0, 1))(*at)
+                second = torch.func.hessian(value, (0, 1))(*at)
+                for slope in (*found, *sum(second, ())):
+                    assert slope.isfinite().all()
 
 
 def test_a_repr_says_what_it_is():
