@@ -105,8 +105,9 @@ class Objective(nn.Module):
         bad = (~losses.isfinite()).nonzero()
         if len(bad) == 0 or losses.dim() != 1:
             return None
-        row = int(bad[0])
-        return _Fault(row, f"its loss is {losses[row].item()}")
+        row, others = int(bad[0]), len(bad) - 1
+        like = f", like that of {others} others" if others else ""
+        return _Fault(row, f"its loss is {losses[row].item()}{like}")
 
 # %% ../nbs/02-training.ipynb #13d6010b
 class MaximumLikelihood(Objective):
@@ -142,12 +143,14 @@ class MaximumLikelihood(Objective):
         return -log_prob
 
     def _split(self, batch):
-        if not isinstance(batch, tuple):
+        if isinstance(batch, Tensor):
             return batch, None
-        if len(batch) != 2:
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            came = _kind(batch)
+            came += f" of {len(batch)}" if isinstance(batch, tuple) else ""
             raise ValueError(
                 "data: MaximumLikelihood takes x or the pair (x, context), "
-                f"got a tuple of {len(batch)}"
+                f"got {came}"
             )
         return batch
 
@@ -192,11 +195,16 @@ def _outside(flow, x, context):
     ]
     for name, f in way:
         if not f.codomain.check(x).all():
-            return f"{name}, {f.codomain}"
+            return f"{name}, {_words(f.codomain)}"
         x = f.inverse(x, context if f.context_dim else None)[0]
     if not flow.base.support.check(x).all():
-        return f"the support of {type(flow.base).__name__}, {flow.base.support}"
+        return f"the support of {type(flow.base).__name__}, {_words(flow.base.support)}"
     return None
+
+
+def _words(constraint):
+    """A constraint on coordinates, without what it says of dimensions."""
+    return getattr(constraint, "base_constraint", constraint)
 
 # %% ../nbs/02-training.ipynb #b5bc0505
 class Annealing(nn.Module):
@@ -1267,88 +1275,6 @@ def _step(run, interrupted):
     return stop[0] > 0 if stop else bool(interrupted)
 
 # %% ../nbs/02-training.ipynb #1e29784f
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a training, checked once; `fit` takes them by name or together.
-
-    Numbers of numpy and torch become Python's own, so that a checkpoint holds plain values.
-
-        recipe = Recipe(steps=2000, lr=3e-3, schedule="cosine")
-        history = fit(objective, x, recipe, seed=1)
-    """
-
-    steps: int = 1000  # Optimiser steps in the whole run
-    epochs: int | None = None  # In place of `steps`: passes over the data
-    batch_size: int = 128  # Rows in a step, over all processes together
-    lr: float = 1e-3  # Learning rate
-    # A name; in Python also a function of (params, lr=, weight_decay=)
-    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
-    weight_decay: float = 0.0  # Passed to the optimiser
-    # `"constant"`, or `"cosine"` down to 0 at the last step
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0  # Steps over which the learning rate rises
-    clip: float | None = None  # Largest gradient norm; None for no limit
-    # Decay of averaged weights, which are then validated and kept
-    ema: float | None = None
-    # Stop after this many validations without a new best
-    patience: int | None = None
-    validate_every: int | None = None  # In steps; None for once an epoch
-    # The order of rows follows from it and the epoch, noise from it and the
-    # step
-    seed: int = 0
-    # Mixed precision; fp16 on a GPU only
-    amp: Literal["no", "bf16", "fp16"] = "no"
-
-    def __post_init__(self):
-        def read(kind, name, **limits):
-            value = getattr(self, name)
-            if value is not None or getattr(type(self), name) is not None:
-                object.__setattr__(self, name, kind(value, name, **limits))
-
-        for name in ("steps", "epochs", "batch_size", "patience"):
-            read(as_int, name, low=1)
-        read(as_int, "validate_every", low=1)
-        read(as_int, "warmup", low=0)
-        read(as_int, "seed", low=0)
-        if self.seed >= 2**64:
-            raise ValueError(
-                f"seed: expected a whole number below 2^64, got {self.seed}"
-            )
-        read(as_float, "lr", low=0, strict=True)
-        read(as_float, "weight_decay", low=0)
-        read(as_float, "clip", low=0, strict=True)
-        read(as_float, "ema", low=0, high=1)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("amp", self.amp, ("no", "bf16", "fp16"))
-        if not callable(self.optimizer):
-            _check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
-
-    def to_dict(self) -> dict:
-        """Plain values by name, ready for JSON; an optimiser of one's own becomes its name."""
-        plain = {f.name: getattr(self, f.name) for f in fields(Recipe)}
-        if callable(self.optimizer):
-            made = self.optimizer
-            plain["optimizer"] = getattr(made, "__qualname__", repr(made))
-        return plain
-
-
-def _read_recipe(recipe, settings):
-    """A recipe with what was given by name in the place of its fields."""
-    if recipe is not None and not isinstance(recipe, Recipe):
-        raise ValueError(f"recipe: expected a Recipe, got {_kind(recipe)}")
-    known = [f.name for f in fields(Recipe)]
-    for name in settings:
-        if name not in known:
-            others = [p for p in inspect.signature(fit).parameters]
-            others = [*known, *others[:-1]]
-            near = difflib.get_close_matches(name, others, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ValueError(
-                f"{name}: fit has no such argument{hint} It takes {', '.join(others)}"
-            )
-    return replace(recipe or Recipe(), **settings)
-
-
 def _check_objective(objective):
     if not isinstance(objective, Objective):
         raise ValueError(
@@ -1576,6 +1502,88 @@ def _train(run, interrupted, checkpoint_every, callbacks, progress):
                     first,
                 )
     run.save()
+
+# %% ../nbs/02-training.ipynb #bbe3ce83
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a training, checked once; `fit` takes them by name or together.
+
+    Numbers of numpy and torch become Python's own, so that a checkpoint holds plain values.
+
+        recipe = Recipe(steps=2000, lr=3e-3, schedule="cosine")
+        history = fit(objective, x, recipe, seed=1)
+    """
+
+    steps: int = 1000  # Optimiser steps in the whole run
+    epochs: int | None = None  # In place of `steps`: passes over the data
+    batch_size: int = 128  # Rows in a step, over all processes together
+    lr: float = 1e-3  # Learning rate
+    # A name; in Python also a function of (params, lr=, weight_decay=)
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
+    weight_decay: float = 0.0  # Passed to the optimiser
+    # `"constant"`, or `"cosine"` down to 0 at the last step
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0  # Steps over which the learning rate rises
+    clip: float | None = None  # Largest gradient norm; None for no limit
+    # Decay of averaged weights, which are then validated and kept
+    ema: float | None = None
+    # Stop after this many validations without a new best
+    patience: int | None = None
+    validate_every: int | None = None  # In steps; None for once an epoch
+    # The order of rows follows from it and the epoch, noise from it and the
+    # step
+    seed: int = 0
+    # Mixed precision; fp16 on a GPU only
+    amp: Literal["no", "bf16", "fp16"] = "no"
+
+    def __post_init__(self):
+        def read(kind, name, **limits):
+            value = getattr(self, name)
+            if value is not None or getattr(type(self), name) is not None:
+                object.__setattr__(self, name, kind(value, name, **limits))
+
+        for name in ("steps", "epochs", "batch_size", "patience"):
+            read(as_int, name, low=1)
+        read(as_int, "validate_every", low=1)
+        read(as_int, "warmup", low=0)
+        read(as_int, "seed", low=0)
+        if self.seed >= 2**64:
+            raise ValueError(
+                f"seed: expected a whole number below 2^64, got {self.seed}"
+            )
+        read(as_float, "lr", low=0, strict=True)
+        read(as_float, "weight_decay", low=0)
+        read(as_float, "clip", low=0, strict=True)
+        read(as_float, "ema", low=0, high=1)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("amp", self.amp, ("no", "bf16", "fp16"))
+        if not callable(self.optimizer):
+            _check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
+
+    def to_dict(self) -> dict:
+        """Plain values by name, ready for JSON; an optimiser of one's own becomes its name."""
+        plain = {f.name: getattr(self, f.name) for f in fields(Recipe)}
+        if callable(self.optimizer):
+            made = self.optimizer
+            plain["optimizer"] = getattr(made, "__qualname__", repr(made))
+        return plain
+
+
+def _read_recipe(recipe, settings):
+    """A recipe with what was given by name in the place of its fields."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: expected a Recipe, got {_kind(recipe)}")
+    known = [f.name for f in fields(Recipe)]
+    for name in settings:
+        if name not in known:
+            others = [p for p in inspect.signature(fit).parameters]
+            others = [*known, *others[:-1]]
+            near = difflib.get_close_matches(name, others, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(
+                f"{name}: fit has no such argument{hint} It takes {', '.join(others)}"
+            )
+    return replace(recipe or Recipe(), **settings)
 
 # %% ../nbs/02-training.ipynb #92298524
 def fit(

@@ -33,10 +33,25 @@ from train_child import (
     run_likelihood,
     run_reverse,
 )
+from train_child import run_weighted as run_child_weighted
 
-from flowcourse.core import DiagonalGaussian, Flow, GaussianMixture
+from flowcourse.core import (
+    Compose,
+    DiagonalGaussian,
+    Flow,
+    GaussianMixture,
+    Uniform,
+)
+from flowcourse.elementwise import (
+    ActNorm,
+    AffineMap,
+    BatchNorm,
+    Elementwise,
+    SigmoidMap,
+)
 from flowcourse.training import (
     _MAGIC,
+    _NOISE,
     _ORDER,
     _SPLIT,
     OPTIMIZERS,
@@ -114,11 +129,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, run, at):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_end_is_like_ctrl_c(tmp_path, name):
     number, path = getattr(signal, name), tmp_path / "run.pt"
-    before = signal.getsignal(number)
-    stop = StopAt(9, lambda: press(number))
-    with pytest.raises(TrainingInterrupted, match=f"stopped by {name} after"):
-        run_reverse(checkpoint=path, callbacks=(stop,))
-    assert signal.getsignal(number) is before
+
+    def mine(number, frame):
+        raise AssertionError("fit did not take this signal")
+
+    before = signal.signal(number, mine)
+    try:
+        stop = StopAt(9, lambda: press(number))
+        with pytest.raises(
+            TrainingInterrupted, match=f"stopped by {name} after"
+        ) as stopped:
+            run_reverse(checkpoint=path, callbacks=(stop,))
+        assert signal.getsignal(number) is mine
+        assert stopped.value.signal == number
+    finally:
+        signal.signal(number, before)
     assert_same(run_reverse(checkpoint=path, resume=True), run_reverse())
 
 
@@ -1041,6 +1066,7 @@ def test_two_processes_equal_one(tmp_path):
         )[1],
         "reverse": run_reverse()[1],
         "blurred": run_blurred()[1],
+        "weighted": run_child_weighted()[1],
     }
     for name, history in one.items():
         for key in (
@@ -1158,6 +1184,190 @@ def test_divergence_stops_at_once(tmp_path, gradient_only):
     assert len(load_checkpoint(path)["history"]["loss"]) == 10
 
 
+def unit_rows(n=40):
+    return torch.rand(n, 2, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_outside_the_support_is_named(held_out):
+    x = unit_rows()
+    x[17, 1] = 1.5
+    flow = Flow(
+        Compose(Elementwise(2, AffineMap()), Elementwise(2, SigmoidMap()))
+    )
+    options = dict(steps=12, batch_size=7, lr=1e-3, progress=False)
+    if held_out:
+        # wherever it falls
+        order = torch.randperm(40, generator=_generator(0, _SPLIT, 0))
+        share = (int((order == 17).nonzero()) + 1) / 40
+        with pytest.warns(
+            UserWarning,
+            match="validation: the loss after step .* is (inf|nan), which never "
+            "counts as the best; data: row 17: its density is zero, because it "
+            "lies outside the codomain of Elementwise, .*0.0.*1.0",
+        ) as seen:
+            history = fit(
+                MaximumLikelihood(flow),
+                x,
+                validation=share,
+                validate_every=1,
+                **options,
+            )
+        assert len(seen) == 1  # once
+        assert history.best_step is None and history.best_validation is None
+        assert len(history) == 12 and history.stale == 12
+        return
+    with pytest.raises(TrainingDiverged) as found:
+        fit(MaximumLikelihood(flow), x, **options)
+    message = str(found.value)
+    assert "row 17: its density is zero" in message
+    assert "codomain of Elementwise" in message
+    assert "Remove such rows" in message and "smaller lr" not in message
+
+
+def test_a_row_outside_the_support_of_the_base_is_named():
+    flow = Flow(Elementwise(2, AffineMap()), Uniform(2, -1.0, 2.0))
+    x = unit_rows()
+    x[5, 0] = 4.0
+    with pytest.raises(
+        TrainingDiverged,
+        match="data: row 5: its density is zero, because it lies outside the "
+        "support of Uniform, .*Remove such rows",
+    ):
+        fit(MaximumLikelihood(flow), x, batch_size=9, progress=False)
+
+
+def test_a_row_that_only_underflows_is_named_with_the_usual_advice():
+    x = unit_rows()
+    x[5, 0] = 1e30  # its square is above float32
+    with pytest.raises(
+        TrainingDiverged,
+        match="data: row 5: its loss is inf. The weights are.*smaller lr",
+    ):
+        fit(MaximumLikelihood(make_flow()), x, batch_size=9, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "lowest", "stale"),
+    [
+        ([2.0, math.nan, 1.0], 3, 1.0, 0),
+        ([2.0, math.nan], 1, 2.0, 1),
+        ([2.0, -math.inf, math.inf, 1.5, 3.0], 4, 1.5, 1),
+        ([math.nan, 2.0, 2.0], 2, 2.0, 1),
+        ([math.nan, math.inf], None, None, 2),
+        ([math.inf, -math.inf], None, None, 2),
+        ([], None, None, 0),
+    ],
+)
+def test_a_validation_that_is_not_finite_never_wins(
+    losses, best, lowest, stale
+):
+    steps = list(range(1, len(losses) + 1))
+    history = History(loss=[1.0], validation_loss=losses, validation_step=steps)
+    assert history.best_step == best
+    assert history.best_validation == lowest
+    assert history.stale == stale
+    assert ("best validation" in repr(history)) == (best is not None)
+
+
+class Judged(Objective):
+    """Its validation losses are given, one after another."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.coming = list(losses)
+
+    def forward(self, batch, noise=None):
+        if self.training:
+            return self.weight.square()
+        return torch.tensor(self.coming.pop(0))
+
+
+def test_not_finite_is_no_improvement_for_patience():
+    coming = [3.0, math.nan, 2.0, math.nan, -math.inf, math.inf, 1.0]
+    objective, seen = Judged(coming), []
+
+    def note(step, objective, history):
+        seen.append(objective.weight.item())
+
+    with pytest.warns(UserWarning, match="after step 2 is nan, .*the best$"):
+        history = fit(
+            objective,
+            X,
+            validation=X,
+            validate_every=1,
+            patience=3,
+            callbacks=(note,),
+            progress=False,
+        )
+    assert len(history) == 6 and history.best_step == 3
+    assert objective.weight.item() == seen[2]
+
+
+class Leaps(Objective):
+    """Its weights overflow at one step, though its loss and gradient are finite."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), 2.0))
+        self.calls, self.step = 0, step
+
+    def forward(self, batch, noise=None):
+        # the optimiser multiplies by 1e30
+        self.calls += self.training
+        return (1e15 if self.calls == self.step else 1e-25) * self.weight.sum()
+
+
+@pytest.mark.parametrize("every", [3, 10, 500])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_the_last_good_checkpoint_is_good(tmp_path, every, ema):
+    path = tmp_path / "run.pt"
+    options = dict(optimizer="sgd", lr=1e30, ema=ema, progress=False)
+    with pytest.raises(TrainingDiverged) as found:
+        fit(
+            Leaps(9),
+            checkpoint=path,
+            checkpoint_every=every,
+            steps=40,
+            **options,
+        )
+    message = str(found.value)
+    saved = {3: 6, 10: 0, 500: 0}[every]
+    assert f"last good checkpoint: {path}, after step {saved}" in message
+    kept = load_checkpoint(path)
+    assert len(kept["history"]["loss"]) == saved
+    assert kept["objective"]["weight"].isfinite().all()
+    cause = {
+        3: "step 9: it left weight NaN or infinite",
+        10: "step 10: the loss is -inf.*after the step before broke the weights",
+        500: "step 10: the loss is -inf",
+    }
+    assert re.match(cause[every], message)
+    # and nothing else is left behind by the last step
+    with pytest.raises(TrainingDiverged, match="step 9: it left weight"):
+        fit(Leaps(9), steps=9, **options)
+
+
+def test_weights_are_looked_at_before_they_are_judged_or_trained():
+    objective = Leaps(2)
+    with pytest.raises(TrainingDiverged, match="step 2: it left weight"):
+        fit(
+            objective,
+            X,
+            validation=X,
+            validate_every=2,
+            steps=40,
+            optimizer="sgd",
+            lr=1e30,
+            progress=False,
+        )
+    with pytest.raises(
+        ValueError, match="objective: expected finite weights .* in weight$"
+    ):
+        fit(objective, X, progress=False)
+
+
 X = torch.zeros(4, 2)
 NAN = torch.tensor([[0.0, 1.0], [math.nan, 1.0]])
 MISTAKES = [
@@ -1272,7 +1482,380 @@ def test_output_that_cannot_be_written_is_found_before_training(tmp_path):
     )
 
 
+def returns(what):
+    """An objective whose forward gives what a function of its weight gives."""
+
+    class Returns(Objective):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, batch, noise=None):
+            return what(self.weight)
+
+    return Returns()
+
+
+WRONG_LOSSES = [
+    (
+        lambda w: w,
+        r"one number, a tensor of shape \(\), got shape \(3,\); .mean",
+    ),
+    (lambda w: w.sum(0, keepdim=True), r"got shape \(1,\)"),
+    (lambda w: None, "got NoneType"),
+    (lambda w: 2.0, "got float"),
+    (lambda w: (w.sum(),), "got tuple"),
+    (lambda w: w.sum().detach(), "one without a graph"),
+    (lambda w: torch.tensor(1.0), "one without a graph"),
+    (
+        lambda w: torch.ones((), requires_grad=True) * 2,
+        "one without a gradient for any of them",
+    ),
+]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("what", "message"), WRONG_LOSSES)
+def test_wrong_losses_are_named(what, message, clip):
+    objective = returns(what)
+    with pytest.raises(ValueError, match=f"^objective: expected .*{message}"):
+        fit(objective, clip=clip, progress=False)
+    assert torch.equal(objective.weight, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "wrong", [print, (print, 3), "print", [None], {print}, None]
+)
+def test_wrong_callbacks_are_refused_before_a_step(wrong):
+    objective = Breaks(99)
+    with pytest.raises(
+        ValueError, match=r"callbacks: expected functions .* such as \(print,\)"
+    ):
+        fit(objective, callbacks=wrong, progress=False)
+    assert objective.calls == 0
+    fit(objective, steps=1, callbacks=[lambda *_: None], progress=False)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, k):
+        return X[k]
+
+
+WRONG_DATA = [
+    (np.zeros((4, 2)), "data: expected a tensor, got ndarray; torch.as_tensor"),
+    ([X, X], "data: expected a tensor, got list; several tensors go into a"),
+    (Rows(), "data: .* got Rows; fit draws the batches itself"),
+    (
+        torch.utils.data.DataLoader(Rows()),
+        "got DataLoader; fit draws the batch",
+    ),
+    ((), r"data: expected at least one tensor, got \(\)"),
+    ((X,), "data: MaximumLikelihood takes x or the pair .* got tuple of 1"),
+    ((X, X, X), "got tuple of 3"),
+    ((X, None), r"data\[1\]: expected a tensor, got NoneType"),
+    (None, "data: MaximumLikelihood takes x or the pair .* got NoneType"),
+    (X.to("meta"), "data: expected a dense tensor .* on the meta device"),
+    (X.to_sparse(), "data: expected a dense tensor .* of layout torch.sparse"),
+    (torch.zeros(4, 2, dtype=torch.int64), "floating-point .* torch.int64"),
+    (torch.zeros(4, 2, dtype=torch.bool), "floating-point .* torch.bool"),
+    (torch.zeros(4), "x: .* last dimension 2"),
+    (torch.tensor(1.0), r"data: expected at least one row, got shape \(\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), WRONG_DATA, ids=[m for _, m in WRONG_DATA]
+)
+def test_wrong_data_are_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        fit(MaximumLikelihood(make_flow()), data, steps=1, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_rows_of_different_lengths_are_named():
+    nested = torch.nested.nested_tensor([X, X[:2]])
+    with pytest.raises(ValueError, match="data: .* got one that is nested"):
+        fit(MaximumLikelihood(make_flow()), nested, progress=False)
+
+
+WRONG_OPTIONS = [
+    (dict(resume="yes"), "resume: expected one of False, True, 'auto', got 'y"),
+    (dict(resume=None), "resume: expected one of False, True, 'auto'"),
+    (dict(resume="auto"), "resume: 'auto' needs a checkpoint"),
+    (dict(checkpoint=3), "checkpoint: expected a path, got int"),
+    (dict(checkpoint=True), "checkpoint: expected a path, got bool"),
+    (dict(checkpoint_every=0), "checkpoint_every: expected .* at least 1"),
+    (dict(checkpoint_every=math.inf), "checkpoint_every: expected"),
+    (dict(device="meta"), "device: expected one that computes, got 'meta'"),
+    (dict(device=1.5), "device: expected one that is present, got 1.5"),
+    (dict(compile=None), "compile: expected one of"),
+    (dict(compile=["inductor"]), "compile: expected one of"),
+    (dict(identity="a"), "identity: expected a dictionary, got str"),
+    (dict(identity={"a": print}), "identity: expected plain values, as JSON"),
+    (dict(identity={"a": math.nan}), "identity: expected plain values"),
+    (dict(validation=True), "validation: expected"),
+    (dict(validation=math.nan), "validation: expected"),
+    (dict(validation=0.0), "a fraction that splits 4 rows in two, got 0.0"),
+    (dict(validation=0), "a fraction that splits 4 rows in two, got 0"),
+    (dict(validation=np.float32(1.5)), "a fraction that splits 4 rows"),
+    (dict(validation="some"), "validation: expected a tensor, got str"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_OPTIONS, ids=str)
+def test_wrong_options_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        fit(MaximumLikelihood(make_flow()), X, steps=1, progress=False, **wrong)
+
+
+def test_a_fraction_of_numpy_is_a_fraction():
+    options = dict(steps=4)
+    assert_same(
+        run_likelihood(validation=np.float64(0.2), **options),
+        run_likelihood(validation=0.2, **options),
+    )
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="data: expected finite numbers"):
+        fit(
+            MaximumLikelihood(make_flow()),
+            NAN,
+            checkpoint=tmp_path / "a" / "run.pt",
+            progress=False,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_without_values_are_named():
+    for objective in (
+        MaximumLikelihood(make_flow().to("meta")),
+        MaximumLikelihood(make_flow()).to("meta"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="objective: expected weights with values, got flow",
+        ):
+            fit(objective, X, progress=False)
+
+
+def test_classes_in_the_place_of_instances_are_named():
+    with pytest.raises(ValueError, match="got the class MaximumLikelihood"):
+        fit(MaximumLikelihood, X)
+    with pytest.raises(ValueError, match="flow: .* got the class Flow"):
+        MaximumLikelihood(Flow)
+    with pytest.raises(ValueError, match="flow: .* got the class Flow"):
+        ReverseKL(Flow, log_target)
+    with pytest.raises(ValueError, match="got the class DiagonalGaussian"):
+        ReverseKL(make_flow(), DiagonalGaussian)
+    with pytest.raises(ValueError, match="annealing: .* got float"):
+        ReverseKL(make_flow(), log_target, 0.5)
+    with pytest.raises(ValueError, match="schedule: expected one of"):
+        learning_rate_factor(1, 10, "linear")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            lambda x: -x.square().sum(),
+            r"shape \(33,\), got shape \(\); sum over",
+        ),
+        (lambda x: -x.square(), r"got shape \(33, 2\)"),
+        (lambda x: -x.square().sum(-1, True), r"got shape \(33, 1\)"),
+        (lambda x: 0.0, "got float"),
+        (lambda x: None, "got NoneType"),
+    ],
+)
+def test_a_target_gives_one_number_for_each_draw(wrong, message):
+    objective = ReverseKL(make_flow(), wrong)
+    with pytest.raises(
+        ValueError, match=f"log_target: expected one log-density .*{message}"
+    ):
+        fit(objective, batch_size=33, progress=False)
+
+
+def test_a_density_gives_one_number_for_each_row():
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(2))
+
+        def log_prob(self, x, context=None):
+            return -(x - self.loc).square().sum()
+
+    with pytest.raises(
+        ValueError, match=r"flow: expected log_prob .* 4 rows, got shape \(\)"
+    ):
+        fit(MaximumLikelihood(Summed()), X, progress=False)
+
+
+def test_draws_where_the_target_is_not_finite_are_counted():
+    def target(x):
+        log_p = -x.square().sum(-1)
+        log_p = torch.where(x[..., 0] > 1, math.nan, log_p)
+        return torch.where(x[..., 0] < -1, -math.inf, log_p)
+
+    objective = ReverseKL(make_flow(), target)
+    x = objective.flow.rsample_and_log_prob(
+        noise=objective.draw(128, _generator(0, _NOISE, 0))
+    )[0][:, 0]
+    nan, infinite = int((x > 1).sum()), int((x < -1).sum())
+    assert nan > 5 < infinite
+    with pytest.raises(
+        TrainingDiverged,
+        match=f"step 1: the loss is nan.*; log_target is NaN at {nan} and "
+        f"infinite at {infinite} of 128 draws. .*Mend it there",
+    ) as found:
+        fit(objective, progress=False)
+    assert "smaller lr" not in str(found.value)
+
+
+# ---------------------------------------------------------------- modes and
+# devices
+
+
+class Norm(Objective):
+    """A network with a part that behaves otherwise in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.drop = nn.Dropout(0.5)
+        self.seen = []
+
+    def forward(self, batch, noise=None):
+        self.seen.append((self.training, self.norm.training))
+        return self.drop(self.norm(self.first(batch))).square().mean()
+
+
+def modes(objective):
+    return [m.training for m in objective.modules()]
+
+
+def test_a_part_in_eval_mode_stays_in_it():
+    objective = Norm()
+    objective.norm.eval()
+    before = modes(objective)
+    mean = objective.norm.running_mean.clone()
+    x = make_data(40)[0]
+    fit(objective, x, validation=0.2, steps=5, validate_every=2, progress=False)
+    assert (True, False) in objective.seen and (
+        True,
+        True,
+    ) not in objective.seen
+    assert torch.equal(objective.norm.running_mean, mean)
+    assert modes(objective) == before
+
+
+@pytest.mark.parametrize("whole", [lambda o: o, nn.Module.children])
+def test_a_model_left_in_eval_mode_is_trained_and_given_back_so(whole):
+    objective, x = Norm(), make_data(40)[0]
+    parts = whole(objective)
+    for module in [parts] if isinstance(parts, nn.Module) else parts:
+        module.eval()
+    before = modes(objective)
+    fit(objective, x, validation=0.2, steps=5, validate_every=2, progress=False)
+    assert set(objective.seen) == {(True, True), (False, False)}
+    assert modes(objective) == before
+    # also when the run fails
+    with pytest.raises(RuntimeError, match="power cut"):
+        options = dict(steps=5, validation=0.2, validate_every=1)
+        stop = (StopAt(1, fail),)
+        fit(objective, x, callbacks=stop, progress=False, **options)
+    assert modes(objective) == before
+
+
+def test_an_average_is_judged_in_eval_mode():
+    objective, x = Norm(), make_data(40)[0]
+    fit(
+        objective,
+        x,
+        validation=0.2,
+        steps=4,
+        ema=0.5,
+        validate_every=1,
+        progress=False,
+    )
+    assert modes(objective) == modes(Norm())
+
+
+def test_a_last_batch_of_one_row():
+    """A flow with batch statistics meets an epoch that ends with one row."""
+    for layer in (ActNorm(2), BatchNorm(2)):
+        flow = Flow(Compose(layer, make_flow().bijection))
+        history = fit(
+            MaximumLikelihood(flow),
+            make_data(129)[0],
+            batch_size=128,
+            steps=4,
+            progress=False,
+        )
+        assert len(history) == 4
+
+
+def affine():
+    return Flow(Elementwise(2, AffineMap()))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_default_device_changes_nothing(tmp_path, reverse):
+    def run(**options):
+        flow = affine()
+        if reverse:
+            objective, data = ReverseKL(flow, log_target, Annealing()), None
+        else:
+            objective, data = MaximumLikelihood(flow), make_data()[0]
+            options |= dict(validation=0.2, weights=torch.ones(150))
+        options |= dict(steps=8, batch_size=33, ema=0.9, progress=False)
+        return flow, fit(objective, data, **options)
+
+    want = run()
+    with Elsewhere():
+        got = run(checkpoint=tmp_path / "run.pt", checkpoint_every=3)
+        again = run(checkpoint=tmp_path / "run.pt", resume=True)
+    assert_same(got, want)
+    assert_same(again, want)
+
+
+class Elsewhere(torch.overrides.TorchFunctionMode):
+    """Inside `fit`, any tensor that is made without a device goes where there are no values."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        frame = sys._getframe(1)
+        while frame and frame.f_code is not fit.__code__:
+            frame = frame.f_back
+        makes = function in torch.utils._device._device_constructors()
+        if frame and makes and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
 # ---------------------------------------------------------------- history
+
+
+def test_a_history_with_numbers_that_are_not_finite_is_json(tmp_path):
+    path = tmp_path / "history.json"
+    numbers = [1.0, math.nan, math.inf, -math.inf]
+    history = History(
+        loss=numbers, gradient_norm=numbers[::-1], validation_step=[1, 2]
+    )
+    history.save(path)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    again = History.load(path)
+    assert repr(again.to_dict()) == repr(history.to_dict())
+    # as earlier releases wrote it
+    path.write_text(json.dumps(history.to_dict()))
+    assert repr(History.load(path).to_dict()) == repr(history.to_dict())
 
 
 def test_history_is_tidy(tmp_path, capsys):

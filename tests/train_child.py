@@ -72,6 +72,13 @@ def run_reverse(**options):
     return flow, fit(ReverseKL(flow, log_target), **options)
 
 
+def run_weighted(**options):
+    """Maximum likelihood of weighted rows, with an uneven last batch: the flow and its history."""
+    weights = torch.arange(150) % 4
+    options = {"steps": 12, "batch_size": 17, "weights": weights, **options}
+    return run_likelihood(**options)
+
+
 class Blurred(Objective):
     """Maximum likelihood of rows that get fresh noise in each step: it takes data and noise."""
 
@@ -119,6 +126,7 @@ def main(kind, folder):
             )[1],
             "reverse": run_reverse()[1],
             "blurred": run_blurred()[1],
+            "weighted": run_weighted()[1],
             "saved": run_likelihood(steps=12, checkpoint=folder / "two.pt")[1],
         }
         if torch.distributed.get_rank() == 0:
