@@ -15,7 +15,8 @@ def run() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as `>&-` leaves it
+            sys.stdout.flush()
     except BrokenPipeError:
         # whoever read has enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -48,14 +48,15 @@ def run_folder(
     out: Path,  # Folder of a run
 ):
     """Make a folder and keep others out; if nothing came of it, it is taken away again."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
     try:
+        made = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"out: expected a folder to write in, got {out} ({error.strerror})"
+            f"out: expected a folder to write in, got {out} ({why})"
         ) from error
     with locked(out / "run", "out"):
         try:
@@ -113,7 +114,8 @@ def save_json(
 
 def is_main() -> bool:  # Whether this is the process that writes
     """Whether this process is the first, or the only one; torchrun numbers them."""
-    return os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone or os.environ.get("RANK", "0") == "0"
 
 
 def best_device() -> str:  # "cuda" or "cpu"

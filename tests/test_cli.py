@@ -179,6 +179,8 @@ MISTAKES = [
     ([*TRAIN, "--steps", "3", "4"], "4: not expected after --steps"),
     ([*TRAIN[:4], "/dev/null/x"], "--out: expected a folder to write in"),
     ([*TRAIN[:4], __file__], "--out: expected a folder to write in"),
+    ([*TRAIN[:4], "a\0b"], "--out: expected a folder to write in"),
+    ([*TRAIN[:4], "x" * 300], "--out: expected a folder to write in"),
     ([*TRAIN, "--steps", "0"], "--steps: expected a whole number"),
     ([*TRAIN, "--batch-size", "-1"], "--batch-size: expected a whole number"),
     ([*TRAIN, "--lr", "inf"], "--lr: expected a finite number"),
@@ -371,6 +373,14 @@ def test_who_reads_no_further_ends_the_command_quietly():
     child.stdout.close()
     assert child.stderr.read() == ""
     assert child.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_process_alone_writes_whatever_its_rank(rank, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    assert cli.is_main()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.is_main() == (rank == "0")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
