@@ -379,3 +379,45 @@ def test_what_an_experiment_must_define_is_said():
         ):
             getattr(Config(), name)(*arguments)
     assert Config().pictures(None) == {}
+
+
+@pytest.mark.parametrize(
+    "config", [FlowConfig(layers=1, hidden=(4,)), DLGMConfig(**SMALL)]
+)
+def test_first_weights_follow_from_the_seed_alone(config):
+    def weights(seed):
+        objective = config.replace(seed=seed).objective()
+        return torch.nn.utils.parameters_to_vector(objective.parameters())
+
+    before = torch.random.get_rng_state()
+    one = weights(1)
+    # what others draw goes on as if nothing had been made
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(weights(1), one)
+    assert not torch.equal(weights(2), one)
+
+
+def test_posteriors_are_of_the_sizes_that_were_reported():
+    sizes = {"nice10": 2, "sylvester": 4, "iaf": 4, "spline": 4}
+    made = {
+        name: module.configs[f"dlgm.{name}.mnist"].objective().model.posterior
+        for name in sizes
+    }
+    after = {name: flow.bijection.bijections[1] for name, flow in made.items()}
+    assert len(after["nice10"].bijections[1].bijections) == 10
+    assert (after["sylvester"].length, after["sylvester"].units) == (4, 16)
+    text = {name: repr(bijection) for name, bijection in after.items()}
+    assert "in_features=20, out_features=40" in text["nice10"]
+    assert "out_features=320" in text["iaf"]
+    assert "bins=8" in text["spline"] and "out_features=160" in text["spline"]
+
+
+def test_additive_posteriors_cut_at_random():
+    def masks(seed):
+        config = DLGMConfig(posterior="nice", latent_dim=12, length=4)
+        config = config.replace(seed=seed, features=6, window=2)
+        after = config.objective().model.posterior.bijection.bijections[1]
+        return [b.flatten().tolist() for b in after.buffers()]
+
+    assert masks(0) == masks(0) != masks(1)
