@@ -18,7 +18,12 @@ from flowcourse import cli
 from flowcourse.cli import main, save_json
 from flowcourse.configs import FlowConfig, configs
 from flowcourse.data import datasets
-from flowcourse.training import History, load_checkpoint, save_checkpoint
+from flowcourse.training import (
+    History,
+    TrainingDiverged,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 NAME = "realnvp.faithful"
 SHORT = [
@@ -134,9 +139,10 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
         assert run(*words) == 2
         assert not list(tmp_path.iterdir()), words
     (tmp_path / "a").mkdir()  # it was there before
-    assert run(*train, tmp_path / "a/b", "--resume") == 2
+    for out in ("a", "a/b"):
+        assert run(*train, tmp_path / out, "--resume") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert not list((tmp_path / "a").iterdir())
+    assert not kept(tmp_path / "a")
 
 
 def test_the_seed_decides(tmp_path):
@@ -545,3 +551,36 @@ def test_a_record_says_what_to_type(name, changed, monkeypatch):
     assert words[0] == "flowcourse" and cli.parse(words[1:]).fields == config
     # what is as the name has it need not be typed
     assert sum(word.startswith("--") for word in words) == 1 + len(changed)
+
+
+def test_settings_reach_fit(tmp_path, monkeypatch, capsys):
+    given = {}
+
+    def fit(*_, **options):
+        given.update(options)
+        raise TrainingDiverged("step 1: the loss is nan", None)
+
+    monkeypatch.setattr(cli, "fit", fit)
+    words = ["train", "--config", NAME, *SHORT, "--out", tmp_path / "run"]
+    assert run(*words, "--checkpoint-every", 7) == 1
+    assert told(capsys.readouterr().err) == "step 1: the loss is nan\n"
+    assert given["checkpoint_every"] == 7 and not given["resume"]
+    validation = finished_config().load().validation
+    assert torch.equal(given["validation"], validation)
+
+
+def test_the_trained_weights_are_judged_in_eval_mode(copied, monkeypatch):
+    judged = []
+
+    def evaluate(self, objective):
+        judged.append((objective.training, objective.state_dict()))
+        return {}
+
+    monkeypatch.setattr(FlowConfig, "evaluate", evaluate)
+    # what only matters to a trained model may be given otherwise
+    monkeypatch.setattr(FlowConfig, "judging", ("seed",))
+    assert run("test", "--config", NAME, "--out", copied, "--seed", 5) == 0
+    [(training, weights)] = judged
+    trained = load_checkpoint(copied / "model.pt")["objective"]
+    assert not training and weights.keys() == trained.keys()
+    assert all(torch.equal(weights[key], trained[key]) for key in trained)
