@@ -11,6 +11,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Objective', 'MaximumLikelihood', 'Anneali
 import atexit
 import difflib
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -25,7 +26,7 @@ import threading
 import time
 import warnings
 import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from numbers import Real
@@ -508,14 +509,18 @@ def _unreadable(name, value):
     return name, value
 
 
+def _remove_leftovers(path):
+    """Remove what killed runs left half written; nobody else may be writing now."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def _sync_folder(folder):
     """Make the new names in a folder survive a power cut, where the system can."""
-    if os.name == "posix":
+    with suppress(OSError):  # Windows and some network folders cannot
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError:
-            pass  # some network folders cannot
         finally:
             os.close(descriptor)
 
@@ -937,6 +942,20 @@ class _Batch(NamedTuple):
     index: Tensor | None  # of the rows in all rows
 
 
+def _make_optimizer(make, parameters, recipe):
+    """The optimiser of a run, or an error that names what cannot make one."""
+    try:
+        made = make(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    except TypeError as error:
+        made = error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(
+            "optimizer: expected a function of (params, lr=, weight_decay=) that "
+            f"makes a torch optimiser, got {made!r} from {make!r}"
+        )
+    return made
+
+
 class _Run:
     """One run of `fit`; how far it is, is the length of its history."""
 
@@ -966,11 +985,7 @@ class _Run:
         # moves it to the device
         self.engine = accelerator.prepare_model(_Engine(objective))
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = optimizer(
-            self.parameters,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-        )
+        optimizer = _make_optimizer(optimizer, self.parameters, recipe)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         # only half precision needs accelerate's wrapper, which searches the
         # disk at every step
@@ -1041,8 +1056,7 @@ class _Run:
     def norms(self):
         """Norms of the gradient, before it is clipped, and of the parameters."""
         size, clip = _norm(self.parameters), self.recipe.clip
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:
+        if all(p.grad is None for p in self.parameters):
             raise ValueError(
                 "objective: expected a loss that depends on its parameters, got "
                 "one without a gradient for any of them"
@@ -1050,7 +1064,9 @@ class _Run:
         if clip is not None:
             return self.accelerator.clip_grad_norm_(self.parameters, clip), size
         self.accelerator.unscale_gradients()
-        return _norm(gradients), size
+        return _norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        ), size
 
     def check(self, loss, norm, batch):
         """Stop before the weights are touched if the step is not finite."""
@@ -1083,7 +1099,10 @@ class _Run:
     def fault(self, module, batch, data):
         """Which row of the data, or what else, made a loss NaN or infinite, if that can be told."""
         module.eval()
-        fault = module._fault(batch.rows, batch.noise)
+        try:
+            fault = module._fault(batch.rows, batch.noise)
+        except (NotImplementedError, RuntimeError, ValueError):
+            return None  # not to be told; what was found before counts
         if fault is None or fault.row is None or data is None:
             return fault
         place = int(batch.index[fault.row])
@@ -1470,13 +1489,15 @@ def _train(run, interrupted, checkpoint_every, callbacks, progress):
     with tqdm(
         total=steps, initial=len(history), disable=not (progress and main)
     ) as bar:
-        while len(history) < steps and history.stale < patience:
+        stale = history.stale
+        while len(history) < steps and stale < patience:
             stop = _step(run, interrupted)
             done = len(history)
             if run.held_out is not None and (
                 done % recipe.validate_every == 0 or done == steps
             ):
                 run.validate()
+                stale = history.stale
             for callback in callbacks if main else ():
                 callback(done, run.objective, history)
             if stop or done % checkpoint_every == 0:
@@ -1679,6 +1700,7 @@ def fit(
             checkpoint = _check_output(checkpoint)
             if os.environ.get("RANK", "0") == "0":
                 stack.enter_context(locked(checkpoint))
+                _remove_leftovers(checkpoint)
             resume = _check_checkpoint(checkpoint, resume)
         accelerator = stack.enter_context(
             _accelerator(device, recipe.amp, compile)
@@ -1700,10 +1722,12 @@ def fit(
             )
             if resume:
                 run.load()
-            if run.broken() is not None:
+            broken = run.broken()
+            if broken is not None:
+                where = f"checkpoint: {checkpoint}" if resume else "objective"
                 raise ValueError(
-                    "objective: expected finite weights to begin with, got NaN or "
-                    f"infinite ones in {run.broken()}"
+                    f"{where}: expected finite weights to begin with, got NaN or "
+                    f"infinite ones in {broken}"
                 )
             run.save()
             _train(run, interrupted, checkpoint_every, callbacks, progress)

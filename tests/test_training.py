@@ -65,6 +65,7 @@ from flowcourse.training import (
     TrainingDiverged,
     TrainingInterrupted,
     _generator,
+    _stream,
     fit,
     learning_rate_factor,
     load_checkpoint,
@@ -190,6 +191,10 @@ def test_longer_run_goes_on_and_shorter_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="steps = 12, but this run has 6"):
         run_reverse(steps=6, checkpoint=path, resume=True)
+    path, cosine = tmp_path / "cosine.pt", dict(schedule="cosine")
+    run_reverse(steps=6, checkpoint=path, **cosine)
+    with pytest.raises(CheckpointError, match="steps = 6, but this run has 12"):
+        run_reverse(steps=12, checkpoint=path, resume=True, **cosine)
 
 
 def test_annealing_counts_updates_and_resumes(tmp_path):
@@ -221,6 +226,44 @@ def test_annealing_counts_updates_and_resumes(tmp_path):
         Annealing(updates=0)
 
 
+def test_annealing_weighs_the_target_and_is_1_in_eval_mode():
+    flow = make_flow().double()
+    objective = ReverseKL(flow, log_target, Annealing(0.25, 8))
+    noise = objective.draw(50, _generator(0, _NOISE, 0))
+    x, log_q = flow.rsample_and_log_prob(noise=noise)
+    for weight in (0.25, 0.375, 0.5):  # 1/4, and 1/8 more each time
+        want = (log_q - weight * log_target(x)).mean()
+        assert objective(None, noise) == want
+    objective.eval()
+    assert objective(None, noise) == (log_q - log_target(x)).mean()
+    assert objective.annealing.done == 3
+    weights = Annealing(0.5, 2)
+    assert [weights().item() for _ in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_path_gradient_leaves_the_density_alone():
+    """By hand for `x = m + s z`: of the gradient of log q(x) only the way through x is left."""
+    flow = affine().double()
+    noise = torch.linspace(-2, 2, 10, dtype=torch.float64).view(5, 2)
+    objective = ReverseKL(flow, log_target, path=True)
+    objective(None, noise).backward()
+    got = [p.grad.clone() for p in flow.parameters()]
+    flow.zero_grad()
+    x = flow.rsample_and_log_prob(noise=noise)[0]
+    other = affine().double()
+    other.load_state_dict(flow.state_dict())
+    other.requires_grad_(False)
+    (other.log_prob(x) - log_target(x)).mean().backward()
+    for p, g in zip(flow.parameters(), got, strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-12, atol=1e-14)
+    flow.zero_grad()
+    ReverseKL(flow, log_target)(None, noise).backward()
+    assert any(
+        (p.grad - g).abs().max() > 1e-3
+        for p, g in zip(flow.parameters(), got, strict=True)
+    )
+
+
 def test_draws_inside_the_objective_resume_too(tmp_path):
     class Noisy(Objective):
         def __init__(self):
@@ -247,6 +290,23 @@ def test_draws_inside_the_objective_resume_too(tmp_path):
     assert_same(run(checkpoint=path, resume=True), want)
 
 
+def test_draws_inside_the_objective_are_fresh_in_each_step():
+    class Draws(Breaks):
+        def __init__(self):
+            super().__init__(99)
+            self.drawn = []
+
+        def forward(self, batch, noise=None):
+            self.drawn.append(torch.rand(()).item())
+            return super().forward(batch)
+
+    first, again, other = Draws(), Draws(), Draws()
+    for objective, seed in ((first, 0), (again, 0), (other, 1)):
+        fit(objective, steps=5, seed=seed, progress=False)
+    assert len(set(first.drawn + other.drawn)) == 10
+    assert first.drawn == again.drawn
+
+
 def test_global_random_state_is_left_alone():
     torch.manual_seed(5)
     want = torch.randn(3)
@@ -255,6 +315,28 @@ def test_global_random_state_is_left_alone():
     assert torch.equal(torch.randn(3), want)
     assert run_reverse(steps=3)[1] == run_reverse(steps=3)[1]
     assert run_reverse(steps=3)[1] != run_reverse(steps=3, seed=1)[1]
+
+
+def test_noise_is_fresh_in_each_step_and_the_same_in_each_validation():
+    class Recorded(Blurred):
+        drawn = []
+
+        def draw(self, n, generator):
+            self.drawn.append(super().draw(n, generator))
+            return self.drawn[-1]
+
+    x = make_data(1700)[0]
+    objective = Recorded(make_flow())
+    options = dict(steps=4, batch_size=17, validate_every=2, progress=False)
+    fit(objective, x[:200], validation=x[200:], **options)
+    sizes = [len(noise) for noise in objective.drawn]
+    assert sizes == [17, 17, 1000, 500, 17, 17, 1000, 500]
+    d = objective.drawn
+    assert torch.equal(d[2], d[6]) and torch.equal(d[3], d[7])
+    starts = [tuple(d[k][0].tolist()) for k in (0, 1, 2, 3, 4, 5)]
+    assert len(set(starts)) == 6
+    # each use of randomness has a stream of its own
+    assert len({_stream(0, k) for k in (_ORDER, _NOISE, _SPLIT)}) == 3
 
 
 def wait_for(condition, child, seconds=60):
@@ -361,8 +443,12 @@ def test_two_runs_into_one_file_are_refused(tmp_path):
         run_reverse(
             checkpoint=path, resume=True, steps=2, callbacks=(StopAt(2, fail),)
         )
+    # what a killed run left half written is removed
+    (tmp_path / "run.pt.0123abcd.tmp").touch()
+    (tmp_path / "run.pt2.0123abcd.tmp").touch()
     run_reverse(checkpoint=path, resume=True, steps=3)
-    assert not list(tmp_path.glob("*.tmp"))
+    left = [p.name for p in tmp_path.glob("*.tmp")]
+    assert left == ["run.pt2.0123abcd.tmp"]
 
 
 def test_names_of_two_writers_never_meet(tmp_path, monkeypatch):
@@ -593,10 +679,12 @@ def test_another_run_is_refused(tmp_path):
     run_likelihood(steps=2, checkpoint=path)
     flow = make_flow(context_dim=1)
     x, context = make_data()
-    x[3, 1] += 1e-3
-    with pytest.raises(CheckpointError, match="data = .*crc32"):
-        options = {**FULL, "steps": 2, "checkpoint": path, "resume": True}
-        fit(MaximumLikelihood(flow), (x, context), **options)
+    options = {**FULL, "steps": 2, "checkpoint": path, "resume": True}
+    for k in range(2):
+        parts = x.clone(), context.clone()
+        parts[k][3] += 1e-3
+        with pytest.raises(CheckpointError, match="data = .*crc32"):
+            fit(MaximumLikelihood(flow), parts, **options)
 
 
 def nn_free():
@@ -774,6 +862,89 @@ def test_own_optimizer_and_trainable_base():
         progress=False,
     )
     assert not torch.equal(flow.base.loc, before)
+
+
+BY_NAME = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": lambda p, **options: torch.optim.RMSprop(
+        p, momentum=0.9, **options
+    ),
+    "sgd": torch.optim.SGD,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimisers_by_name_are_torchs(name):
+    x, options = make_data(20)[0], dict(lr=1e-2, weight_decay=0.3)
+    flow, other = affine(), affine()
+    objective = MaximumLikelihood(flow)
+    fit(objective, x, steps=3, optimizer=name, progress=False, **options)
+    optimizer = BY_NAME[name](other.parameters(), **options)
+    for epoch in range(3):
+        order = torch.randperm(20, generator=_generator(0, _ORDER, epoch))
+        optimizer.zero_grad()
+        (-other.log_prob(x[order]).mean()).backward()
+        optimizer.step()
+    for p, q in zip(flow.parameters(), other.parameters(), strict=True):
+        # fused kernels round in another order: a few of the last digits
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_each_group_keeps_its_share_of_the_rate():
+    flow = Flow(affine().bijection, DiagonalGaussian(2))
+
+    def halves(params, lr, weight_decay):
+        base = list(flow.base.parameters())
+        rest = [p for p in params if all(p is not q for q in base)]
+        groups = [dict(params=rest), dict(params=base, lr=0.0)]
+        return torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay)
+
+    before = [p.clone() for p in flow.parameters()]
+    options = dict(steps=3, optimizer=halves, warmup=2, progress=False)
+    history = fit(MaximumLikelihood(flow), make_data()[0], **options)
+    assert history.lr == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    base = {id(p) for p in flow.base.parameters()}
+    for p, q in zip(flow.parameters(), before, strict=True):
+        assert torch.equal(p, q) == (id(p) in base)
+
+
+def test_the_average_is_kept_without_validation():
+    flow, seen = affine(), []
+
+    def note(step, objective, history):
+        seen.append([p.detach().clone() for p in flow.parameters()])
+
+    options = dict(steps=3, ema=0.75, lr=0.1, progress=False)
+    fit(MaximumLikelihood(flow), make_data()[0], callbacks=(note,), **options)
+    for k, p in enumerate(flow.parameters()):
+        one, two, three = (parameters[k] for parameters in seen)
+        want = 0.75 * (0.75 * one + 0.25 * two) + 0.25 * three
+        torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-7)
+
+
+def test_epochs_and_fractions_count_rows(tmp_path):
+    path = tmp_path / "run.pt"
+    x = make_data(55)[0]
+    options = dict(validation=0.5, epochs=2, batch_size=5, progress=False)
+    history = fit(MaximumLikelihood(affine()), x, checkpoint=path, **options)
+    # 27.5 rows are held out, rounded to 28; the other 27 make 6 batches
+    assert load_checkpoint(path)["recipe"]["validation"].startswith("(28, 2)")
+    assert len(history) == 12 and history.validation_step == [6, 12]
+
+
+def test_data_with_a_graph_are_only_read():
+    scale = torch.ones(2, requires_grad=True)
+    x = make_data(50)[0] * scale
+    fit(
+        MaximumLikelihood(affine()),
+        x,
+        validation=x,
+        steps=3,
+        weights=torch.ones(50, requires_grad=True),
+        progress=False,
+    )
+    assert scale.grad is None
 
 
 def test_parameters_without_gradient_stay():
@@ -1104,6 +1275,16 @@ def test_bf16_and_then_full_precision_in_one_process():
     assert run_reverse(steps=5)[1] == full
 
 
+def test_half_precision_holds_for_steps_and_validation():
+    class Asks(Breaks):
+        def forward(self, batch, noise=None):
+            assert torch.is_autocast_enabled("cpu")
+            return super().forward(batch)
+
+    options = dict(amp="bf16", steps=2, validate_every=1, progress=False)
+    assert len(fit(Asks(99), X, validation=X, **options)) == 2
+
+
 def test_an_accelerator_of_the_caller_is_left_alone():
     from accelerate import Accelerator
 
@@ -1368,6 +1549,19 @@ def test_weights_are_looked_at_before_they_are_judged_or_trained():
         fit(objective, X, progress=False)
 
 
+def test_a_checkpoint_with_broken_weights_is_not_gone_on_from(tmp_path):
+    path = tmp_path / "run.pt"
+    run_reverse(steps=2, checkpoint=path)
+    broken = load_checkpoint(path)
+    name = next(iter(dict(make_flow().named_parameters())))
+    broken["objective"][f"flow.{name}"].fill_(math.nan)
+    save_checkpoint(path, broken)
+    with pytest.raises(
+        ValueError, match="checkpoint: .*run.pt: expected finite weights"
+    ):
+        run_reverse(steps=2, checkpoint=path, resume=True)
+
+
 X = torch.zeros(4, 2)
 NAN = torch.tensor([[0.0, 1.0], [math.nan, 1.0]])
 MISTAKES = [
@@ -1601,6 +1795,14 @@ WRONG_OPTIONS = [
     (dict(validation=0.0), "a fraction that splits 4 rows in two, got 0.0"),
     (dict(validation=0), "a fraction that splits 4 rows in two, got 0"),
     (dict(validation=np.float32(1.5)), "a fraction that splits 4 rows"),
+    (
+        dict(optimizer=lambda p: None),
+        "optimizer: expected a function of .* got TypeError",
+    ),
+    (
+        dict(optimizer=lambda *_, **__: None),
+        "optimizer: expected a function of .* got None from",
+    ),
     (dict(validation="some"), "validation: expected a tensor, got str"),
 ]
 
@@ -1876,3 +2078,5 @@ def test_history_is_tidy(tmp_path, capsys):
     run_likelihood(steps=3, progress=True)
     shown = capsys.readouterr().err
     assert "loss=" in shown and "grad=" in shown
+    run_likelihood(steps=3)
+    assert not capsys.readouterr().err
