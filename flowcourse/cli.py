@@ -329,9 +329,9 @@ def _unknown(word, args, options, flags):
     if not word.startswith("-") and "=" not in word and last:
         why = ", which takes no value" if last[-1] in flags else ""
         return ValueError(f"{word}: not expected after {last[-1]}{why}")
-    like = _option(word.partition("=")[0].lstrip("-"))
-    close = difflib.get_close_matches(like, options, 1)
-    hint = f" (perhaps {close[0]})" if close else ""
+    like = _option(word.partition("=")[0].lstrip("-"))[2:]
+    close = difflib.get_close_matches(like, [o[2:] for o in options], 1)
+    hint = f" (perhaps --{close[0]})" if close else ""
     takes = ", ".join(options) or "no options"
     return ValueError(
         f"{word}: unknown option{hint}; flowcourse {args[0]} takes {takes}"
