@@ -9,11 +9,15 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from matplotlib.image import imsave
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (
@@ -56,7 +60,7 @@ The solution is $1$.
 [Home](index.ipynb), [here](#sec-formulas), [again](https://example.org/flowcourse/nbs/index.html).
 """
 BAD = r"""
-By @eq-absent and [@nobody1999]. [A page](02-absent.ipynb), [a place](index.ipynb#nowhere).
+By @eq-absent, $x$ and [@nobody1999]. [A page](02-absent.ipynb), [a place](index.ipynb#nowhere).
 
 ```{=html}
 <script src="https://example.com/x.js"></script>
@@ -71,8 +75,8 @@ def copy_project(folder):
         copy(ROOT / part, folder / part)
 
 
-def write_notebook(path, title, body):
-    """A notebook with a title, one markdown cell and one code cell."""
+def write_notebook(path, title, body, *outputs):
+    """A notebook with a title, a cell of text, a folded cell, and one that writes Markdown."""
     cells = [
         {
             "cell_type": "markdown",
@@ -89,6 +93,21 @@ def write_notebook(path, title, body):
             "outputs": [],
             "execution_count": None,
         },
+        {
+            "cell_type": "code",
+            "id": "d",
+            "metadata": {},
+            "source": "#| echo: false\n#| output: asis\nwrite()",
+            "outputs": [
+                {
+                    "output_type": "display_data",
+                    "data": {"text/markdown": text},
+                    "metadata": {},
+                }
+                for text in outputs
+            ],
+            "execution_count": None,
+        },
     ]
     nb = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     path.write_text(json.dumps(nb))
@@ -98,12 +117,14 @@ def write_notebook(path, title, body):
 def small(tmp_path):
     """A function that makes a project of three pages, the second with a given text."""
 
-    def make(body):
+    def make(body, *outputs):
         copy_project(tmp_path)
         shutil.rmtree(tmp_path / "nbs")
         (tmp_path / "nbs").mkdir()
         write_notebook(tmp_path / "nbs/index.ipynb", "Home", "Welcome.")
-        write_notebook(tmp_path / "nbs/01-lesson.ipynb", "Lesson", body)
+        write_notebook(
+            tmp_path / "nbs/01-lesson.ipynb", "Lesson", body, *outputs
+        )
         write_notebook(
             tmp_path / "nbs/99-reference.ipynb",
             "Reference",
@@ -163,10 +184,16 @@ def test_numbers_citations_and_relative_links(small):
 
 
 def test_every_fault_is_named_and_the_old_site_stays(small):
-    project = small(BAD)
+    project = small(BAD, "## One", "## Two")
+    config = project / "_quarto.yml"
+    config.write_text(
+        config.read_text().replace("assets/katex", "../assets/katex")
+    )
     run = build(project, "--offline")
     assert run.returncode == 1
     for fault in (
+        "01-lesson.ipynb: a cell with `output: asis` has 2 outputs",
+        "nbs/01-lesson.html: ../../assets/katex/katex.min.js leads out of the site",
         "01-lesson.ipynb: unresolved reference @eq-absent",
         "01-lesson.ipynb: unresolved citation @nobody1999",
         "nbs/01-lesson.html: broken link 02-absent.html",
@@ -190,19 +217,75 @@ def test_sidebar_and_notebooks_must_agree(small):
 
 
 @pytest.mark.parametrize(
-    "warning", ["", "WARN: Unable to resolve crossref @fig-absent"]
+    "warning, page, fault",
+    [
+        ("", "<p>new</p>", ""),
+        ("WARN: Unable to resolve crossref @fig-absent", "<p>new</p>", "WARN"),
+        # a file that stands beside the copy, not beside the site
+        (
+            "",
+            '<script src="../assets/katex/katex.min.js"></script>',
+            "index.html: ../assets/katex/katex.min.js leads out of the site",
+        ),
+    ],
 )
-def test_quarto_is_used_where_there_is_one(small, tmp_path_factory, warning):
+def test_quarto_is_used_where_there_is_one(
+    small, tmp_path_factory, warning, page, fault
+):
     project, bin_ = small(GOOD), tmp_path_factory.mktemp("bin")
-    render = f"mkdir -p _docs && echo '<p>new</p>' > _docs/index.html && echo '{warning}' >&2"
+    render = f"mkdir -p _docs && echo '{page}' > _docs/index.html && echo '{warning}' >&2"
     (bin_ / "quarto").write_text(
         f'#!/bin/sh\n[ "$1" = inspect ] || {{ {render}; }}\n'
     )
     (bin_ / "quarto").chmod(0o755)
     run = build(project, PATH=f"{bin_}{os.pathsep}{os.environ['PATH']}")
-    assert run.returncode == bool(warning), run.stdout + run.stderr
-    assert warning in run.stdout
-    assert (project / "_docs/old.html").exists() == bool(warning)
+    assert run.returncode == bool(fault), run.stdout + run.stderr
+    assert fault in run.stdout
+    assert (project / "_docs/old.html").exists() == bool(fault)
+
+
+@pytest.mark.parametrize(
+    "outputs, good",
+    [
+        (["## One", "## Two"], False),
+        (["## One\n\n", "## Two"], True),
+        (["## One\n\n## Two"], True),
+    ],
+)
+def test_markdown_outputs_do_not_run_together(tmp_path, outputs, good):
+    write_notebook(tmp_path / "a.ipynb", "A", "Words.", *outputs)
+    # its name has no ending
+    loader = SourceFileLoader("build_docs", str(ROOT / "tools/build_docs"))
+    build_docs = ModuleType("build_docs")
+    build_docs.__file__ = loader.path
+    loader.exec_module(build_docs)
+    assert (build_docs.joined_outputs(tmp_path) == []) == good
+
+
+@pytest.mark.parametrize(
+    "html, fault",
+    [
+        (
+            "<p>Words\n## flowcourse.core</p>",
+            "source stands in the text: ## flowcourse.core",
+        ),
+        (
+            r"<p>so $\log\sigma' $ is it</p>",
+            r"source stands in the text: $\log\sigma' $ is it",
+        ),
+        ('<a href="a.html" target="_blank">a</a>', "a.html opens a tab"),
+        ('<a href="/b.html">b</a>', "/b.html leads out of the site"),
+        (r'<span class="math"><span>\log</span>\det</span><p>\(\det\)</p>', ""),
+        (r"<pre><code># \log</code></pre><script>'\log'</script>", ""),
+        ("<h2>Two</h2><p>a # b</p>", ""),
+    ],
+)
+def test_a_built_page_is_read_as_a_reader_would(tmp_path, html, fault):
+    import finish_site
+
+    (tmp_path / "a.html").write_text(html)
+    found = finish_site.check(tmp_path)
+    assert found == ([f"a.html: {fault}"] if fault else [])
 
 
 def test_config_files_agree():
@@ -221,6 +304,8 @@ def test_config_files_agree():
     )
     assert config["project"]["output-dir"] == settings["doc_path"]
     assert config["project"]["render"][0] == settings["readme_nb"]
+    # it is decided in the browser, by the address that the site is served at
+    assert "link-external-newwindow" not in config["format"]["html"]
 
 
 def test_readme_reads_well_outside_the_site():
@@ -247,18 +332,20 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def address(site):
-    """The site, served on this machine."""
+def address(site, tmp_path_factory):
+    """The site, served on this machine below a path, as it is published."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "flowcourse").symlink_to(site)
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
     with ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=site)
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}/flowcourse"
         server.shutdown()
 
 
@@ -279,16 +366,78 @@ def browser():
         chromium.close()
 
 
-RAW_FORMULAS = """() => {
-    const main = (document.querySelector('main') || document.body).cloneNode(true);
-    main.querySelectorAll('pre, code, .katex, script').forEach((e) => e.remove());
-    return main.textContent.match(/\\$\\$|\\\\\\(|\\\\\\[|\\\\begin\\{/g) || [];
+DESK, PHONE = 1280, 390
+AXE = (ROOT / "tests/vendor/axe.min.js").read_text()
+# What a reader meets at the width that the page is shown at.
+FACTS = """() => {
+    const all = (css, root = document) => [...root.querySelectorAll(css)];
+    const text = (document.querySelector('main') || document.body).cloneNode(true);
+    all('pre, code, .katex, script', text).forEach((e) => e.remove());
+    const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1
+        && a.top < b.bottom && b.top < a.bottom;
+    const over = (tag) => all('.base', tag.parentElement).some((base) => !tag.contains(base)
+        && meet(tag.getBoundingClientRect(), base.getBoundingClientRect()));
+    const tags = all('.katex-display .tag');
+    const columns = all('main pre.sourceCode').filter((e) => e.clientWidth).slice(0, 1).map((pre) => {
+        const ten = document.createElement('span'), style = getComputedStyle(pre);
+        ten.textContent = '0'.repeat(10);
+        pre.firstElementChild.append(ten);
+        const one = ten.getBoundingClientRect().width / 10;
+        ten.remove();
+        return Math.floor((pre.clientWidth - parseFloat(style.paddingLeft)
+            - parseFloat(style.paddingRight)) / one);
+    });
+    return {
+        raw: text.textContent.match(/\\$\\$|\\\\[(]|\\\\\\[|\\\\[a-zA-Z]{2,}/g) || [],
+        // pandoc has set what stands in a list of references
+        formulas: all('span.math:not(:has(em))').length,
+        drawn: all('span.math:has(.katex)').length,
+        broken: all('.katex-error').length,
+        numbers: tags.length,
+        covered: tags.filter(over).map((e) => e.textContent),
+        columns,
+        width: document.documentElement.scrollWidth,
+        text: document.querySelector('main')?.getBoundingClientRect().width,
+        pictures: all('main img.wide').filter((e) => e.clientWidth).map((e) => e.clientWidth),
+        captions: all('main figure:has(img.wide) figcaption').map((e) => e.scrollWidth),
+        marked: all('#quarto-header .nav-link.active').map((e) => e.textContent.trim()),
+    };
+}"""
+SERIOUS = """async (options) => {
+    // the insides of formulas are half of a page's elements, and have the colour of the text
+    document.querySelectorAll('.katex').forEach((e) => e.replaceWith('x'));
+    return (await axe.run(options)).violations
+    .filter((v) => ['serious', 'critical'].includes(v.impact))
+    .map((v) => `${v.id}: ${v.nodes[0].html.slice(0, 200)} and ${v.nodes.length - 1} more`);
 }"""
 
 
-def test_every_page_loads_alone_and_shows_its_formulas(browser, site, address):
-    troubles, formulas = [], 0
-    page = browser.new_page(viewport={"width": 400, "height": 800})
+def facts(page, width):
+    """What the page shows at a width, once its formulas are drawn."""
+    page.set_viewport_size({"width": width, "height": 900})
+    # a busy machine may set formulas after the page has loaded
+    for _wait in range(100):
+        found = page.evaluate(FACTS)
+        if found["drawn"] == found["formulas"] and not found["raw"]:
+            break
+        page.wait_for_timeout(100)
+    return found
+
+
+def serious(page, *rules):
+    """What axe finds on a page that is serious or critical; by some of its rules only, if any."""
+    page.evaluate(AXE)
+    options = {"resultTypes": ["violations"], "preload": False}
+    if rules:
+        options["runOnly"] = {"type": "rule", "values": list(rules)}
+    return page.evaluate(SERIOUS, options)
+
+
+@pytest.fixture(scope="module")
+def visit(browser, site, address):
+    """Every page, seen once at the widths of a desk, a tablet and a phone."""
+    troubles, seen = [], {}
+    page = browser.new_page(color_scheme="light", reduced_motion="reduce")
     page.on(
         "console",
         lambda m: m.type == "error" and troubles.append(f"console: {m.text}"),
@@ -309,35 +458,210 @@ def test_every_page_loads_alone_and_shows_its_formulas(browser, site, address):
             or troubles.append(f"outside: {request.url}")
         ),
     )
-    for path in sorted(site.rglob("*.html")):
+    for path in sorted(site.glob("nbs/*.html")):
         name = path.relative_to(site).as_posix()
-        page.goto(f"{address}/{name}", wait_until="networkidle")
-        # a busy machine may set formulas after the network is idle
-        for _wait in range(100):
-            left = page.evaluate(RAW_FORMULAS)
-            if not left:
-                break
-            page.wait_for_timeout(100)
-        troubles += [f"raw {text} in the text" for text in left]
-        troubles += ["a formula is broken"] * page.locator(
-            ".katex-error"
-        ).count()
-        if page.evaluate("document.documentElement.scrollWidth") > 400:
-            troubles.append("the page is wider than a phone")
-        formulas += page.locator(".katex").count()
-        assert troubles == [], name
-    assert formulas > 20
+        page.set_viewport_size({"width": DESK, "height": 900})
+        page.goto(f"{address}/{name}")
+        widths = {"desk": DESK, "tablet": 1024, "phone": PHONE}
+        seen[name] = {key: facts(page, width) for key, width in widths.items()}
+        page.set_viewport_size({"width": DESK, "height": 900})
+        seen[name]["light"] = serious(page)
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_selector("html.quarto-dark")
+        # all else is the same in the dark
+        seen[name]["dark"] = serious(
+            page, "color-contrast", "link-in-text-block"
+        )
+        page.emulate_media(color_scheme="light")
+        seen[name]["troubles"], troubles[:] = troubles[:], []
+    page.close()
+    return seen
+
+
+def test_every_page_loads_alone_and_shows_its_formulas(visit):
+    for name, seen in visit.items():
+        assert seen["troubles"] == [], name
+        assert seen["desk"]["raw"] == [], name
+        assert seen["desk"]["drawn"] == seen["desk"]["formulas"], name
+        assert seen["desk"]["broken"] == 0, name
+    assert sum(seen["desk"]["drawn"] for seen in visit.values()) > 500
+
+
+def test_the_start_page_leads_to_the_first(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/")
+    page.wait_for_url("**/flowcourse/nbs/index.html")
     page.close()
 
 
-def test_search_finds_a_lesson(browser, address):
-    page = browser.new_page(viewport={"width": 1300, "height": 900})
+def test_no_page_has_a_serious_fault(visit):
+    for name, seen in visit.items():
+        assert seen["light"] == [], name
+        assert seen["dark"] == [], name
+
+
+def test_numbers_stand_beside_their_formulas(visit):
+    for name, seen in visit.items():
+        for screen in ("desk", "tablet", "phone"):
+            assert seen[screen]["covered"] == [], f"{name} on a {screen}"
+    assert sum(seen["desk"]["numbers"] for seen in visit.values()) > 20
+
+
+def test_lines_of_code_fit_the_page(visit):
+    line = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    for name, seen in visit.items():
+        assert seen["desk"]["text"] >= 778, name
+        # of the first block that stands open
+        assert min(seen["desk"]["columns"], default=83) >= line["line-length"]
+
+
+def test_a_phone_shows_all_and_at_a_size_to_read(visit):
+    for name, seen in visit.items():
+        phone = seen["phone"]
+        assert phone["width"] <= PHONE, f"{name} is wider than a phone"
+        assert min(phone["pictures"], default=600) >= 600, name
+        assert max(phone["captions"], default=0) < PHONE, name
+    assert sum(len(seen["phone"]["pictures"]) for seen in visit.values()) > 30
+
+
+def test_the_top_bar_marks_the_open_page_alone(visit):
+    marked = {
+        n: s["desk"]["marked"] for n, s in visit.items() if s["desk"]["marked"]
+    }
+    assert marked == {
+        "nbs/index.html": ["Home"],
+        "nbs/00-quick-start.html": ["Quick start"],
+        "nbs/99-reference.html": ["API reference"],
+    }
+
+
+def test_the_reference_has_a_heading_for_each_module(site):
+    from flowcourse._modidx import d
+
+    page = (site / "nbs/99-reference.html").read_text()
+    headings = re.findall(r"<h2[^>]*>(flowcourse\.\w+)", page)
+    assert sorted(headings) == sorted(
+        n for n, syms in d["syms"].items() if syms
+    )
+
+
+def test_links_and_citations(site):
+    page = (site / "nbs/06-coupling.html").read_text()
+    main = page[page.index("<main") : page.index("</main>")]
+    for link in re.findall(r"<a [^>]*>", main):
+        outside = bool(re.search(r'href="https?:', link)) and "toc-" not in link
+        assert ('target="_blank"' in link) == outside, link
+    citations = re.findall(r'<a [^>]*role="doc-biblioref"[^>]*>', main)
+    assert citations
+    assert [c for c in citations if 'title="' not in c] == []
+    assert re.search(r'title="Dinh, Laurent, Jascha[^"]*Real NVP', main)
+
+
+def test_search_finds_a_lesson_and_a_definition_first(browser, address):
+    page = browser.new_page(viewport={"width": DESK, "height": 900})
     page.goto(f"{address}/nbs/index.html")
+    results = page.locator(".smalldocs-search-results a")
+    for name in ("RealNVP", "Flow", "fit", "Coupling"):
+        page.fill("#quarto-search input", name)
+        page.wait_for_function(
+            "name => document.querySelector('.search-result-section')?.textContent == name",
+            arg=name,
+            timeout=5000,
+        )
+        assert (
+            f"99-reference.html#{name.lower()}"
+            in results.first.get_attribute("href")
+        )
     page.fill("#quarto-search input", "change of variables")
     page.locator(
         ".smalldocs-search-results a", has_text="variables"
     ).first.click()
     page.wait_for_url("**/01-change-of-variables*.html*")
+    page.close()
+
+
+def test_copy_buttons_show_where_nothing_can_hover(browser, address):
+    phone = browser.new_context(
+        has_touch=True, is_mobile=True, viewport={"width": PHONE, "height": 800}
+    )
+    shown = """e => getComputedStyle(e).opacity"""
+    page = phone.new_page()
+    page.goto(f"{address}/nbs/index.html")
+    assert page.locator(".code-copy-button").first.evaluate(shown) == "1"
+    phone.close()
+
+
+def test_a_box_that_folds_is_a_button(browser, address):
+    page = browser.new_page(reduced_motion="reduce")
+    page.goto(f"{address}/nbs/01-change-of-variables.html")
+    button = page.locator('.callout-header[role="button"]').first
+    assert button.get_attribute("aria-expanded") == "false"
+    button.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector('.callout-header[aria-expanded="true"]')
+    page.close()
+
+
+@pytest.mark.parametrize(
+    "scheme, theme", [("light", "cosmo"), ("dark", "darkly")]
+)
+def test_the_markup_of_quarto_gets_the_same_manners(
+    browser, site, tmp_path, scheme, theme
+):
+    """A page as Quarto writes it, with the faults of its themes, finished and looked at."""
+    import finish_site
+
+    template = (ROOT / "tests/data/quarto-page.html").read_text()
+    for part in ("assets", "site_libs"):
+        shutil.copytree(site / part, tmp_path / part)
+    (tmp_path / "nbs/lesson_files/figure-html").mkdir(parents=True)
+    imsave(
+        tmp_path / "nbs/lesson_files/figure-html/fig-a-output-1.png",
+        [[0.0] * 837] * 324,
+    )
+    for name in ("index", "lesson"):
+        text = template.replace("PAGE", name if name == "lesson" else "lesson")
+        text = text.replace("SCHEME", scheme).replace("THEME", theme)
+        (tmp_path / f"nbs/{name}.html").write_text(text)
+    assert finish_site.finish(tmp_path) == []
+    lesson = tmp_path / "nbs/lesson.html"
+    text = lesson.read_text()
+    assert finish_site.dress(text, lesson, tmp_path) == text, "done once"
+    for link in re.findall(r"<a [^>]*>", text[text.index("<main") :]):
+        assert ('target="_blank"' in link) == ("pytorch.org" in link), link
+    assert (
+        "Density Estimation"
+        in re.search(r'role="doc-biblioref" title="(.*?)"', text)[1]
+    )
+    tippy = template.replace(
+        "</head>", '<script src="tippy.js"></script></head>'
+    )
+    assert (
+        "title="
+        not in re.search(
+            r'<a [^>]*role="doc-biblioref"[^>]*>',
+            finish_site.dress(tippy, lesson, tmp_path),
+        )[0]
+    ), "Quarto's pop-up is there already"
+
+    page = browser.new_page(color_scheme=scheme, reduced_motion="reduce")
+    # a page from the disk is one site with its files
+    page.goto(lesson.as_uri())
+    for width in (DESK, 1024, PHONE):
+        seen = facts(page, width)
+        assert seen["drawn"] == seen["formulas"] == 2
+        assert seen["covered"] == [] and seen["numbers"] == 1
+        assert seen["width"] <= width
+        assert seen["marked"] == ["Lesson"]
+    assert min(seen["pictures"]) >= 600 and max(seen["captions"]) < PHONE
+    # axe passes a link over that says it is a citation
+    lines = "e => getComputedStyle(e).textDecorationLine"
+    assert page.locator(".citation a").evaluate(lines) == "underline"
+    for width in (PHONE, DESK):
+        page.set_viewport_size({"width": width, "height": 900})
+        # what scrolls is found after a change of width
+        page.wait_for_timeout(200)
+        assert serious(page) == []
     page.close()
 
 

@@ -6,6 +6,7 @@ start page that need no network. `tools/build_docs` calls it.
 """
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -274,13 +275,17 @@ def render(
     warnings = build(tree, quiet=True).warnings
     problems += [w for w in warnings if not any(key in w for key in SERVED)]
     site = tree / config["project"]["output-dir"]
+    katex = config["format"]["html"]["html-math-method"]["url"].rstrip("/")
     for page in site.rglob("*.html"):
-        assets = (
-            "../" * (len(page.relative_to(site).parts) - 1) + "assets/katex"
+        # the address is one in the project, as Quarto takes it
+        address = os.path.relpath(site / katex, page.parent).replace(
+            os.sep, "/"
         )
         page.write_text(
             re.sub(
-                r"https://[^\"'\s]*/katex@[\d.]+/dist", assets, page.read_text()
+                r"https://[^\"'\s]*/katex@[\d.]+/dist",
+                address,
+                page.read_text(),
             )
         )
     title = config["website"]["title"]
