@@ -40,7 +40,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={
-        "console_scripts": ["flowcourse=flowcourse.cli:main"],
+        "console_scripts": ["flowcourse=flowcourse.__main__:run"],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
     zip_safe=False,

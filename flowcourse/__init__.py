@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from flowcourse import _quiet  # first: what follows takes seconds
 from flowcourse.core import (
     Bijection,
     Compose,

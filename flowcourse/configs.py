@@ -6,20 +6,29 @@
 __all__ = ['PARTITIONS', 'SIZES', 'configs', 'Splits', 'Config', 'FlowConfig', 'posteriors', 'DLGMConfig']
 
 # %% ../nbs/94-configs.ipynb #293e742b
+import dataclasses
 import math
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import (
+    ClassVar,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor, nn
 
 from .autoregressive import IAF, MAF
-from .core import Flow
+from .core import Flow, as_float, as_int, as_shape
 from .coupling import NICE, Couplings, alternating, half, random_half
 from flowcourse.data import (
     Table,
     bits_per_dim,
+    datasets,
     dequantise,
     load,
     split,
@@ -41,7 +50,13 @@ from .elementwise import InverseMap
 from .planar import Planar, Sylvester
 from .plots import show_images
 from .splines import RationalQuadraticSplineMap
-from .training import Annealing, MaximumLikelihood, Objective
+from flowcourse.training import (
+    Annealing,
+    MaximumLikelihood,
+    Objective,
+    Recipe,
+    _check_choice,
+)
 from .zoo import scalar_maps
 
 # %% ../nbs/94-configs.ipynb #e5c7c7db
@@ -57,33 +72,58 @@ class Splits(NamedTuple):
     truth: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """An experiment."""
 
-    steps: int = 1000  # Optimiser steps
-    batch_size: int = 128  # Rows in a step, over all processes together
-    lr: float = 1e-3  # Learning rate
-    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"  # Optimiser
-    weight_decay: float = 0.0  # Weight decay
-    # Learning rate over the run
-    schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = 0  # Steps over which the learning rate rises
-    clip: float | None = None  # Largest gradient norm
-    ema: float | None = None  # Decay of averaged weights
-    # Validations without a new best before stopping
-    patience: int | None = None
-    validate_every: int = 50  # Steps between validations
+    # How it is trained
+    recipe: Recipe = Recipe(schedule="cosine", validate_every=50)
     checkpoint_every: int = 500  # Steps between checkpoints
-    amp: Literal["no", "bf16", "fp16"] = "no"  # Mixed precision
-    # Of the split, the first weights, the order of rows and all noise
-    seed: int = 0
+
+    # names of the settings that only matter to what is trained already
+    judging: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        self._read(as_int, 1, "checkpoint_every")
+        for name, hint in get_type_hints(type(self)).items():
+            choices = (True, False) if hint is bool else get_args(hint)
+            if hint is bool or get_origin(hint) is Literal:
+                _check_choice(name, getattr(self, name), choices)
+
+    def _read(self, read, low, *names, **limits):
+        """Put plain numbers in the place of what came, or refuse it."""
+        for name in names:
+            value = read(getattr(self, name), name, low, **limits)
+            object.__setattr__(self, name, value)
+
+    def settings(self) -> dict:  # The recipe's too, by name
+        """Everything that can be varied, as the command line calls it."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return own.pop("recipe").to_dict() | own
+
+    def replace(
+        self,
+        **settings,  # By name, the recipe's among them
+    ) -> "Config":  # The same experiment otherwise
+        """The experiment with something changed."""
+        known = self.settings()
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}")
+        of_recipe = {f.name for f in fields(self.recipe)} & settings.keys()
+        recipe = dataclasses.replace(
+            self.recipe, **{name: settings.pop(name) for name in of_recipe}
+        )
+        return dataclasses.replace(self, recipe=recipe, **settings)
 
     @property
-    def training(self) -> dict:
-        """The arguments of `fit` among the fields."""
+    def identity(self) -> dict:
+        """What a run must agree in, beside the recipe, with one that goes on from it."""
+        free = {"recipe", "checkpoint_every", *self.judging}
         return {
-            field.name: getattr(self, field.name) for field in fields(Config)
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in free
         }
 
     def load(self) -> Splits:
@@ -102,6 +142,14 @@ class Config:
         """Figures of a trained model by name; by default none."""
         return {}
 
+# %% ../nbs/94-configs.ipynb #9d41185c
+def _packaged(*name):
+    """The rows of a packaged data set; a damaged file is the reader's to mend."""
+    try:
+        return load(*name).x
+    except RuntimeError as error:
+        raise ValueError(f"data: {error}") from error
+
 # %% ../nbs/94-configs.ipynb #e3128c37
 PARTITIONS = {"half": half, "alternating": alternating, "random": random_half}
 SIZES = {
@@ -111,7 +159,7 @@ SIZES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class FlowConfig(Config):
     """A flow of couplings or autoregressive layers, fitted by maximum likelihood."""
 
@@ -130,30 +178,35 @@ class FlowConfig(Config):
     dropout: float = 0.0  # Share of hidden units dropped in training
 
     def __post_init__(self):
-        known = [*SIZES, *toys]
-        if self.data not in known:
-            raise ValueError(
-                f"data: expected one of {', '.join(known)}, got {self.data!r}"
-            )
-        # an unknown name is answered with those that exist
-        scalar_maps[self.scalar_map]
+        super().__post_init__()
+        _check_choice("data", self.data, [*SIZES, *toys])
+        _check_choice("scalar_map", self.scalar_map, list(scalar_maps))
+        self._read(as_int, 1, "copies", "layers")
+        self._read(as_float, 0, "jitter")
+        self._read(as_float, 0, "dropout", high=1)
+        # no hidden layer is a linear conditioner
+        hidden = as_shape(self.hidden, "hidden") if self.hidden else ()
+        object.__setattr__(self, "hidden", hidden)
 
     @property
     def about(self) -> str:
         """One line for `flowcourse list`."""
         kind = f"{self.scalar_map} {self.kind} flow"
         return (
-            f"{kind} on {self.data} by maximum likelihood, {self.steps} steps"
+            f"{kind} on {self.data} by maximum likelihood, "
+            f"{self.recipe.steps} steps"
         )
 
     @property
     def dim(self) -> int:
         """Coordinates of a row."""
-        return 2 if self.data in toys else load(self.data).x[0].numel()
+        return (
+            2 if self.data in toys else _packaged(self.data).flatten(1).shape[1]
+        )
 
     def load(self) -> Splits:
         """The data, split by the seed, dequantised where they are counts, and standardised."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.recipe.seed)
         if self.data in toys:
             toy = toys[self.data]
             raw = [toy.sample(n, generator) for n in (20_000, 2_000, 10_000)]
@@ -161,7 +214,9 @@ class FlowConfig(Config):
             return Splits(
                 *parts, -sd.log().sum().expand(10_000), toy.log_prob(raw[-1])
             )
-        parts = split(load(self.data).x.flatten(1), SIZES[self.data], self.seed)
+        parts = split(
+            _packaged(self.data).flatten(1), SIZES[self.data], self.recipe.seed
+        )
         train, validation, test = parts[0].repeat(self.copies, 1), *parts[1:]
         if self.data == "optdigits":
             counts = (train, validation, test)
@@ -187,12 +242,12 @@ class FlowConfig(Config):
         if scalar_map.inverse_cost == "numerical":
             scalar_map = InverseMap(scalar_map)
         with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.recipe.seed)
             return MaximumLikelihood(Flow(self._bijection(scalar_map)))
 
     def _bijection(self, scalar_map):
         if self.kind == "coupling":
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(self.recipe.seed)
             partition = PARTITIONS[self.partition]
             if partition is random_half:
                 partition = partial(partition, generator=generator)
@@ -252,7 +307,12 @@ def posteriors(
         "planar": lambda: Planar(dim, length, **linear),
         "nice": lambda: NICE(dim, length, (dim,), partition=partition),
         "sylvester": lambda: Sylvester(
-            dim, 16, length, variant="householder", reflections=8, **linear
+            dim,
+            min(dim, 16),
+            length,
+            variant="householder",
+            reflections=8,
+            **linear,
         ),
         "iaf": lambda: IAF(dim, length, (8 * dim,), context_dim),
         "spline": lambda: Couplings(
@@ -266,21 +326,25 @@ def posteriors(
     }
 
 # %% ../nbs/94-configs.ipynb #42228396
-@dataclass
+@dataclass(frozen=True)
 class DLGMConfig(Config):
     """A deep latent Gaussian model of binary digits, with a flow as posterior."""
 
-    steps: int = 60_000
-    batch_size: int = 100
-    schedule: Literal["constant", "cosine"] = "cosine"
-    # Steep planar layers give gradients a hundred times the usual
-    clip: float | None = 50.0
-    validate_every: int = 1000
+    # Steep planar layers give gradients a hundred times the usual, so it clips
+    recipe: Recipe = Recipe(
+        steps=60_000,
+        batch_size=100,
+        schedule="cosine",
+        clip=50.0,
+        validate_every=1000,
+    )
     checkpoint_every: int = 2000
     # Pixels drawn once, or grey above 1/2
     data: Literal["mnist", "mnist-threshold"] = "mnist"
-    # gaussian, planar, nice, sylvester, iaf or spline
-    posterior: str = "planar"
+    # The flow after the Gaussian
+    posterior: Literal[
+        "gaussian", "planar", "nice", "sylvester", "iaf", "spline"
+    ] = "planar"
     length: int = 10  # Layers of the posterior's flow
     amortised: bool = True  # The flow's parameters depend on the image
     # Of the features in planar and Sylvester layers, 1 / sqrt(400)
@@ -297,6 +361,31 @@ class DLGMConfig(Config):
     trend: int = 1000  # Test images that get 5000 latents each
     annealed: int = 100  # Test images for annealed importance sampling
 
+    judging: ClassVar[tuple[str, ...]] = ("judged", "trend", "annealed", "seed")
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = "features", "window", "annealing", "held_out", "judged"
+        self._read(as_int, 1, *sizes)
+        two = self.posterior in ("nice", "spline")  # couplings need them
+        self._read(as_int, 1 + two, "latent_dim")
+        self._read(as_int, 0, "trend", "annealed")
+        self._read(as_int, int(self.posterior != "gaussian"), "length")
+        self._read(as_float, 0, "context_scale", strict=True)
+        rows, images = (
+            shape[0] for shape in datasets[self.data].shapes.values()
+        )
+        for name, most in (
+            ("held_out", rows - 1),
+            ("judged", images),
+            ("trend", images),
+            ("annealed", images),
+        ):
+            if getattr(self, name) > most:
+                raise ValueError(
+                    f"{name}: expected at most {most}, got {getattr(self, name)}"
+                )
+
     @property
     def about(self) -> str:
         """One line for `flowcourse list`."""
@@ -308,14 +397,14 @@ class DLGMConfig(Config):
     def load(self) -> Splits:
         """The packaged images as rows of zeros and ones; the last rows to train on are held out."""
         train, test = (
-            load(self.data, part).x.flatten(1) for part in ("train", "test")
+            _packaged(self.data, part).flatten(1) for part in ("train", "test")
         )
         parts = train.split([len(train) - self.held_out, self.held_out])
         return Splits(*parts, test, torch.zeros(len(test)))
 
     def objective(self) -> FreeEnergy:
         """The free energy of a new model whose weights follow from the seed."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.recipe.seed)
         context_dim = self.features if self.amortised else 0
         make = posteriors(
             self.latent_dim,
@@ -324,12 +413,8 @@ class DLGMConfig(Config):
             generator,
             self.context_scale,
         )
-        if self.posterior not in make:
-            raise ValueError(
-                f"posterior: expected one of {', '.join(make)}, got {self.posterior!r}"
-            )
         with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.recipe.seed)
             model = DLGM(
                 make[self.posterior](),
                 latent_dim=self.latent_dim,
@@ -344,7 +429,7 @@ class DLGMConfig(Config):
         """Free energy and -log p(x) of test images, with ever more latents, and a second opinion."""
         model, x = objective.model, self.load().test[: self.judged]
         x = x.to(next(model.parameters()).device)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.recipe.seed)
         weights = importance_weights(model, x, 200, generator, progress=True)
         bound, log_p = -weights.mean(), log_mean_weight(weights, 200)
         result = {
@@ -386,7 +471,7 @@ class DLGMConfig(Config):
 
         model, x = objective.model, self.load().test
         x = x.to(next(model.parameters()).device)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.recipe.seed)
         drawn = model.decoder(model.prior.sample((100,), generator)).sigmoid()
         again = reconstruct(model, x[:50], generator)
         between = interpolate(model, x[:10], x[10:20], generator=generator)
@@ -403,15 +488,19 @@ class DLGMConfig(Config):
         return figures
 
 # %% ../nbs/94-configs.ipynb #4a343a39
+_DIGITS = Recipe(
+    steps=800,
+    batch_size=100,
+    lr=3e-3,
+    schedule="cosine",
+    clip=10.0,
+    validate_every=100,
+)
 configs = Table(
     {
         "realnvp.digits": FlowConfig(
             data="optdigits",
-            steps=800,
-            batch_size=100,
-            lr=3e-3,
-            clip=10.0,
-            validate_every=100,
+            recipe=_DIGITS,
             hidden=(128, 128),
             dropout=0.2,
         ),
@@ -419,22 +508,21 @@ configs = Table(
             data="optdigits",
             scalar_map="rational-quadratic-spline",
             partition="random",
-            steps=800,
-            batch_size=100,
-            lr=3e-3,
-            clip=10.0,
-            validate_every=100,
+            recipe=_DIGITS,
             hidden=(128, 128),
             dropout=0.2,
         ),
         "realnvp.faithful": FlowConfig(
-            steps=400,
-            batch_size=172,
-            lr=3e-3,
-            optimizer="adamw",
-            weight_decay=0.1,
-            clip=5.0,
-            validate_every=20,
+            recipe=Recipe(
+                steps=400,
+                batch_size=172,
+                lr=3e-3,
+                optimizer="adamw",
+                weight_decay=0.1,
+                schedule="cosine",
+                clip=5.0,
+                validate_every=20,
+            ),
             jitter=0.2,
             layers=6,
             hidden=(32, 32),

@@ -435,7 +435,7 @@ def test_mistakes_are_named():
         DLGM(decoder="deep")
     config = configs["dlgm.dc.mnist"]
     with pytest.raises(
-        ValueError, match="posterior: expected one of gaussian, planar"
+        ValueError, match="posterior: expected one of 'gaussian', 'planar'"
     ):
         type(config)(posterior="gausian").objective()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flowcourse.cli import main
-from flowcourse.configs import configs
+from flowcourse.configs import DLGMConfig, FlowConfig, configs
 from flowcourse.core import DiagonalGaussian, Flow
 from flowcourse.coupling import RealNVP
 from flowcourse.exercises import check_path_gradient, check_weights
@@ -72,6 +72,22 @@ MISTAKES = {
             "expected one of .*'realnvp.digits'",
             "got 'realnvp.mnist'",
         ],
+    ),
+    "negative copies": (
+        lambda folder: FlowConfig(copies=-1),
+        ["^copies: ", "at least 1", "got -1"],
+    ),
+    "more held out than there is": (
+        lambda folder: DLGMConfig(held_out=70_000),
+        ["^held_out: ", "at most 59999", "got 70000"],
+    ),
+    "a setting that no experiment has": (
+        lambda folder: configs["realnvp.digits"].replace(widht=8),
+        ["^widht: ", "expected one of steps, .* hidden"],
+    ),
+    "a setting of the recipe": (
+        lambda folder: configs["realnvp.digits"].replace(lr=math.inf),
+        ["^lr: ", "finite", "got inf"],
     ),
     "unreadable checkpoint": (
         lambda folder: load_checkpoint(foreign(folder)),

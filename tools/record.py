@@ -7,7 +7,6 @@ thousand updates, and the command that repeats the run.
 """
 
 import argparse
-import dataclasses
 import json
 import platform
 import shlex
@@ -15,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from flowcourse.cli import save_json
 from flowcourse.configs import configs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -23,10 +23,15 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def command_for(name, config):
     """What to type for a run: the name, and every field that is not as the name has it."""
     words = ["flowcourse", "train", "--config", name]
-    for field in dataclasses.fields(configs[name]):
-        value = config[field.name]
-        if value != getattr(configs[name], field.name):
-            words += ["--" + field.name.replace("_", "-"), str(value)]
+    for key, as_named in configs[name].settings().items():
+        value, option = config[key], key.replace("_", "-")
+        if value == as_named:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            several = value if isinstance(value, tuple) else [value]
+            words += [f"--{option}", *map(str, several)]
     return shlex.join(words)
 
 
@@ -37,7 +42,7 @@ def record(folder):
         for part in ("run", "result", "history")
     )
     loss, ended = history["loss"], (folder / "model.pt").stat().st_mtime
-    config = dataclasses.asdict(configs[run["name"]]) | run["config"]
+    config = configs[run["name"]].replace(**run["config"]).settings()
     return {
         "name": run["name"],
         "command": command_for(run["name"], config),
@@ -74,7 +79,7 @@ def main():
         found = record(folder)
         path = RESULTS / found["name"].split(".")[0] / f"{found['name']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        save_json(path, found, indent=1)
         print(path.relative_to(RESULTS.parent))
 
 

@@ -26,7 +26,7 @@ import shlex
 import sys
 import time
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
 from flowcourse.autoregressive import IAF
+from flowcourse.cli import to_json
 from flowcourse.configs import SIZES, DLGMConfig, FlowConfig, configs
 from flowcourse.core import DiagonalGaussian, Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
@@ -139,14 +140,9 @@ class SideBySide(Objective):
 def compare(data, kind, scalar_map):
     """Train three seeds of one flow for a fixed time, and judge them on their test rows."""
     config = FlowConfig(
-        data=data,
-        kind=kind,
-        scalar_map=scalar_map,
-        layers=4,
-        lr=3e-3,
-        **DATA[data],
-    )
-    seeded = [replace(config, seed=seed) for seed in SEEDS]
+        data=data, kind=kind, scalar_map=scalar_map, layers=4
+    ).replace(lr=3e-3, **DATA[data])
+    seeded = [config.replace(seed=seed) for seed in SEEDS]
     objectives = [config.objective() for config in seeded]
     splits = [config.load() for config in seeded]
     train, validation = (
@@ -158,12 +154,10 @@ def compare(data, kind, scalar_map):
         history = fit(
             together,
             train,
+            config.recipe,
             validation=validation,
             validate_every=max(steps // 20, 20),
             steps=steps,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            schedule="cosine",
             progress=False,
         )
         return together, history, time.process_time() - start
@@ -187,7 +181,7 @@ def compare(data, kind, scalar_map):
 
 def vary(change, seed):
     """Train `spline.digits` with something changed, and judge it on its test rows."""
-    config = replace(configs["spline.digits"], seed=seed, **DIGITS[change])
+    config = configs["spline.digits"].replace(seed=seed, **DIGITS[change])
     rows, objective, start = (
         config.load(),
         config.objective(),
@@ -196,13 +190,13 @@ def vary(change, seed):
     history = fit(
         objective,
         rows.train,
+        config.recipe,
         validation=rows.validation,
-        **config.training,
         progress=False,
     )
     return {
         "results": config.evaluate(objective.eval()),
-        "steps": config.steps,
+        "steps": config.recipe.steps,
         "best step": history.best_step,
         "seconds": round(time.process_time() - start, 2),
         "parameters": sum(p.numel() for p in objective.parameters()),
@@ -240,24 +234,24 @@ def digits(change, seed):
     return (baseline if change in BASELINES else vary)(change, seed)
 
 
-LATENT = DLGMConfig(steps=2500, judged=1000, trend=0, annealed=0)
+LATENT = DLGMConfig(judged=1000, trend=0, annealed=0).replace(steps=2500)
 
 
 def latent(seed, **change):
     """A short training of a latent model, judged on the first test images."""
-    config, start = replace(LATENT, seed=seed, **change), time.process_time()
+    config, start = LATENT.replace(seed=seed, **change), time.process_time()
     rows, objective = config.load(), config.objective()
     history = fit(
         objective,
         rows.train,
+        config.recipe,
         validation=rows.validation,
-        **config.training,
         progress=False,
     )
     took = round(time.process_time() - start, 2)
     return {
         "results": config.evaluate(objective.eval()),
-        "steps": config.steps,
+        "steps": config.recipe.steps,
         "best step": history.best_step,
         "seconds": took,
         "parameters": sum(p.numel() for p in objective.parameters()),
@@ -609,7 +603,7 @@ def main():
         )
         # one write, so that two processes may share the file
         with path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(to_json(found) + "\n")
 
 
 if __name__ == "__main__":
