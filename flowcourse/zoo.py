@@ -147,7 +147,8 @@ def backwards(
     event_shape: int | tuple[int, ...],  # Shape of one point
 ) -> torch.Tensor:  # A permutation: the first dimension backwards
     """A fixed permutation for tests."""
-    return torch.arange(as_shape(event_shape, "event_shape")[0]).flip(0)
+    n = as_shape(event_shape, "event_shape")[0]
+    return torch.arange(n, device="cpu").flip(0)
 
 
 linear_row = partial(Row, family="linear", lesson="04-linear")
@@ -398,9 +399,8 @@ def inwards(
     dim: int,  # Number of coordinates
 ) -> torch.Tensor:  # An order of them that is neither upwards nor downwards
     """The last coordinate, the first, the last but one, the second, and so on."""
-    return torch.stack(
-        [torch.arange(dim).flip(0), torch.arange(dim)], 1
-    ).flatten()[:dim]
+    up = torch.arange(dim, device="cpu")
+    return torch.stack([up.flip(0), up], 1).flatten()[:dim]
 
 
 autoregressive_row = partial(
