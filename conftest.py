@@ -6,7 +6,7 @@ in memory. Cells with `#| eval: false` or one of our test flags are skipped.
 
 import re
 
-SKIPPED = re.compile(r"^#\| *(eval: *false|slow|gpu|notest)\b", re.M)
+SKIPPED = re.compile(r"^#\| *(eval: *false|slow|gpu|notest)\b", re.MULTILINE)
 
 
 def pytest_collection_modifyitems(items):

@@ -358,9 +358,12 @@ class Autoregressive(Bijection):
                 x, log_slope = torch.where(
                     known, torch.stack([x, log_slope]), torch.stack(new)
                 )
-                if tolerance and not _is_traced():
-                    if ((x - before).abs() <= tolerance * (1 + x.abs())).all():
-                        break
+                if (
+                    tolerance
+                    and not _is_traced()
+                    and ((x - before).abs() <= tolerance * (1 + x.abs())).all()
+                ):
+                    break
                 # 0 * inf is nan: what is not determined yet must not reach the
                 # others.
                 guess = x.nan_to_num(0.0, 0.0, 0.0).clamp(-1e3, 1e3)

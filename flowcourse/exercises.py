@@ -396,22 +396,31 @@ def check_affine(
         .expand(8),
     }
     hint = compare_pair(
-        "forward", f.forward(z), x, ladj,
+        "forward",
+        f.forward(z),
+        x,
+        ladj,
         {
             "multiply by the exponential of log_scale": shift + log_scale * z,
             "scale first, then shift": log_scale.exp() * (z + shift),
         },
         common | {"wrong sign": -ladj},
-    )  # fmt: skip
+    )
     hint = hint or compare_pair(
-        "inverse", f.inverse(x), z, -ladj,
+        "inverse",
+        f.inverse(x),
+        z,
+        -ladj,
         {
-            "undo the shift first, then the scale": x * (-log_scale).exp() - shift,
+            "undo the shift first, then the scale": x * (-log_scale).exp()
+            - shift,
             "divide by the scale": (x - shift) * log_scale.exp(),
         },
-        {"wrong sign: it belongs to the inverse call, so it is log|det dz/dx|": ladj}
+        {
+            "wrong sign: it belongs to the inverse call, so it is log|det dz/dx|": ladj
+        }
         | {hint: -value for hint, value in common.items()},
-    )  # fmt: skip
+    )
     return hint or broken_promise(answer(3), z)
 
 # %% ../nbs/96-exercises.ipynb #33062ad3
@@ -429,7 +438,9 @@ def check_prediction(
     ten = "this is the logarithm to base 10; take the natural one, log 0.1 = -2.303"
     one = {"this is one coordinate; there are 100": math.log(0.1)}
     hint = compare(
-        "ladj of forward", answer["ladj of forward"], shrink,
+        "ladj of forward",
+        answer["ladj of forward"],
+        shrink,
         one
         | {
             "wrong sign: the map shrinks volumes": -shrink,
@@ -437,14 +448,16 @@ def check_prediction(
             ten: -100.0,
         },
         tol=0.01,
-    )  # fmt: skip
+    )
     if (
         not hint
         and answer["float32 can hold the determinant of forward"] is not False
     ):
         hint = "the determinant is 1e-100, and the smallest positive float32 about 1e-45"
     hint = hint or compare(
-        "log_prob at x = 0", answer["log_prob at x = 0"], base - shrink,
+        "log_prob at x = 0",
+        answer["log_prob at x = 0"],
+        base - shrink,
         {
             "the base alone; the ladj of inverse is missing": base,
             "the ladj of forward was added; add that of inverse": base + shrink,
@@ -453,12 +466,14 @@ def check_prediction(
             "the ladj is to base 10; take the natural logarithm": base + 100,
         },
         tol=0.01,
-    )  # fmt: skip
+    )
     return hint or compare(
-        "ladj of inverse at x = 0", answer["ladj of inverse at x = 0"], -shrink,
+        "ladj of inverse at x = 0",
+        answer["ladj of inverse at x = 0"],
+        -shrink,
         {"wrong sign: it cancels that of forward": shrink, ten: 100.0},
         tol=0.01,
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #62784e26
 @exercise("1.4")
@@ -888,16 +903,25 @@ def check_sigmoid(
     z = _noise(4, 3)
     log_slope = F.logsigmoid(z) + F.logsigmoid(-z)
     hint = compare_pair(
-        "my_sigmoid", answer(z), z.sigmoid(), log_slope.sum(-1),
+        "my_sigmoid",
+        answer(z),
+        z.sigmoid(),
+        log_slope.sum(-1),
         {"this is the way back, the logit": z.logit()},
         {
             "the sum over the coordinates is missing": log_slope,
             "one number for each point: sum over the last dimension only": log_slope.sum(),
-            "wrong sign: it belongs to the forward direction": -log_slope.sum(-1),
-            "this is the sum of the slopes; sum their logarithms": log_slope.exp().sum(-1),
-            "the slope is sigmoid(z) * sigmoid(-z); half of it is missing": F.logsigmoid(z).sum(-1),
+            "wrong sign: it belongs to the forward direction": -log_slope.sum(
+                -1
+            ),
+            "this is the sum of the slopes; sum their logarithms": log_slope.exp().sum(
+                -1
+            ),
+            "the slope is sigmoid(z) * sigmoid(-z); half of it is missing": F.logsigmoid(
+                z
+            ).sum(-1),
         },
-    )  # fmt: skip
+    )
     far = torch.tensor([[100.0], [-100.0]])
     got = None if hint else answer(far)[1]
     if hint is None and not got.isfinite().all():
@@ -918,19 +942,26 @@ def check_exponential(
     log_normal = -0.5 * (z.square() + math.log(2 * math.pi))
     log_slope = log_normal - log_survival - math.log(rate)
     hint = compare_pair(
-        "to_exponential", answer(z, rate), x, log_slope,
+        "to_exponential",
+        answer(z, rate),
+        x,
+        log_slope,
         {
-            "decreasing: F(x) is 1 - exp(-rate x)": -torch.special.log_ndtr(z) / rate,
-            "the rate divides: its reciprocal is the mean": -log_survival * rate,
-            "this takes z for a uniform number; Phi(z) is one": -(1 - z).log() / rate,
+            "decreasing: F(x) is 1 - exp(-rate x)": -torch.special.log_ndtr(z)
+            / rate,
+            "the rate divides: its reciprocal is the mean": -log_survival
+            * rate,
+            "this takes z for a uniform number; Phi(z) is one": -(1 - z).log()
+            / rate,
         },
         {
             "wrong sign: it belongs to the way back": -log_slope,
             "one number for each coordinate, not their sum": log_slope.sum(),
             "the rate has a part in the slope": log_normal - log_survival,
-            "the slope of Phi is the normal density": -log_survival - math.log(rate),
+            "the slope of Phi is the normal density": -log_survival
+            - math.log(rate),
         },
-    )  # fmt: skip
+    )
     if hint:
         return hint
     # 1 - Phi(9) is zero in float32, and 1.1e-19 in truth
@@ -956,24 +987,34 @@ def check_batch_norm(
     scale = (variance + eps).sqrt()
     z, ladj = (x - x.mean(0)) / scale, -scale.log().sum().expand(6)
     return compare_pair(
-        "my_batch_norm", answer(x, eps), z, ladj,
+        "my_batch_norm",
+        answer(x, eps),
+        z,
+        ladj,
         {
             "the mean is not subtracted": x / scale,
-            "divide by the root of the variance": (x - x.mean(0)) / (variance + eps),
-            "eps is added to the variance, not to its root": (x - x.mean(0)) / (variance.sqrt() + eps),
+            "divide by the root of the variance": (x - x.mean(0))
+            / (variance + eps),
+            "eps is added to the variance, not to its root": (x - x.mean(0))
+            / (variance.sqrt() + eps),
             "eps is missing": (x - x.mean(0)) / variance.sqrt(),
-            "use the plain variance, divided by n": (x - x.mean(0)) / (x.var(0) + eps).sqrt(),
-            "statistics of a row; take those of the batch": (x - x.mean(1, True))
+            "use the plain variance, divided by n": (x - x.mean(0))
+            / (x.var(0) + eps).sqrt(),
+            "statistics of a row; take those of the batch": (
+                x - x.mean(1, True)
+            )
             / (x.var(1, correction=0, keepdim=True) + eps).sqrt(),
         },
         {
             "wrong sign: this direction divides by the scale": -ladj,
             "the same for every row, but one number for each": ladj[0],
             "half is missing: the scale is the root of the variance": 2 * ladj,
-            "the sum over the coordinates is missing": -scale.log().expand(6, 3),
+            "the sum over the coordinates is missing": -scale.log().expand(
+                6, 3
+            ),
             "the whole batch does not count, only one row": 6 * ladj,
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #1acf879a
 @exercise("3.5")
@@ -986,14 +1027,22 @@ def check_temper(
     log_slope = math.log(temperature) - x.log() - (-x).log1p()
     wrong_end = -F.logsigmoid(z) - F.logsigmoid(-z)
     return compare_pair(
-        "tempered", answer(x, temperature), z, log_slope.sum(-1),
-        {"the sigmoid divides by the temperature, so this multiplies": x.logit() / temperature},
+        "tempered",
+        answer(x, temperature),
+        z,
+        log_slope.sum(-1),
+        {
+            "the sigmoid divides by the temperature, so this multiplies": x.logit()
+            / temperature
+        },
         {
             "wrong sign: it belongs to the way to the base": -log_slope.sum(-1),
             "the slope of the sigmoid is divided by on this way, so its part turns its sign": (
                 2 * math.log(temperature) - log_slope
             ).sum(-1),
-            "sigmoid was taken at z / temperature": (math.log(temperature) + wrong_end).sum(-1),
+            "sigmoid was taken at z / temperature": (
+                math.log(temperature) + wrong_end
+            ).sum(-1),
             "sigmoid was taken at z / temperature, and the sign is wrong": (
                 math.log(temperature) - wrong_end
             ).sum(-1),
@@ -1003,9 +1052,11 @@ def check_temper(
             "the temperature scales each coordinate, so it counts once for each": (
                 log_slope.sum(-1) - math.log(temperature)
             ),
-            "the temperature is missing": (log_slope - math.log(temperature)).sum(-1),
+            "the temperature is missing": (
+                log_slope - math.log(temperature)
+            ).sum(-1),
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #4b817fb8
 @exercise("3.6")
@@ -1024,8 +1075,14 @@ def check_softsign_map(
     hint = compare("point at z", h.point(t), t / (1 + t.abs()))
     x = t / (1 + t.abs())
     hint = hint or compare(
-        "back at x", h.back(x), t, {"it has the sign of 1 + |x|; solve x = z / (1 + |z|)": x / (1 + x.abs())}
-    )  # fmt: skip
+        "back at x",
+        h.back(x),
+        t,
+        {
+            "it has the sign of 1 + |x|; solve x = z / (1 + |z|)": x
+            / (1 + x.abs())
+        },
+    )
     slope = -2 * t.abs().log1p()
     slips = {
         "wrong sign: the map flattens": -slope,
@@ -1099,9 +1156,14 @@ def check_substitution(
     ):
         return "the ladj is not a number: the diagonal may be negative, and only its size counts"
     return compare_pair(
-        "my_solve", got, z, -log_diagonal,
+        "my_solve",
+        got,
+        z,
+        -log_diagonal,
         {
-            "divide each row by its own diagonal entry": torch.linalg.solve(unit, x),
+            "divide each row by its own diagonal entry": torch.linalg.solve(
+                unit, x
+            ),
             "this is the product, the other direction": lower @ x,
             "only the diagonal was undone": x / lower.diagonal(),
         },
@@ -1109,7 +1171,7 @@ def check_substitution(
             "wrong sign: it belongs to the map from x to z": log_diagonal,
             "the determinant is a product, and this is not its logarithm": -lower.diagonal().sum(),
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #87085856
 @exercise("4.3")
@@ -1158,18 +1220,23 @@ def check_pixels(
         torch.linalg.slogdet(weight).logabsdet,
     )
     return compare_pair(
-        "pixels", answer(z, weight), x, (10 * each).expand(4),
+        "pixels",
+        answer(z, weight),
+        x,
+        (10 * each).expand(4),
         {
             "this multiplies by the transposed matrix: it sums over the wrong axis": torch.einsum(
                 "ij,nihw->njhw", weight, z
             )
         },
         {
-            "the matrix acts at every pixel, and each one counts": each.expand(4),
+            "the matrix acts at every pixel, and each one counts": each.expand(
+                4
+            ),
             "one number for each image": 10 * each,
             "count pixels, not pixels and channels": (30 * each).expand(4),
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #4474a5bd
 @exercise("4.5")
@@ -1187,7 +1254,10 @@ def check_circulant(
         size = torch.fft.fft(kernel, n=n).abs().log()
         half = torch.fft.rfft(kernel, n=n).abs().log().sum()
         hint = compare_pair(
-            f"my_periodic at n = {n}", answer(z, kernel), x, size.sum().expand(3),
+            f"my_periodic at n = {n}",
+            answer(z, kernel),
+            x,
+            size.sum().expand(3),
             {
                 "this shifts the other way: the kernel acts on what came before": other_way,
                 "without zeros after the kernel its transform has the wrong length": torch.fft.ifft(
@@ -1195,13 +1265,20 @@ def check_circulant(
                 ).real,
             },
             {
-                "rfft keeps about half of the frequencies: the others count too": half.expand(3),
-                "all frequencies count, so sum instead of taking the mean": size.mean().expand(3),
-                "take the logarithm of the absolute value, not of its square": 2 * size.sum().expand(3),
+                "rfft keeps about half of the frequencies: the others count too": half.expand(
+                    3
+                ),
+                "all frequencies count, so sum instead of taking the mean": size.mean().expand(
+                    3
+                ),
+                "take the logarithm of the absolute value, not of its square": 2
+                * size.sum().expand(3),
                 "one number for each row": size.sum(),
-                "wrong sign: this is the ladj of the way back": -size.sum().expand(3),
+                "wrong sign: this is the ladj of the way back": -size.sum().expand(
+                    3
+                ),
             },
-        )  # fmt: skip
+        )
         if hint:
             return hint
     return None
@@ -1218,7 +1295,6 @@ def check_row_order(
     for name, a in (
         ("the exchange of two", swap),
         ("a cycle of four", cycle),
-        # fmt: skip
         ("a matrix with a second minor of zero", shy),
         ("a dense matrix", negative),
     ):
@@ -1260,10 +1336,17 @@ def check_uniform_to_exponential(
         # rises.
         return compare("ladj", got[1], -math.log(rate) - u.log())
     return compare_pair(
-        "exponential", got, x, ladj,
+        "exponential",
+        got,
+        x,
+        ladj,
         {
-            "this is the distribution function; its inverse is wanted": 1 - (-rate * u).exp(),
-            "divide by the rate: a larger rate gives smaller numbers": -(-u).log1p() * rate,
+            "this is the distribution function; its inverse is wanted": 1
+            - (-rate * u).exp(),
+            "divide by the rate: a larger rate gives smaller numbers": -(
+                -u
+            ).log1p()
+            * rate,
             "wrong sign: x should be positive": -x,
         },
         {
@@ -1271,7 +1354,7 @@ def check_uniform_to_exponential(
             "the rate is missing": -(-u).log1p(),
             "this is dx/du; take its logarithm": ladj.exp(),
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #ca81f61f
 @exercise("5.2")
@@ -1327,17 +1410,25 @@ def check_sigmoid_pair(
     z = torch.tensor([-3.0, -0.5, 0.0, 2.0])
     ladj = logsigmoid(z) + logsigmoid(-z)
     hint = compare_pair(
-        "sigmoid_forward", forward(z), z.sigmoid(), ladj,
+        "sigmoid_forward",
+        forward(z),
+        z.sigmoid(),
+        ladj,
         ladj_slips={
             "this is the slope; take its logarithm": ladj.exp(),
-            "one factor is missing: the slope is sigmoid(z) * sigmoid(-z)": logsigmoid(z),
+            "one factor is missing: the slope is sigmoid(z) * sigmoid(-z)": logsigmoid(
+                z
+            ),
             "wrong sign": -ladj,
         },
-    )  # fmt: skip
+    )
     hint = hint or compare_pair(
-        "sigmoid_inverse", inverse(z.sigmoid()), z, -ladj,
+        "sigmoid_inverse",
+        inverse(z.sigmoid()),
+        z,
+        -ladj,
         ladj_slips={"wrong sign: it belongs to the inverse, log dz/dx": ladj},
-    )  # fmt: skip
+    )
     if hint:
         return hint
     far = torch.tensor([-100.0, 100.0])
@@ -1395,8 +1486,9 @@ def check_radial_root(
         "this is the negative root": (-p - root) / 2,
         "the linear term of the quadratic is alpha + beta - r_out": (
             p - beta * 2 + ((p - 2 * beta).square() + 4 * alpha * r_out).sqrt()
-        ) / 2,
-    }  # fmt: skip
+        )
+        / 2,
+    }
     error = (got / r - 1).abs()
     if not error.max() < 0.05:
         return (
@@ -1456,13 +1548,26 @@ def check_couple_inverse(
     z, ladj = torch.cat([(x_a - t) * (-s).exp(), x_b], -1), -s.sum(-1)
     s_a, t_a = net(x_a).chunk(2, -1)
     return compare_pair(
-        "my_inverse", answer(x, net), z, ladj,
+        "my_inverse",
+        answer(x, net),
+        z,
+        ladj,
         {
-            "subtract the shift first, then undo the scale": torch.cat([x_a * (-s).exp() - t, x_b], -1),
-            "this is the forward direction": torch.cat([x_a * s.exp() + t, x_b], -1),
-            "divide by exp(s); this multiplies": torch.cat([(x_a - t) * s.exp(), x_b], -1),
-            "the network holds s first and then t": torch.cat([(x_a - s) * (-t).exp(), x_b], -1),
-            "the blocks are in the wrong order": torch.cat([x_b, (x_a - t) * (-s).exp()], -1),
+            "subtract the shift first, then undo the scale": torch.cat(
+                [x_a * (-s).exp() - t, x_b], -1
+            ),
+            "this is the forward direction": torch.cat(
+                [x_a * s.exp() + t, x_b], -1
+            ),
+            "divide by exp(s); this multiplies": torch.cat(
+                [(x_a - t) * s.exp(), x_b], -1
+            ),
+            "the network holds s first and then t": torch.cat(
+                [(x_a - s) * (-t).exp(), x_b], -1
+            ),
+            "the blocks are in the wrong order": torch.cat(
+                [x_b, (x_a - t) * (-s).exp()], -1
+            ),
             "here the second half passes through and decides": torch.cat(
                 [x_a, (x_b - t_a) * (-s_a).exp()], -1
             ),
@@ -1472,7 +1577,7 @@ def check_couple_inverse(
             "one number for each point: sum over the last dimension only": ladj.sum(),
             "the sum over the coordinates is missing": -s,
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #b0f876e5
 @exercise("6.3")
@@ -1490,22 +1595,29 @@ def check_repair(
     if compare_pair("the stub", got, own, s_own.sum()) is None:
         raise NotImplementedError  # both faults are still there
     return compare_pair(
-        "repaired", got, x, s.sum(-1),
+        "repaired",
+        got,
+        x,
+        s.sum(-1),
         {
             "a block must not decide how it moves itself, or the way back is lost": own,
             "this is a coupling too, but here the first half is to pass through": torch.cat(
                 [z_a * s_own.exp() + t_own, z_b], -1
             ),
-            "scale first, then shift, as in the lesson": torch.cat([z_a, (z_b + t) * s.exp()], -1),
+            "scale first, then shift, as in the lesson": torch.cat(
+                [z_a, (z_b + t) * s.exp()], -1
+            ),
         },
         {
-            "wrong sign: forward scales by exp(s), so it is plus the sum of s": -s.sum(-1),
+            "wrong sign: forward scales by exp(s), so it is plus the sum of s": -s.sum(
+                -1
+            ),
             "it sums over the whole batch; each point has its own": s.sum(),
             "it sums over the whole batch, and the block that moves decides": s_own.sum(),
             "a block must not decide how it moves itself": s_own.sum(-1),
             "a mean over the coordinates instead of a sum": s.mean(-1),
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #f9b8efdb
 @exercise("6.4")
@@ -1562,7 +1674,10 @@ def check_couple_image(
         s_other, t_other = net(torch.where(mask, 0.0, z)).chunk(2, 1)
         wrong_net = "the network must see zeros where the mask is false, or the way back is lost"
         hint = compare_pair(
-            "couple_image", answer(z, net, mask), x, ladj,
+            "couple_image",
+            answer(z, net, mask),
+            x,
+            ladj,
             {
                 wrong_net: torch.where(mask, z, z * s_all.exp() + t_all),
                 "the mask is true where an entry passes through": torch.where(
@@ -1572,16 +1687,24 @@ def check_couple_image(
                 "t must be zero under the mask too, or entries there move": torch.where(
                     mask, z + t, z * s.exp() + t
                 ),
-                "what passes through is lost: it became zero": torch.where(mask, 0.0, z * s.exp() + t),
-                "first the channels of s, then those of t": torch.where(mask, z, z * t.exp() + s),
+                "what passes through is lost: it became zero": torch.where(
+                    mask, 0.0, z * s.exp() + t
+                ),
+                "first the channels of s, then those of t": torch.where(
+                    mask, z, z * t.exp() + s
+                ),
             },
             {
-                "only what moves counts: set s to zero under the mask": s.sum((1, 2, 3)),
+                "only what moves counts: set s to zero under the mask": s.sum(
+                    (1, 2, 3)
+                ),
                 "wrong sign: forward scales by exp(s), so it is plus the sum of s": -ladj,
                 "one number for each image: sum over its three dimensions only": ladj.sum(),
-                "the sum over channels and pixels is missing": torch.where(mask, 0.0, s),
+                "the sum over channels and pixels is missing": torch.where(
+                    mask, 0.0, s
+                ),
             },
-        )  # fmt: skip
+        )
         if hint:
             return hint
     return None
@@ -1635,9 +1758,6 @@ def check_partition(
                 return f"{hint}, {when}" if when else hint
     return None
 
-# %% ../nbs/96-exercises.ipynb #36b3d184
-from .elementwise import Elementwise
-
 # %% ../nbs/96-exercises.ipynb #a7e2da64
 @exercise("7.1")
 def check_knot_count(
@@ -1677,10 +1797,14 @@ def check_unpiece(
     v = a * u / (1 + c * u)
     log_slope = a.log() - 2 * (1 + c * u).log()
     return compare_pair(
-        "my_unpiece", answer(v, a, c), u.expand_as(v), -log_slope,
+        "my_unpiece",
+        answer(v, a, c),
+        u.expand_as(v),
+        -log_slope,
         {
             "this is the forward direction": a * v / (1 + c * v),
-            "check the sign of c: v (1 + c u) = a u, so collect u on one side": v / (a + c * v),
+            "check the sign of c: v (1 + c u) = a u, so collect u on one side": v
+            / (a + c * v),
             "there u is divided by a, here v is": v / (1 - c * v) * a,
         },
         {
@@ -1691,7 +1815,7 @@ def check_unpiece(
             ),
             "no sum here: one number for each v": (-log_slope).sum(),
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #23af04c8
 @exercise("7.3")
@@ -1755,7 +1879,9 @@ def check_search(
     for (where, t), got in zip(tries.items(), answers):
         want = (t.unsqueeze(-1) >= knots[..., 1:-1]).sum(-1)
         hint = compare(
-            f"the index ({where})", got, want,
+            f"the index ({where})",
+            got,
+            want,
             {
                 "it sums over the whole batch; each point has its own bin": want.sum(),
                 "it sums over the whole batch, and the last knot counts": (
@@ -1771,7 +1897,7 @@ def check_search(
                     t.unsqueeze(-1) >= knots[..., :-1]
                 ).sum(-1),
             },
-        )  # fmt: skip
+        )
         if hint:
             return hint
     return None
@@ -1807,12 +1933,16 @@ def check_hermite(
 
     point, slope = hermite(want, want.flip(0))
     hint = compare(
-        "point", scalar_map.point(u, a, b), point,
+        "point",
+        scalar_map.point(u, a, b),
+        point,
         {
             "a and b are not limited": hermite(a, b)[0],
-            "a belongs to the left end and b to the right": hermite(want.flip(0), want)[0],
+            "a belongs to the left end and b to the right": hermite(
+                want.flip(0), want
+            )[0],
         },
-    )  # fmt: skip
+    )
     if hint:
         return hint
     got, unlimited = scalar_map.log_slope(u, a, b), hermite(a, b)[1].log()
@@ -1863,24 +1993,38 @@ def check_circle_map(
 
     x, log_slope = moebius(omega)
     hint = compare_pair(
-        "forward", h.forward(z, rho), x, log_slope,
+        "forward",
+        h.forward(z, rho),
+        x,
+        log_slope,
         {
             "this is the inverse: the other sign of omega": moebius(-omega)[0],
             "angles should be from -pi to pi": x % (2 * math.pi),
-            "omega is 0.9 rho / sqrt(1 + |rho|^2)": moebius(torch.view_as_complex(rho))[0],
-            "the first number of rho is the real part of omega": moebius(omega.imag + 1j * omega.real)[0],
+            "omega is 0.9 rho / sqrt(1 + |rho|^2)": moebius(
+                torch.view_as_complex(rho)
+            )[0],
+            "the first number of rho is the real part of omega": moebius(
+                omega.imag + 1j * omega.real
+            )[0],
         },
         {
             "wrong sign": -log_slope,
             "this is the slope; return its logarithm": log_slope.exp(),
             "no sum here: one number for each angle": log_slope.sum(),
         },
-    )  # fmt: skip
+    )
     return hint or compare_pair(
-        "inverse", h.inverse(x, rho), z, -log_slope,
-        {"this is the forward map: the other sign of omega": moebius(omega, x)[0]},
+        "inverse",
+        h.inverse(x, rho),
+        z,
+        -log_slope,
+        {
+            "this is the forward map: the other sign of omega": moebius(
+                omega, x
+            )[0]
+        },
         {"wrong sign: it belongs to the inverse, log dz/dx": log_slope},
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #a2b34b6f
 def _masked_net(d):
@@ -1969,20 +2113,30 @@ def check_degrees(
                 kind = getattr(mask, "dtype", type(mask).__name__)
                 return f"the masks should be boolean tensors, got {kind}"
         hint = compare(
-            "the mask of the inputs", masks[0], first,
+            "the mask of the inputs",
+            masks[0],
+            first,
             {
                 "rows are units, columns are inputs; here it is the other way round": first.T,
-                "a unit of degree m sees coordinate m as well: >=, not >": degree[:, None] > place,
+                "a unit of degree m sees coordinate m as well: >=, not >": degree[
+                    :, None
+                ]
+                > place,
                 "coordinates count from 1": degree[:, None] >= place - 1,
             },
         ) or compare(
-            "the mask of the outputs", masks[1], last,
+            "the mask of the outputs",
+            masks[1],
+            last,
             {
                 "rows are outputs, columns are units; here it is the other way round": last.T,
-                "an output must not see its own coordinate: >, not >=": place[:, None] >= degree,
+                "an output must not see its own coordinate: >, not >=": place[
+                    :, None
+                ]
+                >= degree,
                 "coordinates count from 1": place[:, None] - 1 > degree,
             },
-        )  # fmt: skip
+        )
         if hint:
             return hint
     return None
@@ -2002,17 +2156,26 @@ def check_iaf_density(
         raise NotImplementedError  # the slip is still there
     at_data = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1)
     return compare_pair(
-        "iaf_sample", got, x, log_base - s.sum(-1),
+        "iaf_sample",
+        got,
+        x,
+        log_base - s.sum(-1),
         {
             "the sample was right: leave x alone": (z - t) * (-s).exp(),
-            "the sample was right, exp(s) and all: the slip is in the density": z * (-s).exp() + t,
+            "the sample was right, exp(s) and all: the slip is in the density": z
+            * (-s).exp()
+            + t,
         },
         {
-            "the base is evaluated at z, where the sample came from": at_data - s.sum(-1),
+            "the base is evaluated at z, where the sample came from": at_data
+            - s.sum(-1),
             "the log-determinant is missing": log_base,
-            "one number for each point: sum s over the coordinates": log_base.unsqueeze(-1) - s,
+            "one number for each point: sum s over the coordinates": log_base.unsqueeze(
+                -1
+            )
+            - s,
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #8f383613
 @exercise("9.4")
@@ -2025,18 +2188,26 @@ def check_one_by_one(
     s, t = net(torch.zeros_like(z))
     at_z = net(z)
     return compare_pair(
-        "one_by_one", answer(z, net), x, ladj,
+        "one_by_one",
+        answer(z, net),
+        x,
+        ladj,
         {
-            "this is a single pass from zeros; each coordinate needs those before it": z * s.exp() + t,
-            "the network looks at x, not at z: this samples an IAF": z * at_z[0].exp() + at_z[1],
-            "this is the way back, from data to base": (z - at_z[1]) * (-at_z[0]).exp(),
+            "this is a single pass from zeros; each coordinate needs those before it": z
+            * s.exp()
+            + t,
+            "the network looks at x, not at z: this samples an IAF": z
+            * at_z[0].exp()
+            + at_z[1],
+            "this is the way back, from data to base": (z - at_z[1])
+            * (-at_z[0]).exp(),
         },
         {
             "wrong sign: forward scales by exp(s)": -ladj,
             "one number for each point: sum over the coordinates": net(x)[0],
             "sum s of the finished point, each coordinate once": s.sum(-1),
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #0d03fa84
 @exercise("9.5")
@@ -2061,16 +2232,20 @@ def check_sweeps(
         s, t = net(again[-1])
         again.append(again[-1] * s.exp() + t)
     return compare(
-        "the guesses", answer(z, net, 6), want,
+        "the guesses",
+        answer(z, net, 6),
+        want,
         {
             "begin at zeros": from_z,
-            "every sweep maps the same z, with parameters from the last guess": torch.stack(again),
+            "every sweep maps the same z, with parameters from the last guess": torch.stack(
+                again
+            ),
             "return the guesses after sweeps 1 to n, without the zeros": torch.cat(
                 [torch.zeros_like(want[:1]), want[:-1]]
             ),
             "return all guesses, stacked in front": want[-1],
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #2f8a8954
 @exercise("9.6")
@@ -2085,22 +2260,37 @@ def check_block_slope(
     each = 1 - rho * a.tanh() ** 2
     slope = (v.exp() * w.exp() * each).sum(-1)
     hint = compare_pair(
-        "my_block", answer(x, w, b, v, rho), z, slope.log(),
+        "my_block",
+        answer(x, w, b, v, rho),
+        z,
+        slope.log(),
         {
             "the weights are exp(w) and exp(v), so that they are positive": (
-                v * ((x[:, None] * w + b) * (1 - rho) + rho * (x[:, None] * w + b).tanh())
+                v
+                * (
+                    (x[:, None] * w + b) * (1 - rho)
+                    + rho * (x[:, None] * w + b).tanh()
+                )
             ).sum(-1),
-            "tanh alone is bounded; add what leaks": (v.exp() * a.tanh()).sum(-1),
+            "tanh alone is bounded; add what leaks": (v.exp() * a.tanh()).sum(
+                -1
+            ),
         },
         {
             "this is the slope; return its logarithm": slope,
-            "exp(w) is a factor of the slope as well: the chain rule": (v.exp() * each).sum(-1).log(),
-            "a logarithm of a sum, not a sum of logarithms": (v + w + each.log()).sum(-1),
+            "exp(w) is a factor of the slope as well: the chain rule": (
+                v.exp() * each
+            )
+            .sum(-1)
+            .log(),
+            "a logarithm of a sum, not a sum of logarithms": (
+                v + w + each.log()
+            ).sum(-1),
             "the slope of tanh is 1 - tanh^2, so that of the leak is 1 - rho tanh^2": (
                 (v.exp() * w.exp() * (1 - a.tanh() ** 2)).sum(-1).log()
             ),
         },
-    )  # fmt: skip
+    )
     if hint:
         told_number = "ladj" in hint and "is right" in hint
         return (
@@ -2116,9 +2306,6 @@ def check_block_slope(
         return "for tiny weights the slope underflows: stay in logarithms, with logsumexp"
     return None
 
-# %% ../nbs/96-exercises.ipynb #b39abc9a
-from .elementwise import Elementwise
-
 # %% ../nbs/96-exercises.ipynb #4e8fb0e4
 @exercise("8.1")
 def check_mass_kept(
@@ -2130,26 +2317,37 @@ def check_mass_kept(
     inside, half_line = math.erf(math.sqrt(0.5)), math.erf(math.sqrt(0.5)) / 2
     narrow = math.erf(0.5 * math.sqrt(0.5))
     hint = compare(
-        "mass_sigmoid", sigmoid, half_line,
+        "mass_sigmoid",
+        sigmoid,
+        half_line,
         {
             "sigmoid reaches only the numbers between 0 and 1 of the base, so some mass is lost": 1,
             "it ends at 0 and 1, not at -1 and 1": inside,
             "that is the half line above 0; sigmoid stops at 1": 0.5,
             "the interval has length 1, but it goes from 0 to 1, not from -1/2 to 1/2": narrow,
-        }, 6e-3,
-    )  # fmt: skip
+        },
+        6e-3,
+    )
     hint = hint or compare(
-        "mass_tanh", tanh, 1.0,
-        {"tanh alone ends at -1 and 1, but here it is added to x, which goes on": inside}, 6e-3,
-    )  # fmt: skip
+        "mass_tanh",
+        tanh,
+        1.0,
+        {
+            "tanh alone ends at -1 and 1, but here it is added to x, which goes on": inside
+        },
+        6e-3,
+    )
     hint = hint or compare(
-        "mass_fading", fading, inside,
+        "mass_fading",
+        fading,
+        inside,
         {
             "positive is not enough: where does the integral end?": 1,
             "the integral goes both ways from 0": half_line,
             "exp(-|t|) integrates to 1 on either side, not on both together": narrow,
-        }, 6e-3,
-    )  # fmt: skip
+        },
+        6e-3,
+    )
     if hint and hint.endswith("is right"):  # it would give the prediction away
         return f"{hint.split()[0]}: find both ends of z, and what a standard normal has in between"
     return hint
@@ -2164,7 +2362,6 @@ def check_tails(
     for name, u in (
         ("near zero", 2 * _noise(4, 3)),
         ("far out", 100 * _noise(4, 3).sign() + _noise(4, 3)),
-        # fmt: skip
         ("at u = 200", torch.full((4, 3), 200.0)),
         ("at u = -200", torch.full((4, 3), -200.0)),
     ):
@@ -2173,18 +2370,22 @@ def check_tails(
         above = (log_w + logsigmoid(-u.double())).logsumexp(-1)
         p = (w * u.sigmoid()).sum(-1)
         hint = compare(
-            f"my_log_odds {name}", answer(w, u), below - above,
+            f"my_log_odds {name}",
+            answer(w, u),
+            below - above,
             {
                 "1 - p is rounded to 0, or p to 0: keep both tails, each as a logarithm": p.log()
                 - (1 - p).log(),
                 "this is the logarithm of p alone": below,
-                "this is the mean of the log-odds; mix the probabilities": (w * u).sum(-1),
+                "this is the mean of the log-odds; mix the probabilities": (
+                    w * u
+                ).sum(-1),
                 "this is p; its log-odds are wanted": p,
                 "wrong sign: the logarithm of p comes first": above - below,
                 "the weights are missing": u.double().sigmoid().sum(-1).log()
                 - (-u.double()).sigmoid().sum(-1).log(),
             },
-        )  # fmt: skip
+        )
         if hint and name != "near zero" and hint.endswith("is right"):
             hint += "; clamping p only hides its rounding: sum the sigmoid(-u) for 1 - p, in logarithms"
         if hint:
@@ -2209,22 +2410,34 @@ def check_root_derivatives(
     if not (isinstance(got, tuple) and len(got) == 2):
         return f"root_derivatives should return a pair of derivatives, got {type(got).__name__}"
     hint = compare(
-        "dz/dtheta", got[0], first,
+        "dz/dtheta",
+        got[0],
+        first,
         {
             "wrong sign: if h grows with theta, the root must move down": -first,
-            "this is the reciprocal: dz/dtheta is small where h is steep in z": -h_z / h_t,
+            "this is the reciprocal: dz/dtheta is small where h is steep in z": -h_z
+            / h_t,
         },
-    )  # fmt: skip
+    )
     return hint or compare(
-        "d2z/dtheta2", got[1], second(),
+        "d2z/dtheta2",
+        got[1],
+        second(),
         {
-            "the mixed derivative comes twice: from z and from theta": second(cross=1.0),
-            "the mixed derivative is missing: the slope at the root depends on theta": second(cross=0.0),
-            "h_zz is missing: the slope at the root changes as the root moves": second(bend=0.0),
+            "the mixed derivative comes twice: from z and from theta": second(
+                cross=1.0
+            ),
+            "the mixed derivative is missing: the slope at the root depends on theta": second(
+                cross=0.0
+            ),
+            "h_zz is missing: the slope at the root changes as the root moves": second(
+                bend=0.0
+            ),
             "wrong sign": -second(),
-            "z moves with theta everywhere in the first equation, not only in one place": -h_tt / h_z,
+            "z moves with theta everywhere in the first equation, not only in one place": -h_tt
+            / h_z,
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #e02deca3
 @exercise("8.4")
@@ -2235,17 +2448,31 @@ def check_largest_bump(
     a, d = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 3.0, 0.2])
     want = a / d * math.sqrt(math.e / 2)
     return compare(
-        "largest_bump", answer(a, d), want,
+        "largest_bump",
+        answer(a, d),
+        want,
         {
-            "that is the bound for the bump of the lesson, c / (1 + u^2)": 8 * math.sqrt(3) / 9 * a / d,
-            "the bump is steepest at u = 1/sqrt(2), not at u = 1": a / d * math.e / 2,
-            "differentiate by z, not by u: d is a factor of the bump's slope": a * math.sqrt(math.e / 2),
-            "divide by d: a narrow bump is steep": a * d * math.sqrt(math.e / 2),
-            "this is the bump's steepest slope over c; |c| may be a divided by it": d * math.sqrt(2 / math.e),
+            "that is the bound for the bump of the lesson, c / (1 + u^2)": 8
+            * math.sqrt(3)
+            / 9
+            * a
+            / d,
+            "the bump is steepest at u = 1/sqrt(2), not at u = 1": a
+            / d
+            * math.e
+            / 2,
+            "differentiate by z, not by u: d is a factor of the bump's slope": a
+            * math.sqrt(math.e / 2),
+            "divide by d: a narrow bump is steep": a
+            * d
+            * math.sqrt(math.e / 2),
+            "this is the bump's steepest slope over c; |c| may be a divided by it": d
+            * math.sqrt(2 / math.e),
             "the bump's slope has a factor u besides the 2": a / (2 * d),
-            "the steepest slope of exp(-u^2) is not 1: find where its second derivative is 0": a / d,
+            "the steepest slope of exp(-u^2) is not 1: find where its second derivative is 0": a
+            / d,
         },
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #30e35534
 @exercise("8.5")
@@ -2349,38 +2576,49 @@ def check_walls(
     log_box, log_wall = math.log(8 * ridge), math.log((8 + ridge) * ridge)
     hint = _instead(
         compare(
-            "log_z_box", log_z_box, log_box,
+            "log_z_box",
+            log_z_box,
+            log_box,
             {
                 "that is log Z with the soft wall": log_wall,
                 "this is Z; take its logarithm": 8 * ridge,
-                "for each z1 the integral over z2 is 0.4 sqrt(2 pi)": math.log(8),
+                "for each z1 the integral over z2 is 0.4 sqrt(2 pi)": math.log(
+                    8
+                ),
                 "the floor is 8 long, from -4 to 4": math.log(4 * ridge),
-            }, 2e-3,
+            },
+            2e-3,
         ),
         "log_z_box: integrate over z2 first, then along the floor",
-    )  # fmt: skip
+    )
     gap = log_wall - log_box
     hint = hint or _instead(
         compare(
-            "kl_box_to_wall", kl_box_to_wall, gap,
+            "kl_box_to_wall",
+            kl_box_to_wall,
+            gap,
             {
                 "a divergence is never negative: log b - log p": -gap,
                 "b and p differ by their normalisers": 0.0,
                 "b has no density beyond the box, so what p has there costs nothing": math.inf,
-            }, 2e-3,
+            },
+            2e-3,
         ),
         "kl_box_to_wall: inside the box, what is log b - log p?",
-    )  # fmt: skip
+    )
     return hint or _instead(
         compare(
-            "kl_wall_to_box", kl_wall_to_box, math.inf,
+            "kl_wall_to_box",
+            kl_wall_to_box,
+            math.inf,
             {
                 "that is the other divergence; where does p have density and b none?": gap,
                 "that is minus the other divergence; where does p have density and b none?": -gap,
-            }, 2e-3,
+            },
+            2e-3,
         ),
         "kl_wall_to_box: where does p have density and b none?",
-    )  # fmt: skip
+    )
 
 # %% ../nbs/96-exercises.ipynb #v10-hast
 @exercise("10.2")
@@ -2393,11 +2631,15 @@ def check_hastings(
     want, zero = ratio.clamp(max=0), torch.zeros(1).double()
     got = answer(old, new, there, back)
     hint = compare(
-        "log_accept", got, want,
+        "log_accept",
+        got,
+        want,
         {
             "at most 0: a probability is at most 1": ratio,
             "this is the probability; return its logarithm": want.exp(),
-            "the proposals are missing: they are not symmetric here": (new - old).clamp(max=0),
+            "the proposals are missing: they are not symmetric here": (
+                new - old
+            ).clamp(max=0),
             "the proposals are the wrong way round: divide by that of going there": (
                 new - old + there - back
             ).clamp(max=0),
@@ -2405,9 +2647,11 @@ def check_hastings(
                 old - new + back - there
             ).clamp(max=0),
             "this is the move back, not the move there": (-ratio).clamp(max=0),
-            "the smaller of 0 and the ratio, not the larger": ratio.clamp(min=0),
+            "the smaller of 0 and the ratio, not the larger": ratio.clamp(
+                min=0
+            ),
         },
-    )  # fmt: skip
+    )
     far = answer(zero - 1e5, zero - 1e5 - 1, zero, zero)
     return hint or compare(
         "log_accept of densities that underflow", far, zero - 1
@@ -2428,7 +2672,9 @@ def check_weights(
                 f"from_weights should return a pair, got {type(got).__name__}"
             )
         hint = compare(
-            f"log_z of {name} weights", got[0], log_sum - math.log(n),
+            f"log_z of {name} weights",
+            got[0],
+            log_sum - math.log(n),
             {
                 "exp overflows: subtract the largest log-weight first, or use logsumexp": math.inf,
                 "exp underflows: subtract the largest log-weight first, or use logsumexp": -math.inf,
@@ -2442,19 +2688,21 @@ def check_weights(
                 "this is the mean of the logarithms, which is less": log_w.mean(),
                 "this is the mean weight; return its logarithm": log_w.exp().mean(),
             },
-        )  # fmt: skip
+        )
         if not hint and name != "small" and _is_nan(got[1]):
             why = f"is nan: exp {'over' if shift > 0 else 'under'}flows"
             return f"ess_share of {name} weights {why}; subtract the largest log-weight first"
         share = 2 * log_sum - (2 * log_w).logsumexp(0) - math.log(n)
         hint = hint or compare(
-            f"ess_share of {name} weights", got[1], share.exp(),
+            f"ess_share of {name} weights",
+            got[1],
+            share.exp(),
             {
                 "that is the ESS itself; divide by n": share.exp() * n,
                 "this is its logarithm": share,
                 "square the sum, not each weight twice": 1 / n,
             },
-        )  # fmt: skip
+        )
         if (
             hint
             and name != "small"
@@ -2493,16 +2741,26 @@ def check_annealing_repair(
     for value, (name, (step, beta)) in zip(got, steps.items(), strict=True):
         growing = 0.01 + step / 1e4
         hint = compare(
-            f"the loss at {name}", value, loss(beta),
+            f"the loss at {name}",
+            value,
+            loss(beta),
             {
-                "beta belongs to the energy alone, or nothing makes the flow spread": loss(beta, True),
+                "beta belongs to the energy alone, or nothing makes the flow spread": loss(
+                    beta, True
+                ),
                 "beta goes on rising; it should stop at 1": loss(growing),
-                "beta goes on rising, and it belongs to the energy alone": loss(growing, True),
-                "beta stands before log q; it belongs to the energy": (beta * log_q + energy).mean(),
+                "beta goes on rising, and it belongs to the energy alone": loss(
+                    growing, True
+                ),
+                "beta stands before log q; it belongs to the energy": (
+                    beta * log_q + energy
+                ).mean(),
                 "a mean over the draws": log_q + beta * energy,
-                "minus the energy is log p: the energy is added": (log_q - beta * energy).mean(),
+                "minus the energy is log p: the energy is added": (
+                    log_q - beta * energy
+                ).mean(),
             },
-        )  # fmt: skip
+        )
         if hint:
             return hint
     return compare(
@@ -2530,19 +2788,31 @@ def check_path_gradient(
         return f"my_path_gradient should return a pair, by m and by s, got {type(got).__name__}"
     plain_s = (-slope(z) * eps).mean() - 1 / s
     hint = compare(
-        "the derivative by m", got[0], along.mean(),
+        "the derivative by m",
+        got[0],
+        along.mean(),
         {
-            "this is the full gradient, whose direct part was to be dropped": -slope(z).mean(),
+            "this is the full gradient, whose direct part was to be dropped": -slope(
+                z
+            ).mean(),
             "wrong sign: log q - log p": -along.mean(),
-            "log q falls away from m: its slope is -(z - m) / s^2": (eps / s - slope(z)).mean(),
-            "wrong sign of the slope of log p, which is subtracted": (-eps / s + slope(z)).mean(),
-            "the slope of log q is divided by s^2, not by s": (-eps - slope(z)).mean(),
+            "log q falls away from m: its slope is -(z - m) / s^2": (
+                eps / s - slope(z)
+            ).mean(),
+            "wrong sign of the slope of log p, which is subtracted": (
+                -eps / s + slope(z)
+            ).mean(),
+            "the slope of log q is divided by s^2, not by s": (
+                -eps - slope(z)
+            ).mean(),
             "one number for each draw; take their mean": along,
             "slope belongs at z, not at eps": (-eps / s - slope(eps)).mean(),
         },
-    )  # fmt: skip
+    )
     hint = hint or compare(
-        "the derivative by s", got[1], (along * eps).mean(),
+        "the derivative by s",
+        got[1],
+        (along * eps).mean(),
         {
             "this is the full gradient, whose direct part was to be dropped": plain_s,
             "dz/ds is eps": along.mean(),
@@ -2555,7 +2825,7 @@ def check_path_gradient(
             ).mean(),
             "one number for each draw; take their mean": along * eps,
         },
-    )  # fmt: skip
+    )
     if hint:
         return hint
     at_target = answer(m, s, eps, lambda z: -(z - m) / s**2)

@@ -445,7 +445,6 @@ class MonotoneNetworkMap(BoxedMap):
         pieces = self._integral(
             _column(starts, raw[0]),
             self._width,
-            # fmt: skip
             *(part.unsqueeze(-raw.dim()) for part in net),
         )
         sums = torch.cat([torch.zeros_like(pieces[:1]), pieces.cumsum(0)])

@@ -462,7 +462,7 @@ class _RationalQuadratic(torch.autograd.Function):
         # for second derivatives, with a graph to `t` and `theta`
         if torch.is_grad_enabled():
             parts = _prepare(t, theta, side, *ctx.settings)
-        squash, size, scale, corner, extent, k, at, tilt, u, a, b, bend = parts
+        squash, size, scale, corner, extent, k, _at, tilt, u, a, b, bend = parts
         width, height = extent
         rest, mixed, a_rest, below, rise = _curve(u, a, b, bend)
         point = u * (u + a_rest) / below

@@ -555,7 +555,7 @@ def _accelerator(device, amp, compile):
     before = [dict(state) for state in shared]
     for state in shared:
         state.clear()
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     backend = {False: "no", True: "inductor"}.get(compile, compile)
     _check_choice("compile", backend, [b.value.lower() for b in DynamoBackend])
     try:

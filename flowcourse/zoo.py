@@ -28,13 +28,12 @@ from flowcourse.elementwise import (
     BatchNorm,
     Elementwise,
     ExpMap,
-    InverseMap,
     affine_maps,
     elementwise_maps,
     mlp,
 )
-from .planar import LeakyUnit, LogisticUnit, Planar, Radial, Sylvester
 from .monotone import monotone_maps
+from .planar import LeakyUnit, LogisticUnit, Planar, Radial, Sylvester
 from .splines import spline_maps
 
 # %% ../nbs/93-zoo.ipynb #9b0c90d7
@@ -377,11 +376,11 @@ coupling_rows = {
 
 # %% ../nbs/93-zoo.ipynb #98c422c3
 from flowcourse.autoregressive import (
+    BNAF,
     IAF,
     MAF,
     Autoregressive,
     BlockAutoregressive,
-    BNAF,
 )
 
 # %% ../nbs/93-zoo.ipynb #9cde8189

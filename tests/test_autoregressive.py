@@ -385,7 +385,7 @@ def test_maf_and_iaf_are_dual_with_one_set_of_weights():
     for a, b in zip(iaf.forward(u), Inverse(maf).forward(u)):
         assert a.shape == b.shape
     theta = maf.bijections[0].made(u)
-    x, ladj = iaf.forward(u)
+    x, _ = iaf.forward(u)
     assert_close(x, AffineMap().forward(u, theta)[0])
     assert_close(iaf.inverse(x)[0], u)
     turned = Autoregressive(6, InverseMap(AffineMap()), hidden=(20,)).double()

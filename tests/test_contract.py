@@ -193,7 +193,7 @@ class DetachedLadj(Affine):
 
 class DetachedInput(Sinh):
     def _forward(self, z, context):
-        x, ladj = super()._forward(z, context)
+        x, _ = super()._forward(z, context)
         return x, super()._forward(z.detach(), context)[1]
 
 

@@ -157,11 +157,11 @@ def test_trainable_bases_learn_and_keep_a_positive_scale():
     assert (base.scale > 0).all() and base.scale.log().isfinite().all()
     base = DiagonalGaussian(2, loc=3.0, scale=0.25)
     assert_close(base.scale, torch.full((2,), 0.25))
-    for base in (base, GaussianMixture(torch.randn(3, 2))):
-        base.log_prob(torch.randn(7, 2)).sum().backward()
+    for trained in (base, GaussianMixture(torch.randn(3, 2))):
+        trained.log_prob(torch.randn(7, 2)).sum().backward()
         assert all(
             p.grad is not None and p.grad.abs().sum() > 0
-            for p in base.parameters()
+            for p in trained.parameters()
         )
 
 

@@ -133,6 +133,7 @@ def build(project, *arguments, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
+        check=False,
     )
 
 

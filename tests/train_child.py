@@ -105,7 +105,7 @@ def main(kind, folder):
     if kind == "slow":  # killed or interrupted from outside
         pause = lambda step, objective, history: time.sleep(
             0.02 if step < 30 else 10
-        )  # noqa: E731
+        )
         run_likelihood(
             checkpoint=folder / "run.pt",
             checkpoint_every=10,

@@ -89,7 +89,7 @@ def localise(
         return tag.replace(' target="_blank"', "") + inside + "</a>"
 
     own = rf'(<a\b[^>]*?)href="{re.escape(address)}(/[^"]*)?"([^>]*>)(.*?)</a>'
-    return re.sub(own, relative, FOREIGN.sub("", text), flags=re.S)
+    return re.sub(own, relative, FOREIGN.sub("", text), flags=re.DOTALL)
 
 
 def check(
@@ -116,11 +116,12 @@ def check(
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file():
                 problems.append(f"{name}: broken link {url}")
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    problems.append(
-                        f"{name}: broken link {url} (no such anchor)"
-                    )
+            elif (
+                parts.fragment
+                and target in pages
+                and unquote(parts.fragment) not in pages[target].anchors
+            ):
+                problems.append(f"{name}: broken link {url} (no such anchor)")
     return sorted(set(problems))
 
 

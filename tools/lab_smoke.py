@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Open a notebook in a real JupyterLab in headless Chromium, run all its cells, check the result.
 
 usage: python tools/lab_smoke.py nbs/00-quick-start.ipynb [screenshot.png]
@@ -18,10 +19,15 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 RUN_ALL = """async (seconds) => {
     const app = window.jupyterapp, panel = app.shell.currentWidget;
     await panel.context.ready;

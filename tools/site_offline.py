@@ -29,7 +29,7 @@ NAMES = {
     "sec": "Section",
     **THEOREMS,
 }
-CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.M | re.S)
+CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 REFERENCE = re.compile(rf"(?<![\w@])@((?:{'|'.join(NAMES)})-[\w-]*\w)")
 CITATION_LEFT = re.compile(r"(?<![\w@/`.])@[A-Za-z][\w:-]+")
 
@@ -100,10 +100,10 @@ def label_markdown(text, numbers):
         numbers.add(m[2], m[1])
         return m[0]
 
-    multiline = re.M | re.S
+    multiline = re.MULTILINE | re.DOTALL
     theorems = "|".join(THEOREMS)
     text = re.sub(
-        r"\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}", equation, text, flags=re.S
+        r"\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}", equation, text, flags=re.DOTALL
     )
     text = re.sub(
         r"^\\begin\{align(\*?)\}(.+?)\\end\{align\1\}",
@@ -115,16 +115,19 @@ def label_markdown(text, numbers):
         rf"^:{{3,}} *\{{#((?:{theorems})-[\w-]+)[^}}]*\}}\s*(?:^#+ +(.+)$\s*)?",
         theorem,
         text,
-        flags=re.M,
+        flags=re.MULTILINE,
     )
     text = re.sub(
-        r"^:{3,} *\{\.proof\}\s*", "::: {.proof}\n*Proof.* ", text, flags=re.M
+        r"^:{3,} *\{\.proof\}\s*",
+        "::: {.proof}\n*Proof.* ",
+        text,
+        flags=re.MULTILINE,
     )
     text = re.sub(
-        r"^#+ +(.+?) *\{#(sec-[\w-]+)[^}]*\}", heading, text, flags=re.M
+        r"^#+ +(.+?) *\{#(sec-[\w-]+)[^}]*\}", heading, text, flags=re.MULTILINE
     )
     text = re.sub(
-        r"^: +(.*?) *\{#(tbl-[\w-]+)([^}]*)\}", table, text, flags=re.M
+        r"^: +(.*?) *\{#(tbl-[\w-]+)([^}]*)\}", table, text, flags=re.MULTILINE
     )
     return re.sub(
         r"!\[([^\]]*)\]\(([^)]*)\)\{#(fig-[\w-]+)([^}]*)\}", picture, text
@@ -165,7 +168,10 @@ def label_code(cell, numbers):
 def cite(texts, bib, problems):
     """Fill the citations of a page by pandoc's citeproc: the texts, and the list of references."""
     keys = "|".join(
-        map(re.escape, re.findall(r"^@\w+\{([^,\s]+)", bib.read_text(), re.M))
+        map(
+            re.escape,
+            re.findall(r"^@\w+\{([^,\s]+)", bib.read_text(), re.MULTILINE),
+        )
     )
     citation = re.compile(
         rf"\[[^\]\[]*-?@(?:{keys})\b[^\]\[]*\](?!\()"
@@ -193,7 +199,7 @@ def cite(texts, bib, problems):
     )
     problems += run.stderr.splitlines()
     body, _, references = run.stdout.partition('<div id="refs"')
-    done = iter(re.findall(r"<p>(.*?)</p>", body, re.S))
+    done = iter(re.findall(r"<p>(.*?)</p>", body, re.DOTALL))
     filled = [
         prose(lambda s: citation.sub(lambda m: next(done), s), text)
         for text in texts
@@ -235,12 +241,16 @@ def number_page(
             r"^:{3,} *\{#refs\}\s*:{3,}",
         )
         own = next(
-            (cell for cell in texts if re.search(place, cell["source"], re.M)),
+            (
+                cell
+                for cell in texts
+                if re.search(place, cell["source"], re.MULTILINE)
+            ),
             None,
         )
         if own:
             own["source"] = re.sub(
-                place, lambda m: raw, own["source"], flags=re.M
+                place, lambda m: raw, own["source"], flags=re.MULTILINE
             )
         else:
             source = f"## References\n\n{raw}"
