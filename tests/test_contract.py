@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributions import constraints
 
-from flowcourse.core import Bijection, Compose, Inverse
+from flowcourse.autoregressive import BlockAutoregressive
+from flowcourse.core import Bijection, Compose, Flow, Inverse
 from flowcourse.coupling import RealNVP
 from flowcourse.testing import (
     PROMISES,
@@ -535,6 +537,82 @@ def test_the_two_ladj_must_cancel():
     assert {f.promise for f in caught.value.report.broken} == {"cancel"}
 
 
+class Waves(Affine):
+    """A digit of `s` counts 100,000 times, and the way back computes the scale in another way."""
+
+    def _forward(self, z, context):
+        scale = 1 + 0.5 * (100_000 * self.s).sin()
+        return z * scale + self.b, scale.log().sum().expand(z.shape[:-1])
+
+    def _inverse(self, x, context):
+        scale = 1 + 0.5 * (300_000 * (self.s / 3)).sin()
+        ladj = -scale.log().sum().expand(x.shape[:-1])
+        return (x - self.b) / scale, ladj
+
+
+def test_rounding_that_wild_parameters_cost_is_allowed():
+    assert check_bijection(Waves(), points(2)).ok
+
+
+class WildAndCoarse(Affine):
+    """Far from its start and in float32, one of its results loses digits."""
+
+    def __init__(self, way, result, digits):
+        super().__init__()
+        self.way, self.result, self.digits = way, result, digits
+
+    def coarse(self, way, out):
+        if out[0].dtype == torch.float64 or self.s.abs().max() < 0.1:
+            return out
+        if way == self.way:
+            changed = out[self.result] * (1 + self.digits)
+            out = (*out[: self.result], changed, *out[self.result + 1 :])
+        return out
+
+    def _forward(self, z, context):
+        return self.coarse("forward", super()._forward(z, context))
+
+    def _inverse(self, x, context):
+        return self.coarse("inverse", super()._inverse(x, context))
+
+
+@pytest.mark.parametrize(
+    ("way", "result", "promise"),
+    [
+        ("forward", 0, "round trip"),
+        ("inverse", 0, "round trip"),
+        ("forward", 1, "ladj"),
+        ("inverse", 1, "ladj"),
+    ],
+)
+def test_lost_digits_are_found_with_wild_parameters_in_float32(
+    way, result, promise
+):
+    f = WildAndCoarse(way, result, 1e-3)
+    with pytest.raises(ContractError, match=promise) as caught:
+        check_bijection(f, points(2))
+    broken = caught.value.report.broken
+    assert {f.dtype for f in broken} == {torch.float32}
+    assert all(f.level > 0 for f in broken)
+
+
+class CoarseBlocks(BlockAutoregressive):
+    """Its inverse stops early in float32, as if it had halved its bracket too few times."""
+
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        if x.dtype == torch.float32:
+            z = z + ((z * 2**8).round() / 2**8 - z).detach()
+        return z, ladj
+
+
+def test_a_coarse_numerical_inverse_is_found_with_wild_parameters():
+    options = {"levels": (3.0,), "dtypes": (torch.float32,)}
+    assert check_bijection(BlockAutoregressive(2), points(2), **options).ok
+    with pytest.raises(ContractError, match="round trip"):
+        check_bijection(CoarseBlocks(2), points(2), **options)
+
+
 def test_nothing_is_changed():
     f, z = Affine().train(), points(2)
     before = {k: v.clone() for k, v in f.state_dict().items()}
@@ -587,6 +665,37 @@ def test_exemptions_are_named_and_narrow():
             "bijection: expected a Bijection, got Linear",
         ),
         (
+            Affine,
+            points(2),
+            None,
+            "got the class Affine, not one that was made of it",
+        ),
+        (
+            Flow(Affine()),
+            points(2),
+            None,
+            "expected a Bijection, got Flow; check its .bijection",
+        ),
+        (Affine(), points(2).numpy(), None, "z: .* got ndarray"),
+        (Affine(), points(2).to("meta"), None, "z: .* got a meta tensor"),
+        (
+            Affine().to("meta"),
+            points(2),
+            None,
+            "z: expected points on meta, where the bijection is, got cpu",
+        ),
+        (Affine(), points(2)[:1], None, "z: expected at least 2 points"),
+        (Affine(), points(2)[:0], None, "z: expected at least 2 points"),
+        (Affine(), torch.tensor(1.0), None, "z: expected at least 2 points"),
+        (Affine(2, 3), points(2), 3, "context: .* got int"),
+        (Affine(2, 3), points(2), points(3).long(), "context: .* of int64"),
+        (
+            Affine(2, 3),
+            points(2),
+            torch.tensor(1.0),
+            r"context: Affine expects shape \(\*batch, 3\), got shape \(\)",
+        ),
+        (
             Affine(),
             points(3),
             None,
@@ -597,7 +706,7 @@ def test_exemptions_are_named_and_narrow():
             Affine(),
             points(2).long(),
             None,
-            "z: expected a floating-point tensor",
+            "z: expected a floating-point tensor, got one of int64",
         ),
         (Affine(), points(2).log(), None, "points lie outside the domain"),
         (
@@ -612,6 +721,78 @@ def test_exemptions_are_named_and_narrow():
 def test_bad_arguments_are_named(f, z, context, message):
     with pytest.raises(ValueError, match=message):
         check_bijection(f, z, context)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"levels": 1.0}, "levels: expected a tuple of at least one, got 1.0"),
+        ({"levels": ()}, "levels: expected a tuple of at least one"),
+        ({"levels": (math.nan,)}, "levels: expected a finite number"),
+        ({"levels": (-1.0,)}, "levels: expected a finite number of at least 0"),
+        ({"dtypes": torch.float32}, "dtypes: expected a tuple"),
+        ({"dtypes": (torch.float16,)}, "dtypes: .* got torch.float16"),
+        ({"exempt": ["identity"]}, "exempt: expected a dict"),
+        ({"seed": 1.5}, "seed: expected a whole number"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_bijection(Affine(), points(2), **options)
+
+
+def one(x):
+    """The log-density of the unit interval, and of the unit square."""
+    return x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize(
+    "log_prob, options, message",
+    [
+        ("normal", {}, "log_prob: expected a function of points, got str"),
+        (
+            Flow(Affine(1)),
+            {},
+            "log_prob: expected a function of points, got Flow; give its log_prob",
+        ),
+        (
+            lambda x: 0.0,
+            {},
+            "log_prob: expected a tensor of log-densities, got float",
+        ),
+        (lambda x: x.sum(), {}, r"log_prob: expected shape \(\d+,\) .* \(\)"),
+        (one, {"dim": 3}, "dim: total_mass integrates in 1 or 2 .* got 3"),
+        (one, {"dim": True}, "dim: expected a whole number"),
+        (one, {"dim": 1.0}, "dim: expected a whole number"),
+        (one, {"tol": 0.0}, "tol: expected a finite number above 0"),
+        (one, {"tol": math.inf}, "tol: expected a finite number above 0"),
+        (one, {"tol": math.nan}, "tol: expected a finite number above 0"),
+        (one, {"chunk": 0}, "chunk: expected a whole number of at least 1"),
+        (one, {"max_evals": -1}, "max_evals: expected a whole number"),
+        (
+            one,
+            {"dtype": torch.int64},
+            "dtype: expected a floating-point format",
+        ),
+        (one, {"dtype": "float32"}, "dtype: expected a floating-point format"),
+        (one, {"device": "meta"}, "device: expected one that holds numbers"),
+        (one, {"low": "zero"}, "low: expected a number or 1 of them"),
+        (one, {"low": (0, 0)}, "low: expected a number or 1 of them"),
+        (one, {"low": math.nan}, "low: expected a number or 1 of them"),
+        (one, {"low": 1, "high": 0}, "low, high: expected low below high"),
+    ],
+)
+def test_bad_arguments_of_total_mass_are_named(log_prob, options, message):
+    with pytest.raises(ValueError, match=message):
+        total_mass(log_prob, **options)
+
+
+def test_total_mass_takes_numbers_of_numpy():
+    options = {"low": np.float64(0), "high": np.int64(1)}
+    mass = total_mass(
+        one, np.int64(1), **options, tol=np.float32(1e-3), chunk=np.int32(100)
+    )
+    assert float(mass) == pytest.approx(1, abs=1e-3)
 
 
 def test_beyond_float32_is_counted_not_blamed():

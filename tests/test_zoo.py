@@ -1,5 +1,7 @@
 """Every row of the zoo keeps the contract, and a checkpoint restores it under another seed."""
 
+import os
+
 import pytest
 import torch
 from torch.distributions import biject_to
@@ -7,6 +9,8 @@ from torch.distributions import biject_to
 from flowcourse.testing import check_bijection
 from flowcourse.zoo import zoo
 
+# of weights, points and noise; tools/contract.py draws another one with each commit
+SEED = int(os.environ.get("CONTRACT_SEED", "0"))
 cases = [
     pytest.param(
         row,
@@ -23,11 +27,30 @@ cases = [
 
 
 @pytest.mark.parametrize(("row", "shape", "context_dim"), cases)
+def test_as_made(row, shape, context_dim):
+    check(row, shape, context_dim, levels=(0.0,))
+
+
+@pytest.mark.parametrize(("row", "shape", "context_dim"), cases)
 def test_the_contract(row, shape, context_dim):
+    check(row, shape, context_dim, levels=(1.0, 3.0))
+
+
+def check(row, shape, context_dim, levels):
+    """The contract at some levels of noise on the parameters."""
+    torch.manual_seed(SEED)
     f = row.make(shape, context_dim)
     context = torch.randn(8, context_dim) if context_dim else None
     z = biject_to(f.domain)(torch.randn(8, *shape))
-    check_bijection(f, z, context, exempt=row.exempt)
+    check_bijection(f, z, context, levels=levels, exempt=row.exempt, seed=SEED)
+
+
+def test_kernels_and_threads_are_those_asked_for():
+    kernels = os.environ.get("ATEN_CPU_CAPABILITY")
+    if kernels is not None:
+        assert torch.backends.cpu.get_cpu_capability().lower() == kernels
+    threads = os.environ.get("OMP_NUM_THREADS")
+    assert torch.get_num_threads() == int(threads or 1)
 
 
 @pytest.mark.parametrize("name", zoo)
