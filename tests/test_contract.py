@@ -165,6 +165,12 @@ def test_what_keeps_the_contract_passes(make, shape, context_dim, exempt):
     )
 
 
+def test_a_map_from_an_interval_keeps_it_too():
+    f, z = Inverse(Sigmoid(1)), points(1).sigmoid()
+    report = check_bijection(f, z, exempt=no_identity)
+    assert "mass" in {finding.promise for finding in report.findings}
+
+
 class FlippedSign(Affine):
     def _inverse(self, x, context):
         z, ladj = super()._inverse(x, context)
@@ -203,6 +209,12 @@ class WrongDtype(Affine):
     def _forward(self, z, context):
         x, ladj = super()._forward(z, context)
         return x, ladj.float()
+
+
+class WrongDevice(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, ladj.to("meta")
 
 
 class DefaultDtype(Bijection):
@@ -260,6 +272,28 @@ class ContextCat(Affine):
         return super().parameters_at(t, both[..., n:])
 
 
+class ContextDetached(Affine):
+    def parameters_at(self, t, context):
+        return super().parameters_at(t, context.detach())
+
+
+class AsksForOneBlock(Affine):
+    def _forward(self, z, context):
+        return super()._forward(z.view(-1).view(z.shape), context)
+
+
+class AsksForRows(Affine):
+    def _inverse(self, x, context):
+        x.flatten().max()
+        return super()._inverse(x, context)
+
+
+class LostAlone(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, ladj if len(x) > 1 else ladj * math.nan
+
+
 class RoughInverse(Affine):
     def _inverse(self, x, context):
         z, ladj = super()._inverse(x, context)
@@ -280,6 +314,16 @@ class Unsaved(Bijection):
         self.order = torch.tensor([2, 0, 1])
 
     _forward, _inverse = Permute._forward, Permute._inverse
+
+
+class UnsavedMask(Affine):
+    def __init__(self):
+        super().__init__()
+        self.mask = torch.tensor([True, False])
+
+    def parameters_at(self, t, context):
+        s, b = super().parameters_at(t, context)
+        return s * self.mask, b
 
 
 class NotPersistent(Affine):
@@ -373,10 +417,10 @@ class Collapse(Affine):
 class Shifted(Affine):
     def _forward(self, z, context):
         x, ladj = super()._forward(z, context)
-        return x + 0.1, ladj
+        return x + 1e-4, ladj
 
     def _inverse(self, x, context):
-        return super()._inverse(x - 0.1, context)
+        return super()._inverse(x - 1e-4, context)
 
 
 # class: the promise that must be named first, and words of the message
@@ -393,6 +437,7 @@ rejected = {
         "gradient of ladj of forward in z (is it detached?)",
     ),
     WrongDtype: ("dtype", "ladj of forward is float32"),
+    WrongDevice: ("dtype", "ladj of inverse is float64 on meta"),
     DefaultDtype: ("dtype", "with default dtype float32"),
     DefaultPrecision: ("dtype", "under two default dtypes"),
     FixedDtype: ("dtype", "RuntimeError"),
@@ -400,9 +445,17 @@ rejected = {
     BatchNormInverse: ("rows", "z of inverse for a row alone"),
     NoBatch: ("batch", "forward without batch"),
     ContextCat: ("batch", "forward expanded: RuntimeError"),
+    ContextDetached: (
+        "gradients",
+        "gradient of x of forward in context (is it detached?)",
+    ),
+    AsksForOneBlock: ("batch", "forward not contiguous: RuntimeError"),
+    AsksForRows: ("batch", "inverse of an empty batch"),
+    LostAlone: ("rows", "ladj of inverse for a row alone"),
     RoughInverse: ("round trip", "x against forward(inverse(x))"),
     FewBisections: ("round trip", "off by"),
     Unsaved: ("saved", "not in it: order"),
+    UnsavedMask: ("saved", "not in it: mask"),
     NotPersistent: ("saved", "not in it: offset"),
     Lambda: ("saved", "pickle does not restore the map"),
     Tanh: ("onto", "inverse gives values that are not finite"),
@@ -424,6 +477,7 @@ make = {
     DefaultPrecision: lambda: DefaultPrecision(2),
     FixedDtype: lambda: FixedDtype(2),
     ContextCat: lambda: ContextCat(2, context_dim=3),
+    ContextDetached: lambda: ContextDetached(2, context_dim=3),
     DetachedInput: lambda: DetachedInput(2),
     FewBisections: lambda: FewBisections(2),
     Tanh: lambda: Tanh(1),
@@ -538,20 +592,33 @@ def test_the_two_ladj_must_cancel():
 
 
 class Waves(Affine):
-    """A digit of `s` counts 100,000 times, and the way back computes the scale in another way."""
+    """The last digits of `s` count, and the way back computes the scale in another way."""
+
+    def __init__(self, start, pace):
+        super().__init__()
+        nn.init.constant_(self.s, start)
+        self.pace = pace
 
     def _forward(self, z, context):
-        scale = 1 + 0.5 * (100_000 * self.s).sin()
+        scale = 1 + 0.5 * (self.pace * self.s).sin()
         return z * scale + self.b, scale.log().sum().expand(z.shape[:-1])
 
     def _inverse(self, x, context):
-        scale = 1 + 0.5 * (300_000 * (self.s / 3)).sin()
+        scale = 1 + 0.5 * (self.pace * (self.s / 0.7 * 0.7)).sin()
         ladj = -scale.log().sum().expand(x.shape[:-1])
         return (x - self.b) / scale, ladj
 
 
-def test_rounding_that_wild_parameters_cost_is_allowed():
-    assert check_bijection(Waves(), points(2)).ok
+@pytest.mark.parametrize(("start", "pace"), [(0.0, 1e5), (1e5, 1.0)])
+def test_rounding_that_wild_parameters_cost_is_allowed(start, pace):
+    f = Waves(start, pace)
+    assert check_bijection(f, points(2), levels=(1.0, 3.0)).ok
+
+
+def test_as_made_no_such_rounding_is_allowed():
+    f = Waves(100_003.0, 1.0)
+    with pytest.raises(ContractError, match="float32, as made"):
+        check_bijection(f, points(2), levels=(0.0,), exempt=no_identity)
 
 
 class WildAndCoarse(Affine):
@@ -588,7 +655,7 @@ class WildAndCoarse(Affine):
 def test_lost_digits_are_found_with_wild_parameters_in_float32(
     way, result, promise
 ):
-    f = WildAndCoarse(way, result, 1e-3)
+    f = WildAndCoarse(way, result, 3e-4)
     with pytest.raises(ContractError, match=promise) as caught:
         check_bijection(f, points(2))
     broken = caught.value.report.broken
@@ -611,6 +678,81 @@ def test_a_coarse_numerical_inverse_is_found_with_wild_parameters():
     assert check_bijection(BlockAutoregressive(2), points(2), **options).ok
     with pytest.raises(ContractError, match="round trip"):
         check_bijection(CoarseBlocks(2), points(2), **options)
+
+
+class ForgetfulCopy(Affine):
+    """Its copy is as made, whatever the original has learned."""
+
+    def __deepcopy__(self, memo):
+        other = type(self)()
+        if not self.s.any():
+            other.load_state_dict(self.state_dict())
+        return other.to(self.s.dtype)
+
+
+def test_a_copy_that_forgets_is_found():
+    with pytest.raises(ContractError, match="restored by deepcopy"):
+        check_bijection(ForgetfulCopy(), points(2), dtypes=(torch.float64,))
+
+
+def test_noise_has_the_spread_that_a_level_says():
+    class Wide(Affine):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Parameter(torch.zeros(500))
+
+        def _forward(self, z, context):
+            spreads.add(round(float(self.idle.detach().std()), 1))
+            return super()._forward(z + 0 * self.idle.sum(), context)
+
+    spreads = set()
+    check_bijection(
+        Wide(), points(2), levels=(0.0, 1.0, 3.0), dtypes=(torch.float64,)
+    )
+    assert sorted(spreads) == pytest.approx([0, 1, 3], abs=0.3)
+
+
+class Shear(Bijection):
+    """A matrix of condition number 4,000, which costs float32 a few digits."""
+
+    def _forward(self, z, context):
+        a, b = z.unbind(-1)
+        ladj = z.new_full(z.shape[:-1], math.log(1e-3))
+        return torch.stack([a + b, a + 1.001 * b], -1), ladj
+
+    def _inverse(self, x, context):
+        u, v = x.unbind(-1)
+        b = (v - u) / 1e-3
+        ladj = x.new_full(x.shape[:-1], -math.log(1e-3))
+        return torch.stack([u - b, b], -1), ladj
+
+
+class Exponential(Bijection):
+    """Onto the positive numbers."""
+
+    @property
+    def codomain(self):
+        return constraints.independent(constraints.positive, 1)
+
+    def _forward(self, z, context):
+        return z.exp(), z.sum(-1)
+
+    def _inverse(self, x, context):
+        return x.log(), -x.log().sum(-1)
+
+
+def test_what_float32_holds_is_judged_and_what_it_cannot_is_not():
+    float32 = {"dtypes": (torch.float32,), "levels": (0.0,)}
+    far = check_bijection(Affine(), 1e6 * points(2), **float32)
+    steep = check_bijection(Shear(2), points(2), **float32, exempt=no_identity)
+    for report in (far, steep):
+        assert all(f.judged == f.given for f in report.findings)
+    z = torch.cat([points(1), torch.tensor([[-200.0], [70.0]])])
+    report = check_bijection(
+        Exponential(1), z, **float32, exempt=no_identity
+    )  # exp(-200) is 0 in float32, exp(70) is not infinite
+    onto = next(f for f in report.findings if f.promise == "onto")
+    assert onto.judged < onto.given
 
 
 def test_nothing_is_changed():
@@ -808,6 +950,48 @@ def test_beyond_float32_is_counted_not_blamed():
         case.startswith("float32") for case in report.unjudged
     )
     assert "beyond the numbers of the format" in repr(report)
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "dim", "low", "high"),
+    [
+        (lambda x: -torch.full_like(x[:, 0], 4.0).log(), 1, -1, 3),
+        (lambda x: x[:, 0] - 2, 1, None, 2),
+        (lambda x: 1 - x[:, 0], 1, 1, None),
+        (lambda x: -(x.sum(-1)), 2, 0, None),
+        (
+            lambda x: (
+                -0.5 * ((x[:, 0] - 0.3) / 1e-4).square()
+                - math.log(1e-4 * math.sqrt(2 * math.pi))
+            ),
+            1,
+            None,
+            None,
+        ),
+    ],
+    ids=["a box", "to the left", "to the right", "a quadrant", "a needle"],
+)
+def test_total_mass_weighs(log_prob, dim, low, high):
+    mass = total_mass(log_prob, dim, low=low, high=high, dtype=torch.float64)
+    assert float(mass) == pytest.approx(1, abs=1e-3)
+
+
+def test_total_mass_refines_until_it_is_right_to_the_tolerance():
+    def stairs(x):
+        return torch.where((7 * x[:, 0]).sin() > 0.3, 0.0, -4.0)
+
+    fine = total_mass(stairs, low=0, high=10, tol=1e-6, dtype=torch.float64)
+    # the steps by hand: a share of arccos(0.3) / pi of the whole periods
+    x = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 200_000
+    share = float(stairs(x[:, None]).exp().mean()) * 10
+    assert float(fine) == pytest.approx(share, abs=2e-5)
+    rough = total_mass(stairs, low=0, high=10, tol=1e-3, dtype=torch.float64)
+    assert float(rough) == pytest.approx(share, abs=1e-3)
+
+
+def test_total_mass_refuses_what_is_no_number():
+    with pytest.raises(ValueError, match="log_prob: nan at"):
+        total_mass(lambda x: x[:, 0] * math.nan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
