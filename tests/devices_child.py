@@ -34,7 +34,7 @@ class Elsewhere(Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=NAME,
+            device=f"{NAME}:0",
         )
 
     def __init__(self, inner):
@@ -75,9 +75,11 @@ def dispatched(operator, args, kwargs):
         torch.ops.aten._to_copy,
         torch.ops.aten.copy_,
     )
-    # a number in a tensor may lie anywhere
+    # a number in a tensor may lie anywhere, and so may places in a tensor that is there
+    picks = operator.overloadpacket is torch.ops.aten.index
+    picks = picks and isinstance(args[0], Elsewhere)
     strangers = any(t.dim() and not isinstance(t, Elsewhere) for t in tensors)
-    if ours and strangers and not copies:
+    if ours and strangers and not (copies or picks):
         raise RuntimeError(
             f"{operator}: expected all tensors to be on the same device, "
             f"found {NAME} and cpu"

@@ -14,6 +14,7 @@ from flowcourse.coupling import RealNVP
 from flowcourse.testing import (
     PROMISES,
     ContractError,
+    _against,
     check_bijection,
     total_mass,
 )
@@ -1012,3 +1013,10 @@ def test_total_mass_weighs_a_density_that_is_infinite_at_an_end(dtype):
         torch.testing.assert_close(
             mass, torch.ones((), dtype=dtype), atol=1e-3, rtol=0
         )
+
+
+def test_a_slope_is_doubted_by_ten_times_what_the_quotients_disagree():
+    quotients = torch.tensor([1.0, 1.1, 1.05, 1.0, 1.0])[:, None]
+    error, doubt = _against(torch.tensor([2.0]), quotients)
+    assert float(error) == pytest.approx(0.9)
+    assert float(doubt) == pytest.approx(0.5)
