@@ -273,6 +273,14 @@ class ContextCat(Affine):
         return super().parameters_at(t, both[..., n:])
 
 
+class FirstContext(Affine):
+    """Takes the first of several contexts for one point."""
+
+    def forward(self, z, context=None):
+        several = context is not None and context.dim() > z.dim()
+        return super().forward(z, context[0] if several else context)
+
+
 class ContextDetached(Affine):
     def parameters_at(self, t, context):
         return super().parameters_at(t, context.detach())
@@ -446,6 +454,7 @@ rejected = {
     BatchNormInverse: ("rows", "z of inverse for a row alone"),
     NoBatch: ("batch", "forward without batch"),
     ContextCat: ("batch", "forward expanded: RuntimeError"),
+    FirstContext: ("batch", "forward with several contexts"),
     ContextDetached: (
         "gradients",
         "gradient of x of forward in context (is it detached?)",
@@ -478,6 +487,7 @@ make = {
     DefaultPrecision: lambda: DefaultPrecision(2),
     FixedDtype: lambda: FixedDtype(2),
     ContextCat: lambda: ContextCat(2, context_dim=3),
+    FirstContext: lambda: FirstContext(2, context_dim=3),
     ContextDetached: lambda: ContextDetached(2, context_dim=3),
     DetachedInput: lambda: DetachedInput(2),
     FewBisections: lambda: FewBisections(2),
