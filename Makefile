@@ -9,7 +9,7 @@ BENCH_STAMP := .venv-bench/installed
 BENCH_OPTIONS ?= --compile --curves
 
 .DEFAULT_GOAL := help
-.PHONY: help env course test lab site site-serve prepare bench wheel clean
+.PHONY: help env course lint fast check test test-deep test-matrix lab site site-serve prepare bench wheel clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,9 +24,28 @@ $(STAMP): constraints.txt settings.ini setup.py
 course: $(STAMP)  ## run the quick start, build the site, and say what was learned
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/course.py
 
-test: $(STAMP)  ## check notebooks, exported code and tests
+# small matrices: processes gain more than threads
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check_clean
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --nbval-lax --nbval-current-env nbs tests  # small matrices: processes gain more than threads
+
+fast:  # of any environment: make fast BIN=.venv-3.13/bin
+	$(PYTEST) --quiet --nbval-lax --nbval-current-env nbs/01-change-of-variables.ipynb tests/test_zoo.py -k 'as_made or ipynb'
+
+check: lint fast  ## lint, exported code, the zoo as made and one lesson, in two minutes
+
+test: lint  ## check notebooks, exported code and tests
+	$(PYTEST) --dist loadfile --nbval-lax --nbval-current-env nbs tests
+	$(BIN)/python tools/contract.py 6
+
+test-deep: $(STAMP)  ## check the whole zoo with every set of kernels, for hours
+	$(BIN)/python tools/contract.py
+
+test-matrix:  ## check each Python on PATH, and the oldest packages
+	$(PYTHON) tools/matrix.py
 
 lab: $(STAMP)  ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab nbs

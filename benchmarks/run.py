@@ -339,7 +339,8 @@ def write(record, path):
     """Put a record into its file, all at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1, allow_nan=False)
+    draft.write_text(text + "\n", encoding="utf-8")
     os.replace(draft, path)
     print(f"wrote {path}", flush=True)
 

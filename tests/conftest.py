@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread, one seed, and no progress bars."""
+"""Shared by all tests: one thread where none are asked for, one seed, and no progress bars."""
+
+import os
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 def quiet_and_reproducible(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

@@ -2,16 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributions import constraints
 
-from flowcourse.core import Bijection, Compose, Inverse
+from flowcourse.autoregressive import BlockAutoregressive
+from flowcourse.core import Bijection, Compose, Flow, Inverse
 from flowcourse.coupling import RealNVP
 from flowcourse.testing import (
     PROMISES,
     ContractError,
+    _against,
     check_bijection,
     total_mass,
 )
@@ -163,6 +166,12 @@ def test_what_keeps_the_contract_passes(make, shape, context_dim, exempt):
     )
 
 
+def test_a_map_from_an_interval_keeps_it_too():
+    f, z = Inverse(Sigmoid(1)), points(1).sigmoid()
+    report = check_bijection(f, z, exempt=no_identity)
+    assert "mass" in {finding.promise for finding in report.findings}
+
+
 class FlippedSign(Affine):
     def _inverse(self, x, context):
         z, ladj = super()._inverse(x, context)
@@ -201,6 +210,12 @@ class WrongDtype(Affine):
     def _forward(self, z, context):
         x, ladj = super()._forward(z, context)
         return x, ladj.float()
+
+
+class WrongDevice(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, ladj.to("meta")
 
 
 class DefaultDtype(Bijection):
@@ -258,6 +273,36 @@ class ContextCat(Affine):
         return super().parameters_at(t, both[..., n:])
 
 
+class FirstContext(Affine):
+    """Takes the first of several contexts for one point."""
+
+    def forward(self, z, context=None):
+        several = context is not None and context.dim() > z.dim()
+        return super().forward(z, context[0] if several else context)
+
+
+class ContextDetached(Affine):
+    def parameters_at(self, t, context):
+        return super().parameters_at(t, context.detach())
+
+
+class AsksForOneBlock(Affine):
+    def _forward(self, z, context):
+        return super()._forward(z.view(-1).view(z.shape), context)
+
+
+class AsksForRows(Affine):
+    def _inverse(self, x, context):
+        x.flatten().max()
+        return super()._inverse(x, context)
+
+
+class LostAlone(Affine):
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        return z, ladj if len(x) > 1 else ladj * math.nan
+
+
 class RoughInverse(Affine):
     def _inverse(self, x, context):
         z, ladj = super()._inverse(x, context)
@@ -278,6 +323,16 @@ class Unsaved(Bijection):
         self.order = torch.tensor([2, 0, 1])
 
     _forward, _inverse = Permute._forward, Permute._inverse
+
+
+class UnsavedMask(Affine):
+    def __init__(self):
+        super().__init__()
+        self.mask = torch.tensor([True, False])
+
+    def parameters_at(self, t, context):
+        s, b = super().parameters_at(t, context)
+        return s * self.mask, b
 
 
 class NotPersistent(Affine):
@@ -371,10 +426,10 @@ class Collapse(Affine):
 class Shifted(Affine):
     def _forward(self, z, context):
         x, ladj = super()._forward(z, context)
-        return x + 0.1, ladj
+        return x + 1e-4, ladj
 
     def _inverse(self, x, context):
-        return super()._inverse(x - 0.1, context)
+        return super()._inverse(x - 1e-4, context)
 
 
 # class: the promise that must be named first, and words of the message
@@ -391,6 +446,7 @@ rejected = {
         "gradient of ladj of forward in z (is it detached?)",
     ),
     WrongDtype: ("dtype", "ladj of forward is float32"),
+    WrongDevice: ("dtype", "ladj of inverse is float64 on meta"),
     DefaultDtype: ("dtype", "with default dtype float32"),
     DefaultPrecision: ("dtype", "under two default dtypes"),
     FixedDtype: ("dtype", "RuntimeError"),
@@ -398,9 +454,18 @@ rejected = {
     BatchNormInverse: ("rows", "z of inverse for a row alone"),
     NoBatch: ("batch", "forward without batch"),
     ContextCat: ("batch", "forward expanded: RuntimeError"),
+    FirstContext: ("batch", "forward with several contexts"),
+    ContextDetached: (
+        "gradients",
+        "gradient of x of forward in context (is it detached?)",
+    ),
+    AsksForOneBlock: ("batch", "forward not contiguous: RuntimeError"),
+    AsksForRows: ("batch", "inverse of an empty batch"),
+    LostAlone: ("rows", "ladj of inverse for a row alone"),
     RoughInverse: ("round trip", "x against forward(inverse(x))"),
     FewBisections: ("round trip", "off by"),
     Unsaved: ("saved", "not in it: order"),
+    UnsavedMask: ("saved", "not in it: mask"),
     NotPersistent: ("saved", "not in it: offset"),
     Lambda: ("saved", "pickle does not restore the map"),
     Tanh: ("onto", "inverse gives values that are not finite"),
@@ -422,6 +487,8 @@ make = {
     DefaultPrecision: lambda: DefaultPrecision(2),
     FixedDtype: lambda: FixedDtype(2),
     ContextCat: lambda: ContextCat(2, context_dim=3),
+    FirstContext: lambda: FirstContext(2, context_dim=3),
+    ContextDetached: lambda: ContextDetached(2, context_dim=3),
     DetachedInput: lambda: DetachedInput(2),
     FewBisections: lambda: FewBisections(2),
     Tanh: lambda: Tanh(1),
@@ -476,13 +543,17 @@ def test_the_round_trip_in_z_is_sharper_than_the_one_in_x():
 class LadjDrifts(Affine):
     """Each `ladj` is within its own tolerance; their sum shows that they drift apart."""
 
+    def __init__(self, drift):
+        super().__init__()
+        self.drift = drift
+
     def _forward(self, z, context):
         x, ladj = super()._forward(z, context)
-        return x, ladj + 0.8e-8
+        return x, ladj + self.drift
 
     def _inverse(self, x, context):
         z, ladj = super()._inverse(x, context)
-        return z, ladj + 0.8e-8
+        return z, ladj + self.drift
 
 
 class Hinge(Bijection):
@@ -527,12 +598,180 @@ def test_gradients_are_judged_at_the_map_s_own_scale(share):
             check_bijection(Hinge(share), z, **options)
 
 
-def test_the_two_ladj_must_cancel():
+@pytest.mark.parametrize("drift", [0.8e-8, -0.8e-8])
+def test_the_two_ladj_must_cancel(drift):
     with pytest.raises(ContractError, match="cancel") as caught:
         check_bijection(
-            LadjDrifts(), points(2), dtypes=(torch.float64,), levels=(0.0,)
+            LadjDrifts(drift), points(2), dtypes=(torch.float64,), levels=(0.0,)
         )
     assert {f.promise for f in caught.value.report.broken} == {"cancel"}
+
+
+class Waves(Affine):
+    """The last digits of `s` count, and the way back computes the scale in another way."""
+
+    def __init__(self, start, pace):
+        super().__init__()
+        nn.init.constant_(self.s, start)
+        self.pace = pace
+
+    def _forward(self, z, context):
+        scale = 1 + 0.5 * (self.pace * self.s).sin()
+        return z * scale + self.b, scale.log().sum().expand(z.shape[:-1])
+
+    def _inverse(self, x, context):
+        scale = 1 + 0.5 * (self.pace * (self.s / 0.7 * 0.7)).sin()
+        ladj = -scale.log().sum().expand(x.shape[:-1])
+        return (x - self.b) / scale, ladj
+
+
+@pytest.mark.parametrize(("start", "pace"), [(0.0, 1e5), (1e5, 1.0)])
+def test_rounding_that_wild_parameters_cost_is_allowed(start, pace):
+    f = Waves(start, pace)
+    assert check_bijection(f, points(2), levels=(1.0, 3.0)).ok
+
+
+def test_as_made_no_such_rounding_is_allowed():
+    f = Waves(100_003.0, 1.0)
+    with pytest.raises(ContractError, match="float32, as made"):
+        check_bijection(f, points(2), levels=(0.0,), exempt=no_identity)
+
+
+class WildAndCoarse(Affine):
+    """Far from its start and in float32, one of its results loses digits."""
+
+    def __init__(self, way, result, digits):
+        super().__init__()
+        self.way, self.result, self.digits = way, result, digits
+
+    def coarse(self, way, out):
+        if out[0].dtype == torch.float64 or self.s.abs().max() < 0.1:
+            return out
+        if way == self.way:
+            changed = out[self.result] * (1 + self.digits)
+            out = (*out[: self.result], changed, *out[self.result + 1 :])
+        return out
+
+    def _forward(self, z, context):
+        return self.coarse("forward", super()._forward(z, context))
+
+    def _inverse(self, x, context):
+        return self.coarse("inverse", super()._inverse(x, context))
+
+
+@pytest.mark.parametrize(
+    ("way", "result", "promise"),
+    [
+        ("forward", 0, "round trip"),
+        ("inverse", 0, "round trip"),
+        ("forward", 1, "ladj"),
+        ("inverse", 1, "ladj"),
+    ],
+)
+def test_lost_digits_are_found_with_wild_parameters_in_float32(
+    way, result, promise
+):
+    f = WildAndCoarse(way, result, 3e-4)
+    with pytest.raises(ContractError, match=promise) as caught:
+        check_bijection(f, points(2))
+    broken = caught.value.report.broken
+    assert {f.dtype for f in broken} == {torch.float32}
+    assert all(f.level > 0 for f in broken)
+
+
+class CoarseBlocks(BlockAutoregressive):
+    """Its inverse stops early in float32, as if it had halved its bracket too few times."""
+
+    def _inverse(self, x, context):
+        z, ladj = super()._inverse(x, context)
+        if x.dtype == torch.float32:
+            z = z + ((z * 2**8).round() / 2**8 - z).detach()
+        return z, ladj
+
+
+def test_a_coarse_numerical_inverse_is_found_with_wild_parameters():
+    options = {"levels": (3.0,), "dtypes": (torch.float32,)}
+    assert check_bijection(BlockAutoregressive(2), points(2), **options).ok
+    with pytest.raises(ContractError, match="round trip"):
+        check_bijection(CoarseBlocks(2), points(2), **options)
+
+
+class ForgetfulCopy(Affine):
+    """Its copy is as made, whatever the original has learned."""
+
+    def __deepcopy__(self, memo):
+        other = type(self)()
+        if not self.s.any():
+            other.load_state_dict(self.state_dict())
+        return other.to(self.s.dtype)
+
+
+def test_a_copy_that_forgets_is_found():
+    with pytest.raises(ContractError, match="restored by deepcopy"):
+        check_bijection(ForgetfulCopy(), points(2), dtypes=(torch.float64,))
+
+
+def test_noise_has_the_spread_that_a_level_says():
+    class Wide(Affine):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Parameter(torch.zeros(500))
+
+        def _forward(self, z, context):
+            spreads.add(round(float(self.idle.detach().std()), 1))
+            return super()._forward(z + 0 * self.idle.sum(), context)
+
+    spreads = set()
+    check_bijection(
+        Wide(), points(2), levels=(0.0, 1.0, 3.0), dtypes=(torch.float64,)
+    )
+    assert sorted(spreads) == pytest.approx([0, 1, 3], abs=0.3)
+
+
+class Shear(Bijection):
+    """A matrix of condition number 4,000, which costs float32 a few digits."""
+
+    def _forward(self, z, context):
+        a, b = z.unbind(-1)
+        ladj = z.new_full(z.shape[:-1], math.log(1e-3))
+        return torch.stack([a + b, a + 1.001 * b], -1), ladj
+
+    def _inverse(self, x, context):
+        u, v = x.unbind(-1)
+        b = (v - u) / 1e-3
+        ladj = x.new_full(x.shape[:-1], -math.log(1e-3))
+        return torch.stack([u - b, b], -1), ladj
+
+
+class AboveOne(Bijection):
+    """`x = 1 + exp(z)`, which float32 rounds to 1 at -20."""
+
+    @property
+    def codomain(self):
+        return constraints.independent(constraints.greater_than(1.0), 1)
+
+    def _forward(self, z, context):
+        return 1 + z.exp(), z.sum(-1)
+
+    def _inverse(self, x, context):
+        return (x - 1).log(), -(x - 1).log().sum(-1)
+
+
+def test_what_float32_holds_is_judged_and_what_it_cannot_is_not():
+    float32 = {"dtypes": (torch.float32,), "levels": (0.0,)}
+    far = check_bijection(Affine(), 1e6 * points(2), **float32)
+    steep = check_bijection(Shear(2), points(2), **float32, exempt=no_identity)
+    for report in (far, steep):
+        assert all(f.judged == f.given for f in report.findings)
+    z = torch.cat([points(1), torch.tensor([[-20.0]])])
+    report = check_bijection(
+        AboveOne(1),
+        z,
+        **float32,
+        exempt=no_identity | {"round trip": "cancels"},
+    )
+    onto = next(f for f in report.findings if f.promise == "onto")
+    assert onto.judged < onto.given
 
 
 def test_nothing_is_changed():
@@ -587,6 +826,37 @@ def test_exemptions_are_named_and_narrow():
             "bijection: expected a Bijection, got Linear",
         ),
         (
+            Affine,
+            points(2),
+            None,
+            "got the class Affine, not one that was made of it",
+        ),
+        (
+            Flow(Affine()),
+            points(2),
+            None,
+            "expected a Bijection, got Flow; check its .bijection",
+        ),
+        (Affine(), points(2).numpy(), None, "z: .* got ndarray"),
+        (Affine(), points(2).to("meta"), None, "z: .* got a meta tensor"),
+        (
+            Affine().to("meta"),
+            points(2),
+            None,
+            "z: expected points on meta, where the bijection is, got cpu",
+        ),
+        (Affine(), points(2)[:1], None, "z: expected at least 2 points"),
+        (Affine(), points(2)[:0], None, "z: expected at least 2 points"),
+        (Affine(), torch.tensor(1.0), None, "z: expected at least 2 points"),
+        (Affine(2, 3), points(2), 3, "context: .* got int"),
+        (Affine(2, 3), points(2), points(3).long(), "context: .* of int64"),
+        (
+            Affine(2, 3),
+            points(2),
+            torch.tensor(1.0),
+            r"context: Affine expects shape \(\*batch, 3\), got shape \(\)",
+        ),
+        (
             Affine(),
             points(3),
             None,
@@ -597,7 +867,7 @@ def test_exemptions_are_named_and_narrow():
             Affine(),
             points(2).long(),
             None,
-            "z: expected a floating-point tensor",
+            "z: expected a floating-point tensor, got one of int64",
         ),
         (Affine(), points(2).log(), None, "points lie outside the domain"),
         (
@@ -612,6 +882,78 @@ def test_exemptions_are_named_and_narrow():
 def test_bad_arguments_are_named(f, z, context, message):
     with pytest.raises(ValueError, match=message):
         check_bijection(f, z, context)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"levels": 1.0}, "levels: expected a tuple of at least one, got 1.0"),
+        ({"levels": ()}, "levels: expected a tuple of at least one"),
+        ({"levels": (math.nan,)}, "levels: expected a finite number"),
+        ({"levels": (-1.0,)}, "levels: expected a finite number of at least 0"),
+        ({"dtypes": torch.float32}, "dtypes: expected a tuple"),
+        ({"dtypes": (torch.float16,)}, "dtypes: .* got torch.float16"),
+        ({"exempt": ["identity"]}, "exempt: expected a dict"),
+        ({"seed": 1.5}, "seed: expected a whole number"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_bijection(Affine(), points(2), **options)
+
+
+def one(x):
+    """The log-density of the unit interval, and of the unit square."""
+    return x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize(
+    "log_prob, options, message",
+    [
+        ("normal", {}, "log_prob: expected a function of points, got str"),
+        (
+            Flow(Affine(1)),
+            {},
+            "log_prob: expected a function of points, got Flow; give its log_prob",
+        ),
+        (
+            lambda x: 0.0,
+            {},
+            "log_prob: expected a tensor of log-densities, got float",
+        ),
+        (lambda x: x.sum(), {}, r"log_prob: expected shape \(\d+,\) .* \(\)"),
+        (one, {"dim": 3}, "dim: total_mass integrates in 1 or 2 .* got 3"),
+        (one, {"dim": True}, "dim: expected a whole number"),
+        (one, {"dim": 1.0}, "dim: expected a whole number"),
+        (one, {"tol": 0.0}, "tol: expected a finite number above 0"),
+        (one, {"tol": math.inf}, "tol: expected a finite number above 0"),
+        (one, {"tol": math.nan}, "tol: expected a finite number above 0"),
+        (one, {"chunk": 0}, "chunk: expected a whole number of at least 1"),
+        (one, {"max_evals": -1}, "max_evals: expected a whole number"),
+        (
+            one,
+            {"dtype": torch.int64},
+            "dtype: expected a floating-point format",
+        ),
+        (one, {"dtype": "float32"}, "dtype: expected a floating-point format"),
+        (one, {"device": "meta"}, "device: expected one that holds numbers"),
+        (one, {"low": "zero"}, "low: expected a number or 1 of them"),
+        (one, {"low": (0, 0)}, "low: expected a number or 1 of them"),
+        (one, {"low": math.nan}, "low: expected a number or 1 of them"),
+        (one, {"low": 1, "high": 0}, "low, high: expected low below high"),
+    ],
+)
+def test_bad_arguments_of_total_mass_are_named(log_prob, options, message):
+    with pytest.raises(ValueError, match=message):
+        total_mass(log_prob, **options)
+
+
+def test_total_mass_takes_numbers_of_numpy():
+    options = {"low": np.float64(0), "high": np.int64(1)}
+    mass = total_mass(
+        one, np.int64(1), **options, tol=np.float32(1e-3), chunk=np.int32(100)
+    )
+    assert float(mass) == pytest.approx(1, abs=1e-3)
 
 
 def test_beyond_float32_is_counted_not_blamed():
@@ -629,6 +971,48 @@ def test_beyond_float32_is_counted_not_blamed():
     assert "beyond the numbers of the format" in repr(report)
 
 
+@pytest.mark.parametrize(
+    ("log_prob", "dim", "low", "high"),
+    [
+        (lambda x: -torch.full_like(x[:, 0], 4.0).log(), 1, -1, 3),
+        (lambda x: x[:, 0] - 2, 1, None, 2),
+        (lambda x: 1 - x[:, 0], 1, 1, None),
+        (lambda x: -(x.sum(-1)), 2, 0, None),
+        (
+            lambda x: (
+                -0.5 * ((x[:, 0] - 0.3) / 1e-4).square()
+                - math.log(1e-4 * math.sqrt(2 * math.pi))
+            ),
+            1,
+            None,
+            None,
+        ),
+    ],
+    ids=["a box", "to the left", "to the right", "a quadrant", "a needle"],
+)
+def test_total_mass_weighs(log_prob, dim, low, high):
+    mass = total_mass(log_prob, dim, low=low, high=high, dtype=torch.float64)
+    assert float(mass) == pytest.approx(1, abs=1e-3)
+
+
+def test_total_mass_refines_until_it_is_right_to_the_tolerance():
+    def stairs(x):
+        return torch.where((7 * x[:, 0]).sin() > 0.3, 0.0, -4.0)
+
+    fine = total_mass(stairs, low=0, high=10, tol=1e-6, dtype=torch.float64)
+    # the steps by hand: a share of arccos(0.3) / pi of the whole periods
+    x = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 200_000
+    share = float(stairs(x[:, None]).exp().mean()) * 10
+    assert float(fine) == pytest.approx(share, abs=2e-5)
+    rough = total_mass(stairs, low=0, high=10, tol=1e-3, dtype=torch.float64)
+    assert float(rough) == pytest.approx(share, abs=1e-3)
+
+
+def test_total_mass_refuses_what_is_no_number():
+    with pytest.raises(ValueError, match="log_prob: nan at"):
+        total_mass(lambda x: x[:, 0] * math.nan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_total_mass_weighs_a_density_that_is_infinite_at_an_end(dtype):
     at_zero = total_mass(
@@ -644,3 +1028,10 @@ def test_total_mass_weighs_a_density_that_is_infinite_at_an_end(dtype):
         torch.testing.assert_close(
             mass, torch.ones((), dtype=dtype), atol=1e-3, rtol=0
         )
+
+
+def test_a_slope_is_doubted_by_ten_times_what_the_quotients_disagree():
+    quotients = torch.tensor([1.0, 1.1, 1.05, 1.0, 1.0])[:, None]
+    error, doubt = _against(torch.tensor([2.0]), quotients)
+    assert float(error) == pytest.approx(0.9)
+    assert float(doubt) == pytest.approx(0.5)

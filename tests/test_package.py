@@ -8,6 +8,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK_TOOLS = [
@@ -122,17 +123,53 @@ sys.exit(main(["train", "--config", "realnvp.faithful", "--steps", "20", "--out"
     assert json.loads((tmp_path / "run/result.json").read_text())
 
 
-def test_the_lock_satisfies_the_ranges():
+def ranges(*keys):
+    """The requirements in settings.ini."""
     from packaging.requirements import Requirement
 
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
+    return [
+        Requirement(r) for key in keys for r in config["DEFAULT"][key].split()
+    ]
+
+
+def test_the_lock_satisfies_the_ranges():
     lock = dict(
         line.strip().lower().replace("_", "-").split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     )
-    for key in ("requirements", "dev_requirements", "lessons_requirements"):
-        for requirement in map(Requirement, config["DEFAULT"][key].split()):
-            version = lock[requirement.name.lower().replace("_", "-")]
-            assert requirement.specifier.contains(version), requirement
+    keys = "requirements", "dev_requirements", "lessons_requirements"
+    for requirement in ranges(*keys):
+        version = lock[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(version), requirement
+
+
+def test_the_lower_bounds_are_the_oldest_that_the_ranges_allow():
+    command = [sys.executable, str(ROOT / "tools/lower_bounds.py")]
+    oldest, but_torch = (
+        subprocess.run(
+            [*command, *names], check=True, capture_output=True, text=True
+        ).stdout.split()
+        for names in ([], ["torch"])
+    )
+    assert [p for p in oldest if not p.startswith("torch==")] == but_torch
+    pins = dict(pin.split("==") for pin in oldest)
+    for requirement in ranges("requirements", "dev_requirements"):
+        ends = [s for s in requirement.specifier if s.operator == ">="]
+        assert pins.get(requirement.name) == (ends[0].version if ends else None)
+        if ends:
+            assert requirement.specifier.contains(pins[requirement.name])
+
+
+def test_the_workflow_runs_each_python_that_we_name(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from matrix import PYTHONS
+
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    jobs = workflow["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == PYTHONS
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    assert PYTHONS[0] == config["DEFAULT"]["min_python"]
