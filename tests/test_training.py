@@ -1807,7 +1807,9 @@ WRONG_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "message"), WRONG_OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("wrong", "message"), WRONG_OPTIONS, ids=[m for _, m in WRONG_OPTIONS]
+)
 def test_wrong_options_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         fit(MaximumLikelihood(make_flow()), X, steps=1, progress=False, **wrong)
