@@ -357,11 +357,20 @@ class MatrixExponential(Linear):
 
     def _multiply(self, z, theta):
         m = self._generator(theta)
-        return torch.matrix_exp(m) @ z, trace(m)
+        return _exponential(m) @ z, trace(m)
 
     def _solve(self, x, theta):
         m = self._generator(theta)
-        return torch.linalg.solve(torch.matrix_exp(m), x), trace(m)
+        return torch.linalg.solve(_exponential(m), x), trace(m)
+
+
+def _exponential(m):
+    """`exp(m)` for matrices of shape `(*batch, size, size)`."""
+    if m.shape[:-2].numel() > 1:
+        return torch.matrix_exp(m)
+    # for one matrix of small norm torch takes a series with a wrong coefficient
+    # (pytorch issue 196592), for two a longer one
+    return torch.matrix_exp(m.expand(2, *m.shape))[0]
 
 
 def trace(

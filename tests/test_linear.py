@@ -461,3 +461,19 @@ def test_a_flag_is_true_or_false(name):
         ):
             make(**{name: bad})
     assert repr(make(**{name: np.True_})) == repr(make(**{name: True}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_exponential_of_one_matrix_is_as_exact_as_that_of_two(dtype):
+    f = MatrixExponential(2, orthogonal=True).to(dtype)
+    z = torch.tensor([1.0, 0.0], dtype=dtype)
+    for angle in (1e-3, 0.01, 0.04, 0.3, 0.5, 2.0):  # around torch's switches
+        with torch.no_grad():
+            # entries are shared out: divided by the root of the size
+            next(f.parameters())[0] = math.sinh(angle * 2**0.5)
+        x = f(z)[0].abs().double()
+        true = torch.tensor(
+            [math.cos(angle), math.sin(angle)], dtype=torch.float64
+        ).abs()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(x, true, rtol=0, atol=30 * eps)

@@ -515,6 +515,12 @@ def test_a_map_that_knows_no_cost_costs_one_pass():
         n_params = 1
         domain = codomain = Elementwise(1, NonlinearSquaredMap()).maps[0].domain
 
+        def forward(self, z, theta):
+            return z + theta[..., 0], torch.zeros_like(z)
+
+        def inverse(self, x, theta):
+            return x - theta[..., 0], torch.zeros_like(x)
+
     assert Elementwise(2, Plain()).inverse_cost == "one pass"
 
 
