@@ -40,7 +40,7 @@ check: lint fast  ## lint, exported code, the zoo as made and one lesson, in two
 
 test: lint  ## check notebooks, exported code and tests
 	$(PYTEST) --dist loadfile --nbval-lax --nbval-current-env nbs tests
-	$(BIN)/python tools/contract.py 6
+	$(BIN)/python tools/contract.py 12
 
 test-deep: $(STAMP)  ## check the whole zoo with every set of kernels, for hours
 	$(BIN)/python tools/contract.py
