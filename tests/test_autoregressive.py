@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import check_beside_another_device
 from pyro.distributions.transforms import (
     AffineAutoregressive,
     ConditionalAffineAutoregressive,
@@ -388,29 +389,7 @@ def test_a_scalar_map_needs_no_base_class():
     ],
 )
 def test_a_flow_lives_on_the_default_device_and_works_beside_another(create):
-    here = perturbed(create()).float()
-    with torch.device("meta"):
-        there = create()
-    state = [*there.state_dict().values(), *there.buffers()]
-    assert {t.device.type for t in state} == {"meta"}
-    # nothing is left behind on the CPU, nor made anew on the other device
-    z = noise(5, *here.event_shape).float()
-    context = noise(5, 2).float() if here.context_dim else None
-    meta = [t if t is None else t.to("meta") for t in (z, context)]
-    for way in ("forward", "inverse"):
-        for gradients in (True, False):
-            with torch.set_grad_enabled(gradients):
-                wanted = getattr(here, way)(z, context)
-                away = getattr(there, way)(*meta)
-                assert [t.device.type for t in away] == ["meta"] * 2
-                with torch.device("meta"):
-                    found = getattr(here, way)(z, context)
-            for a, b in zip(found, wanted):
-                assert torch.equal(a, b)
-    # as large models are loaded: made without memory, then filled
-    there.load_state_dict(here.state_dict(), assign=True)
-    for a, b in zip(there(z, context), here(z, context)):
-        assert torch.equal(a, b)
+    check_beside_another_device(create, 2)
 
 
 # three ways to sample

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from helpers import check_beside_another_device
 from pyro.distributions import transforms as pyro_transforms
 from pyro.nn import DenseNN
 from torch import nn
@@ -574,31 +575,8 @@ def test_images_have_a_partition_by_default(make, scramble):
         lambda: Coupling(random_half(image, seeded())),
     ],
 )
-def test_a_flow_lives_on_the_default_device_and_works_beside_another(
-    make, scramble
-):
-    here = scramble(make())
-    with torch.device("meta"):
-        there = make()
-    state = [*there.state_dict().values(), *there.buffers()]
-    assert {t.device.type for t in state} == {"meta"}
-    # nothing is left behind on the CPU, nor made anew on the other device
-    z = torch.randn(2, *here.event_shape)
-    context = torch.randn(2, 3) if here.context_dim else None
-    meta = [t if t is None else t.to("meta") for t in (z, context)]
-    for way in ("forward", "inverse"):
-        wanted = getattr(here, way)(z, context)
-        assert [t.device.type for t in getattr(there, way)(*meta)] == [
-            "meta"
-        ] * 2
-        with torch.device("meta"):
-            found = getattr(here, way)(z, context)
-        for a, b in zip(found, wanted):
-            assert torch.equal(a, b)
-    # as large models are loaded: made without memory, then filled
-    there.load_state_dict(here.state_dict(), assign=True)
-    for a, b in zip(there(z, context), here(z, context)):
-        assert torch.equal(a, b)
+def test_a_flow_lives_on_the_default_device_and_works_beside_another(make):
+    check_beside_another_device(make, 3)
 
 
 # Stacks.
