@@ -62,7 +62,7 @@ prepare: $(STAMP)  ## export the code, clean the notebooks, render README.md
 
 bench: $(STAMP) $(BENCH_STAMP)  ## time flowcourse beside other libraries, and execute the page on it
 	$(BENCH_BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter nbconvert --to notebook --execute --inplace nbs/98-speed.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter nbconvert --to notebook --execute --inplace nbs/ref-speed.ipynb
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/prepare
 
 $(BENCH_STAMP): benchmarks/requirements.txt constraints.txt settings.ini setup.py

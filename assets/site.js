@@ -40,7 +40,7 @@
   const search = window.Fuse && window.Fuse.prototype.search;
   if (search) {
     const rank = ({ item }, name) =>
-      (item.section || "").toLowerCase() !== name ? 2 : /99-reference/.test(item.href) ? 0 : 1;
+      (item.section || "").toLowerCase() !== name ? 2 : /ref-api/.test(item.href) ? 0 : 1;
     window.Fuse.prototype.search = function (query, options = {}) {
       const hits = search.call(this, query, { ...options, limit: -1 });
       if (typeof query === "string") {

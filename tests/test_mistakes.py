@@ -116,7 +116,7 @@ def test_the_command_line_explains_without_a_traceback(capsys):
 
 
 def weigh(log_w, shift=True, back=True, mean=True):
-    """An answer to exercise 10.3, right by default."""
+    """An answer to exercise 14.3, right by default."""
     largest = log_w.max() if shift else 0.0
     w = (log_w - largest).exp()
     log_z = (w.mean() if mean else w.sum()).log() + (largest if back else 0.0)
@@ -124,7 +124,7 @@ def weigh(log_w, shift=True, back=True, mean=True):
 
 
 def path_gradient(m, s, eps, slope, sign_q=-1, sign_p=-1):
-    """An answer to exercise 10.5, right by default."""
+    """An answer to exercise 14.5, right by default."""
     along = sign_q * eps / s + sign_p * slope(m + s * eps)
     return along.mean(), (along * eps).mean()
 

@@ -126,7 +126,7 @@ def small(tmp_path):
             tmp_path / "nbs/01-lesson.ipynb", "Lesson", body, *outputs
         )
         write_notebook(
-            tmp_path / "nbs/99-reference.ipynb",
+            tmp_path / "nbs/ref-api.ipynb",
             "Reference",
             "### Flow.log_prob",
         )
@@ -135,7 +135,7 @@ def small(tmp_path):
         pages = [
             "nbs/index.ipynb",
             "nbs/01-lesson.ipynb",
-            "nbs/99-reference.ipynb",
+            "nbs/ref-api.ipynb",
         ]
         config["website"]["sidebar"]["contents"] = pages
         (tmp_path / "_quarto.yml").write_text(yaml.safe_dump(config))
@@ -176,7 +176,7 @@ def test_numbers_citations_and_relative_links(small):
     assert 'href="index.html">again' in page, (
         "a link to our own address becomes relative"
     )
-    assert 'href="99-reference.html#flow.log_prob"' in page, (
+    assert 'href="ref-api.html#flow.log_prob"' in page, (
         "a method leads to the reference"
     )
     assert "flow.__init__" not in page, "a private name leads nowhere"
@@ -531,14 +531,14 @@ def test_the_top_bar_marks_the_open_page_alone(visit):
     assert marked == {
         "nbs/index.html": ["Home"],
         "nbs/00-quick-start.html": ["Quick start"],
-        "nbs/99-reference.html": ["API reference"],
+        "nbs/ref-api.html": ["API reference"],
     }
 
 
 def test_the_reference_has_a_heading_for_each_module(site):
     from flowcourse._modidx import d
 
-    page = (site / "nbs/99-reference.html").read_text()
+    page = (site / "nbs/ref-api.html").read_text()
     headings = re.findall(r"<h2[^>]*>(flowcourse\.\w+)", page)
     assert sorted(headings) == sorted(
         n for n, syms in d["syms"].items() if syms
@@ -569,7 +569,7 @@ def test_search_finds_a_lesson_and_a_definition_first(browser, address):
             timeout=5000,
         )
         assert (
-            f"99-reference.html#{name.lower()}"
+            f"ref-api.html#{name.lower()}"
             in results.first.get_attribute("href")
         )
     page.fill("#quarto-search input", "change of variables")
@@ -682,6 +682,6 @@ def test_dark_mode_toggles_and_is_remembered(browser, address):
     assert brightness() > 200
     page.click(".quarto-color-scheme-toggle")
     assert brightness() < 80
-    page.goto(f"{address}/nbs/99-reference.html")
+    page.goto(f"{address}/nbs/ref-api.html")
     assert brightness() < 80
     context.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = "nbs/99-reference.html"
+REFERENCE = "nbs/ref-api.html"
 
 # What themes, Quarto and matplotlib's player ask of the network and the pages
 # work without: web fonts, require.js and jquery (for widgets in outputs), Font
