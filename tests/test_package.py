@@ -85,6 +85,7 @@ def test_the_wheel_is_small_and_complete(wheel):
         for path in (ROOT / "flowcourse").glob("*.py")
     )
     assert any(name.endswith("LICENSE") for name in names)
+    assert "flowcourse/py.typed" in names
     assert not any(
         name.startswith(("tests/", "nbs/", "tools/")) for name in names
     )
