@@ -137,6 +137,16 @@ def full_precision(
         return contextlib.nullcontext()
     return torch.autocast(t.device.type, enabled=False)
 
+# %% ../nbs/lib-numerics.ipynb #6738d56b
+def matrix_exp(
+    matrix: Tensor,  # Shape `(*batch, size, size)`
+) -> Tensor:  # The same shape
+    """The exponential of square matrices, one as exactly as several."""
+    if matrix.shape[:-2].numel() > 1:
+        return torch.matrix_exp(matrix)
+    # one matrix of small norm meets pytorch issue 196592
+    return torch.matrix_exp(matrix.expand(2, *matrix.shape))[0]
+
 # %% ../nbs/lib-numerics.ipynb #c28b762a
 def monotone_root(
     # From `t` to a number that increases with it and is zero at the root
