@@ -37,6 +37,7 @@ from flowcourse.elementwise import (
     monotone_root,
     widened,
 )
+from .kernels import traced
 from .linear import read_order
 
 # %% ../nbs/09-masked-flows.ipynb #0be82bb1
@@ -65,14 +66,6 @@ def _read_degrees(degrees, dim):
                 f"{name}: expected whole numbers from 0 to {dim - 1}, got {layer}"
             )
     return layers
-
-
-def _is_traced():
-    "Whether torch.compile or a transform of torch.func is at work: then no branch follows data."
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _in_dtype(module, dtype):
@@ -224,7 +217,7 @@ class MADE(nn.Module):
         biases = [bias.split(count) for bias, count in zip(biases, counts)]
         # Writing in place is quicker, and right for numbers that nobody
         # differentiates.
-        in_place = not (torch.is_grad_enabled() or _is_traced())
+        in_place = not (torch.is_grad_enabled() or traced())
         if in_place:
             room = [w[0].new_empty(w[0].shape[1], n) for w in weights]
             slots = [
@@ -389,7 +382,7 @@ class Autoregressive(Bijection):
                 )
                 if (
                     tolerance
-                    and not (_is_traced() or z.is_meta)
+                    and not (traced() or z.is_meta)
                     and ((x - before).abs() <= tolerance * (1 + x.abs())).all()
                 ):
                     break

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['affine_maps', 'elementwise_maps', 'bounded', 'log_cosh', 'interior', 'ScalarMap', 'InverseMap', 'IdentityMap',
            'AdditiveMap', 'AffineMap', 'PReLUMap', 'SmoothPReLUMap', 'ArcsinhMap', 'SinhArcsinhMap', 'PowerMap',
-           'ELUMap', 'SoftplusMap', 'ExpMap', 'SigmoidMap', 'TanhMap', 'forward_mode', 'widened', 'monotone_root',
-           'mlp', 'Conditional', 'Elementwise', 'PReLU', 'LeakyReLU', 'Sigmoid', 'Logit', 'BatchNorm', 'ActNorm']
+           'ELUMap', 'SoftplusMap', 'ExpMap', 'SigmoidMap', 'TanhMap', 'widened', 'monotone_root', 'mlp', 'Conditional',
+           'Elementwise', 'PReLU', 'LeakyReLU', 'Sigmoid', 'Logit', 'BatchNorm', 'ActNorm']
 
 # %% ../nbs/03-elementwise.ipynb #bbc06141
 import contextlib
@@ -569,11 +569,6 @@ class TanhMap(ScalarMap):
     def log_slope(self, z, x):
         """log dx/dz from both ends."""
         return -2 * log_cosh(z)
-
-# %% ../nbs/03-elementwise.ipynb #b5ef0346
-def forward_mode() -> bool:  # In `torch.func.jvp`, `jacfwd` and `hessian`
-    """Whether derivatives are carried forwards, for which our own gradients have no rule."""
-    return torch.autograd.forward_ad._current_level >= 0
 
 # %% ../nbs/03-elementwise.ipynb #c28b762a
 def widened(

@@ -19,10 +19,10 @@ from .data import Table
 from flowcourse.elementwise import (
     ScalarMap,
     bounded,
-    forward_mode,
     interior,
     monotone_root,
 )
+from .kernels import run_kernel
 
 # %% ../nbs/07-splines.ipynb #wrap0707
 def wrap(
@@ -584,16 +584,14 @@ class RationalQuadraticSplineMap(SplineMap):
         return rise.log() - 2 * (1 + (a + b - 2) * mixed).log()
 
     def _in_box(self, t, theta, side):
-        if forward_mode():
-            return super()._in_box(t, theta, side)
+        def plain(t, theta, side, *_):
+            return super(RationalQuadraticSplineMap, self)._in_box(
+                t, theta, side
+            )
+
         limits = self.evenness, self.steepest, self.end_slope, self.tails
-        # without gradients there is no need for what `apply` arranges
-        spline = (
-            _RationalQuadratic.apply
-            if torch.is_grad_enabled()
-            else _RationalQuadratic.forward
-        )
-        return spline(t, theta, side, self.bins, *self.ends, *limits)[:2]
+        inputs = t, theta, side, self.bins, *self.ends, *limits
+        return run_kernel(_RationalQuadratic, plain, *inputs)[:2]
 
 # %% ../nbs/07-splines.ipynb #be6be5b5
 spline_maps = Table(
