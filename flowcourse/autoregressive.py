@@ -29,16 +29,18 @@ from flowcourse.elementwise import (
     AffineMap,
     Conditional,
     InverseMap,
-    bounded,
     build,
     check_scalar_map,
-    full_precision,
-    interior,
-    monotone_root,
-    widened,
 )
 from .kernels import traced
 from .linear import read_order
+from flowcourse.numerics import (
+    bounded,
+    full_precision,
+    in_double,
+    interior,
+    monotone_root,
+)
 
 # %% ../nbs/09-masked-flows.ipynb #0be82bb1
 def _read_degrees(degrees, dim):
@@ -340,7 +342,7 @@ class Autoregressive(Bijection):
         "The same numbers, each unit of the network evaluated once, when its inputs are there."
         # In float64: many small sums round otherwise than one large one, and
         # steep maps amplify it.
-        rows = widened(z.reshape(-1, z.shape[-1]).T).contiguous().unbind()
+        rows = in_double(z.reshape(-1, z.shape[-1]).T).contiguous().unbind()
         dtype = rows[0].dtype
         n, values, log_slopes = len(rows[0]), [None] * len(rows), []
 

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'as_int', 'as_float', 'as_shape', 'check_instance', 'check_event', 'check_context', 'Bijection', 'Compose',
-           'Inverse', 'draw', 'Base', 'std_normal_log_prob', 'StandardNormal', 'finite', 'positive', 'softplus_inverse',
-           'DiagonalGaussian', 'GaussianMixture', 'Uniform', 'TorchBase', 'Flow', 'FlowDistribution',
-           'BijectionTransform']
+           'Inverse', 'draw', 'Base', 'std_normal_log_prob', 'StandardNormal', 'finite', 'positive', 'DiagonalGaussian',
+           'GaussianMixture', 'Uniform', 'TorchBase', 'Flow', 'FlowDistribution', 'BijectionTransform']
 
 # %% ../nbs/01-change-of-variables.ipynb #06f78e72
 import copy
@@ -21,6 +20,8 @@ from pyro.distributions import constraints as pyro_constraints
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn import functional as F
+
+from .numerics import softplus_inverse
 
 # %% ../nbs/01-change-of-variables.ipynb #b9f26937
 def as_int(
@@ -801,13 +802,6 @@ def positive(
 ) -> Tensor:  # The same as a tensor of the default dtype
     """Refuse a scale that is not finite and above zero."""
     return finite(name, value, shape, above=0.0)
-
-# %% ../nbs/01-change-of-variables.ipynb #f408e875
-def softplus_inverse(
-    y: Tensor,  # Positive numbers
-) -> Tensor:  # `log(exp(y) - 1)`
-    """The number whose softplus is `y`, exact for large and small `y`."""
-    return y + torch.log(-torch.expm1(-y))
 
 # %% ../nbs/01-change-of-variables.ipynb #0bbae29d
 class DiagonalGaussian(Base):

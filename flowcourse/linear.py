@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import Bijection, Compose, as_int, as_shape
-from .elementwise import Conditional, full_precision
+from .elementwise import Conditional
+from .numerics import full_precision
 
 # %% ../nbs/04-linear.ipynb #fc5c185b
 def as_flag(

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from .core import as_float, as_int
 from .data import Table
-from .elementwise import ScalarMap, bounded, monotone_root
+from .elementwise import ScalarMap
+from .numerics import bounded, monotone_root
 
 # %% ../nbs/08-monotone.ipynb #2d8cc0fe
 def _column(values, like):

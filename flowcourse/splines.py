@@ -16,13 +16,9 @@ from torch.nn import functional as F
 
 from .core import as_float, as_int
 from .data import Table
-from flowcourse.elementwise import (
-    ScalarMap,
-    bounded,
-    interior,
-    monotone_root,
-)
+from .elementwise import ScalarMap
 from .kernels import run_kernel
+from .numerics import bounded, interior, monotone_root
 
 # %% ../nbs/07-splines.ipynb #wrap0707
 def wrap(

@@ -28,8 +28,7 @@ from flowcourse.data import (
     check_log_density,
     check_numbers,
 )
-from .elementwise import widened
-from .planar import length_of
+from .numerics import in_double, safe_norm
 
 # %% ../nbs/14-variational.ipynb #wall
 def wall(
@@ -93,7 +92,7 @@ class SplitRing(Energy):
 
     def _energy(self, z):
         return 0.5 * (
-            (length_of(z) - self.radius) / 0.4
+            (safe_norm(z) - self.radius) / 0.4
         ).square() - self._strips(z[..., 0])
 
     def _draw(self, n, options):
@@ -426,7 +425,7 @@ def r_hat(
 def _weights(log_weights):
     "Weights over the largest one: zero if all are; nan if one is nan or infinite."
     check_numbers(log_weights, "log_weights", ("n",))
-    log_weights = widened(log_weights)
+    log_weights = in_double(log_weights)
     least = torch.finfo(log_weights.dtype).min
     return (log_weights - log_weights.max().clamp(min=least)).exp()
 
@@ -512,7 +511,7 @@ def assess(
         )
         log_p = log_prob(x)
         check_log_density(log_p, x, "log_prob", len(flow.event_shape))
-        parts.append(widened(log_p - log_q))
+        parts.append(in_double(log_p - log_q))
     log_w = torch.cat(parts)
     if log_w.is_meta:
         raise ValueError("flow: expected values, got parameters on meta")

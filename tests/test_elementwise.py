@@ -32,12 +32,8 @@ from flowcourse.elementwise import (
     SinhArcsinhMap,
     SmoothPReLUMap,
     TanhMap,
-    bounded,
     elementwise_maps,
-    interior,
     mlp,
-    monotone_root,
-    widened,
 )
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
@@ -398,26 +394,6 @@ def test_the_same_maps_serve_a_coupling(scalar_map):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bound", [0.5, 3.0, 16.0, 17.0, 1e6])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_bounded_is_a_hyperbolic_tangent(bound, sign, dtype):
-    raw = torch.linspace(-30, 30, 1001, dtype=dtype)
-    want = (sign * bound * torch.tanh(raw.double() / bound)).to(dtype)
-    assert_close(
-        bounded(raw, bound, sign),
-        want,
-        rtol=1e-6,
-        atol=4 * torch.finfo(dtype).eps * min(bound, 16),
-    )
-    ends = bounded(torch.tensor([0.0, 1e9, -1e9], dtype=dtype), bound, sign)
-    assert ends.tolist() == [0, sign * bound, -sign * bound]
-    raw = raw.double().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda raw: bounded(raw, bound, sign), raw[::100]
-    )
-
-
 def test_the_spline_is_smooth_across_knots_and_the_identity_outside():
     f = shaken(
         Elementwise(1, RationalQuadraticSplineMap(6, bound=2.0)), seed=3
@@ -711,31 +687,6 @@ def test_costs_are_those_of_the_dearest_map_and_turn_round_with_it():
     assert (f.forward_cost, f.inverse_cost) == ("one pass", "numerical")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_end_that_is_open_is_left_for_the_next_number(dtype):
-    """Moved by one rounding and no further, at zero by the smallest normal number."""
-    zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
-    unit = SigmoidMap.codomain
-    below = torch.nextafter(one, zero)
-    tiny = torch.tensor(torch.finfo(dtype).tiny, dtype=dtype)
-    assert torch.equal(interior(one, unit), below)
-    assert torch.equal(interior(below, unit), below)
-    assert torch.equal(interior(zero, unit), tiny)
-    assert torch.equal(interior(-one, TanhMap.codomain), -below)
-    for outside in (-tiny, 1.5 * one, zero + math.nan):
-        assert_close(interior(outside, unit), outside, equal_nan=True)
-
-
-def wavy(raw, x):
-    """The root of `t + raw tanh(t) = x`."""
-    return monotone_root(
-        lambda t: t + raw * t.tanh() - x,
-        lambda t: (raw / t.cosh().square()).log1p(),
-        x - 1,
-        x + 1,
-    )
-
-
 @names
 def test_the_slope_at_zero_itself_is_the_one_that_is_told(name):
     f = elementwise_maps[name]
@@ -745,45 +696,6 @@ def test_the_slope_at_zero_itself_is_the_one_that_is_told(name):
     x, log_slope = f.forward(z, *theta)
     (slope,) = torch.autograd.grad(x, z)
     assert_close(slope.log(), log_slope.detach())
-
-
-def test_widened_numbers_are_in_float64():
-    assert widened(torch.zeros(2)).dtype == torch.float64
-
-
-def test_a_root_has_right_first_and_second_derivatives():
-    raw = torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64)
-    x = torch.tensor([5.0, -0.3, 0.01], dtype=torch.float64)
-    t = wavy(raw, x)
-    assert_close(t + raw * t.tanh(), x, rtol=0, atol=1e-14)
-    inputs = [each.requires_grad_() for each in (raw, x)]
-    assert torch.autograd.gradcheck(wavy, inputs)
-    assert torch.autograd.gradgradcheck(wavy, inputs)
-
-
-def test_a_root_at_the_end_of_its_bracket_is_found():
-    ends = torch.tensor([-2.0, 0.0, 7.0])
-    for low, high in ((ends, ends + 1), (ends - 1, ends), (ends, ends)):
-        root = monotone_root(lambda t: t - ends, torch.zeros_like, low, high)
-        assert_close(root, ends, rtol=1e-6, atol=1e-6)
-
-
-def test_a_root_of_what_is_almost_flat_stays_in_its_bracket():
-    root = torch.linspace(0.1, 1.9, 50)
-    low, high = torch.zeros(50), torch.full((50,), 2.0)
-    for log_slope in (-14.0, -200.0):  # which float32 rounds to steps, to zero
-
-        def excess(t, slope=math.exp(log_slope)):
-            return (1 + slope * (t - root)) - 1
-
-        got = monotone_root(
-            excess, lambda t, s=log_slope: torch.full_like(t, s), low, high
-        )
-        assert ((got > low - 1e-5) & (got < high + 1e-5)).all()
-        # where the rounded function changes its sign, and no step beyond
-        first = got < 1e-3
-        assert ((excess(got - 1e-4) < 0) | first).all()
-        assert (excess(got + 1e-4) >= 0).all()
 
 
 def test_conditional_starts_where_it_is_told():

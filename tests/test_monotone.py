@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from flowcourse.core import Flow
 from flowcourse.coupling import Coupling, half
-from flowcourse.elementwise import Elementwise, InverseMap, monotone_root
+from flowcourse.elementwise import Elementwise, InverseMap
 from flowcourse.monotone import (
     BernsteinMap,
     DeepSigmoidalMap,
@@ -21,6 +21,7 @@ from flowcourse.monotone import (
     monotone_maps,
     spread,
 )
+from flowcourse.numerics import monotone_root
 from flowcourse.testing import check_bijection, total_mass
 from flowcourse.training import MaximumLikelihood, fit
 

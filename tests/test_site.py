@@ -57,7 +57,8 @@ It holds as @papamakarios2021 show.
 The solution is $1$.
 :::
 
-[Home](index.ipynb), [here](#sec-formulas), [again](https://example.org/flowcourse/nbs/index.html).
+[Home](index.ipynb), [here](#sec-formulas), [again](https://example.org/flowcourse/nbs/index.html),
+[a name](https://example.org/flowcourse/nbs/index.html#shared).
 """
 BAD = r"""
 By @eq-absent, $x$ and [@nobody1999]. [A page](02-absent.ipynb), [a place](index.ipynb#nowhere).
@@ -175,6 +176,9 @@ def test_numbers_citations_and_relative_links(small):
     assert re.search(r"<details[^>]*>", page), "a folded cell"
     assert 'href="index.html">again' in page, (
         "a link to our own address becomes relative"
+    )
+    assert 'href="index.html">a name' in page, (
+        "a name that no page shows leads to its notebook"
     )
     assert 'href="ref-api.html#flow.log_prob"' in page, (
         "a method leads to the reference"

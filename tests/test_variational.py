@@ -751,7 +751,7 @@ def test_a_default_device_does_not_reach_the_judges():
 
 def test_a_device_without_float64_is_served(monkeypatch):
     # Apple's GPU, as far as this can be seen elsewhere
-    monkeypatch.setattr("flowcourse.variational.widened", lambda t: t)
+    monkeypatch.setattr("flowcourse.variational.in_double", lambda t: t)
     refuse = {torch.float64: "no float64"}
     whole = torch.Tensor.double
 
