@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import shaken
+from torch.distributions import constraints
 from torch.testing import assert_close
 
 from flowcourse.core import Flow, Inverse, StandardNormal
@@ -537,6 +538,20 @@ def test_costs_are_those_of_the_dearest_map_and_turn_round_with_it():
     )
     f = Elementwise(3, {(0, 1): Dear(), (1, 2): PReLUMap()})
     assert (f.forward_cost, f.inverse_cost) == ("one pass", "numerical")
+
+
+def test_a_map_that_knows_no_cost_costs_one_pass():
+    class Plain:
+        n_params = 1
+        domain = codomain = constraints.real
+
+        def forward(self, z, theta):
+            return z + theta[..., 0], torch.zeros_like(z)
+
+        def inverse(self, x, theta):
+            return x - theta[..., 0], torch.zeros_like(x)
+
+    assert Elementwise(2, Plain()).inverse_cost == "one pass"
 
 
 def test_conditional_starts_where_it_is_told():

@@ -147,3 +147,30 @@ def test_softplus_and_m_keep_their_digits():
         rtol=1e-11,
         atol=0,
     )
+
+
+def test_two_newton_steps_are_needed_for_second_derivatives():
+    """t^3 + t = raw: t'' = -6 t t'^2 / (3 t^2 + 1) with t' = 1 / (3 t^2 + 1)."""
+    level = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    t = monotone_root(
+        lambda t: t**3 + t - level,
+        lambda t: (3 * t**2 + 1).log(),
+        torch.tensor(-9.0, dtype=torch.float64),
+        torch.tensor(9.0, dtype=torch.float64),
+    )
+    (first,) = torch.autograd.grad(t, level, create_graph=True)
+    (second,) = torch.autograd.grad(first, level)
+    slope = 3 * t.detach() ** 2 + 1
+    assert_close(first.detach(), 1 / slope)
+    assert_close(second, -6 * t.detach() / slope**3, rtol=1e-9, atol=1e-9)
+
+
+def test_newton_stays_where_halving_left_it():
+    """A staircase so flat between its steps that a Newton step from rounding would leave the map."""
+    t = monotone_root(
+        lambda t: (40 * t).tanh() + 1e-12 * t - 1e-6,
+        lambda t: torch.full_like(t, -60.0),  # a slope that is far too small
+        torch.tensor(-5.0),
+        torch.tensor(5.0),
+    )
+    assert abs(t) < 1e-5
