@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from flowcourse import _quiet  # first: what follows takes seconds
+from flowcourse import zoo
 from flowcourse.core import (
     Bijection,
     Compose,
@@ -22,4 +23,3 @@ from flowcourse.training import (
     ReverseKL,
     fit,
 )
-from flowcourse.zoo import zoo

@@ -57,7 +57,7 @@ from flowcourse.training import (
     Recipe,
     _check_choice,
 )
-from .zoo import scalar_maps
+from .zoo_scalar_maps import scalar_maps
 
 # %% ../nbs/lib-configs.ipynb #e5c7c7db
 class Splits(NamedTuple):
@@ -169,7 +169,9 @@ class FlowConfig(Config):
     jitter: float = 0.0
     # Where parameters come from
     kind: Literal["coupling", "autoregressive"] = "coupling"
-    scalar_map: str = "affine"  # A name in `flowcourse.zoo.scalar_maps`
+    scalar_map: str = (
+        "affine"  # A name in `flowcourse.zoo_scalar_maps.scalar_maps`
+    )
     layers: int = 8  # Couplings or autoregressive layers
     # Widths of each conditioner's hidden layers
     hidden: tuple[int, ...] = (64, 64)

@@ -48,7 +48,7 @@ from flowcourse.plots import grid_points
 from flowcourse.splines import RationalQuadraticSplineMap, spline_maps
 from flowcourse.training import Annealing, Objective, TrainingDiverged, fit
 from flowcourse.variational import Ridges, assess, energies
-from flowcourse.zoo import scalar_maps
+from flowcourse.zoo_scalar_maps import scalar_maps
 
 SEEDS = (0, 1, 2)
 SECONDS = 20.0  # of processor time, for three seeds together
