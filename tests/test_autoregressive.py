@@ -36,7 +36,7 @@ from flowcourse.elementwise import (
 )
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
-from flowcourse.zoo import scalar_maps
+from flowcourse.zoo_scalar_maps import scalar_maps
 
 WAYS = ("incremental", "fixed-point", "loop")
 
