@@ -38,7 +38,9 @@ from tqdm import tqdm
 
 from flowcourse.autoregressive import IAF
 from flowcourse.cli import to_json
-from flowcourse.configs import SIZES, DLGMConfig, FlowConfig, configs
+from flowcourse.configs import configs
+from flowcourse.configs_dlgm import DLGMConfig
+from flowcourse.configs_flows import SIZES, FlowConfig
 from flowcourse.core import DiagonalGaussian, Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.data import dequantise, load, split, to_logit
