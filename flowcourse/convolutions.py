@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowcourse.core import Compose, as_int, as_shape
+from flowcourse.arguments import as_int, as_shape
+from flowcourse.core import Compose
 from flowcourse.linear import (
     Linear,
     as_flag,

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from flowcourse.core import (
-    COSTS,
-    Bijection,
-    as_float,
-    as_int,
-    as_shape,
-)
+from .arguments import as_float, as_int, as_shape
+from .core import COSTS, Bijection
 from .numerics import bounded, interior, softplus_inverse
 
 # %% ../nbs/03-elementwise.ipynb #72e452ef

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import Bijection, as_int, as_shape
+from .arguments import as_int, as_shape
+from .core import Bijection
 from .elementwise import Conditional
 from .numerics import full_precision, matrix_exp
 

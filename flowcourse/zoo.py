@@ -14,8 +14,8 @@ from importlib import import_module
 
 from torch.distributions import constraints
 
-from .core import Bijection, as_shape
-from .data import Table
+from .arguments import Table, as_shape
+from .core import Bijection
 
 # %% ../nbs/lib-zoo.ipynb #13a2310b
 def _page(module):

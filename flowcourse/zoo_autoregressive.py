@@ -10,13 +10,8 @@ from functools import partial
 
 import torch
 
-from flowcourse.autoregressive import (
-    BNAF,
-    IAF,
-    MAF,
-    Autoregressive,
-    BlockAutoregressive,
-)
+from .autoregressive import IAF, MAF, Autoregressive
+from .bnaf import BNAF, BlockAutoregressive
 from .elementwise import AffineMap
 from .zoo import SMALL, Row
 

@@ -10,20 +10,18 @@ from functools import partial
 
 import torch
 
-from .core import as_shape
+from .arguments import as_shape
+from .convolutions import EmergingConv, MaskedConv, PeriodicConv
 from flowcourse.linear import (
     PLU,
     QR,
     SVD,
     Cayley,
     Diagonal,
-    EmergingConv,
     Full,
     Householder,
     LowRank,
-    MaskedConv,
     MatrixExponential,
-    PeriodicConv,
     Permutation,
     Triangular,
 )
@@ -41,14 +39,14 @@ _image_row = partial(_row, event_shapes=((2, 4, 4), (3, 3, 5)))
 _turned = {"identity": "it starts at its fixed permutation"}
 rows = {
     "permutation": _row(
-        lambda n, c: Permutation(
-            n, _backwards(n), context_dim=c, bias=c > 0
-        ),
+        lambda n, c: Permutation(n, _backwards(n), context_dim=c, bias=c > 0),
         reference="Kingma and Dhariwal 2018, sec. 3.2",
         exempt={"identity": "it exchanges coordinates by design"},
     ),
     "diagonal": _row(
-        lambda n, c: Diagonal(n, context_dim=c), reference="Dinh et al. 2015, sec. 3.3"),
+        lambda n, c: Diagonal(n, context_dim=c),
+        reference="Dinh et al. 2015, sec. 3.3",
+    ),
     "triangular": _row(
         lambda n, c: Triangular(n, context_dim=c),
         reference="Papamakarios et al. 2021, sec. 3.2",
@@ -73,25 +71,29 @@ rows = {
         },
     ),
     "cayley": _row(
-        lambda n, c: Cayley(n, context_dim=c), reference="Papamakarios et al. 2021, sec. 3.2"),
+        lambda n, c: Cayley(n, context_dim=c),
+        reference="Papamakarios et al. 2021, sec. 3.2",
+    ),
     "matrix-exponential": _row(
         lambda n, c: MatrixExponential(n, context_dim=c),
         reference="Xiao and Liu 2020",
     ),
     "matrix-exponential-orthogonal": _row(
-        lambda n, c: MatrixExponential(
-            n, orthogonal=True, context_dim=c
-        ),
+        lambda n, c: MatrixExponential(n, orthogonal=True, context_dim=c),
         reference="Xiao and Liu 2020",
     ),
     "full": _row(
-        lambda n, c: Full(n, context_dim=c), reference="Kingma and Dhariwal 2018, sec. 3.2"),
+        lambda n, c: Full(n, context_dim=c),
+        reference="Kingma and Dhariwal 2018, sec. 3.2",
+    ),
     "plu": _row(
         lambda n, c: PLU(n, _backwards(n), context_dim=c),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=_turned,
     ),
-    "lu": _row(lambda n, c: PLU(n, context_dim=c), reference="Oliva et al. 2018"),
+    "lu": _row(
+        lambda n, c: PLU(n, context_dim=c), reference="Oliva et al. 2018"
+    ),
     "qr": _row(
         lambda n, c: QR(n, context_dim=c),
         reference="Hoogeboom et al. 2019, 1x1 convolutions by QR",
@@ -109,7 +111,8 @@ rows = {
         reference="van den Berg et al. 2018, thm. 1",
     ),
     "1x1-convolution": _image_row(
-        lambda n, c: Full(n, context_dim=c), reference="Kingma and Dhariwal 2018, eq. 9"
+        lambda n, c: Full(n, context_dim=c),
+        reference="Kingma and Dhariwal 2018, eq. 9",
     ),
     "1x1-convolution-plu": _image_row(
         lambda shape, c: PLU(shape, _backwards(shape), context_dim=c),

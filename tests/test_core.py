@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.testing import assert_close
 
+from flowcourse import zoo
 from flowcourse.bases import DiagonalGaussian, GaussianMixture, Uniform
 from flowcourse.core import (
     Base,
@@ -24,7 +25,6 @@ from flowcourse.core import (
 )
 from flowcourse.coupling import RealNVP
 from flowcourse.elementwise import AffineMap
-from flowcourse import zoo
 
 
 class Flatten(Bijection):
