@@ -512,4 +512,6 @@ class NICE(Compose):
     ):
         options = hidden, context_dim, partition, conditioner, dropout
         couplings = Couplings(dim, AdditiveMap(), layers, *options)
-        super().__init__(Diagonal(dim, context_dim=context_dim, bias=False), couplings)
+        super().__init__(
+            Diagonal(dim, context_dim=context_dim, bias=False), couplings
+        )
