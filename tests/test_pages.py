@@ -8,7 +8,7 @@ import pytest
 from flowcourse.pages import home, page
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORT = re.compile(r"#\| *default_exp +([\w.]+)")
+EXPORT = re.compile(r'"#\| *default_exp +([\w.]+)')
 EXPORTED = {
     f"flowcourse.{found[1]}": path.stem
     for path in sorted((ROOT / "nbs").glob("*.ipynb"))
