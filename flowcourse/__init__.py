@@ -15,11 +15,7 @@ from flowcourse.core import (
 )
 from flowcourse.coupling import NICE, Coupling, Couplings, RealNVP
 from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
-from flowcourse.training import (
-    MaximumLikelihood,
-    Objective,
-    Recipe,
-    ReverseKL,
-    fit,
-)
+from flowcourse.objectives import MaximumLikelihood, Objective, ReverseKL
+from flowcourse.recipe import Recipe
+from flowcourse.trainer import fit
 from flowcourse.zoo import zoo
