@@ -26,10 +26,11 @@ from flowcourse.elementwise import (
     SigmoidMap,
     mlp,
 )
+from flowcourse.objectives import MaximumLikelihood
 from flowcourse.scalar_maps import ExpMap, PowerMap, TanhMap
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
-from flowcourse.training import MaximumLikelihood, fit
+from flowcourse.trainer import fit
 
 normalisers = pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 
