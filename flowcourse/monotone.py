@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import as_float, as_int
+from .arguments import as_float, as_int
 from .elementwise import ScalarMap
 from .numerics import bounded, monotone_root
 

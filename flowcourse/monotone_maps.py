@@ -10,8 +10,7 @@ import math
 
 import torch
 
-from flowcourse.core import as_float, as_int
-from flowcourse.data import Table
+from flowcourse.arguments import Table, as_float, as_int
 from flowcourse.monotone import (
     BoxedMap,
     LogisticMixtureMap,

@@ -13,8 +13,7 @@ import torch
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from flowcourse.core import as_float
-from flowcourse.data import Table
+from flowcourse.arguments import Table, as_float
 from flowcourse.elementwise import (
     AdditiveMap,
     AffineMap,
