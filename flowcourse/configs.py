@@ -308,8 +308,8 @@ def posteriors(
         "nice": lambda: NICE(dim, length, (dim,), partition=partition),
         "sylvester": lambda: Sylvester(
             dim,
-            min(dim, 16),
             length,
+            units=min(dim, 16),
             variant="householder",
             reflections=8,
             **linear,

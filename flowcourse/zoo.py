@@ -253,7 +253,7 @@ def planar(
     **options,  # Passed on to `Planar`
 ) -> Planar:  # With a small network
     """A short stack of planar layers."""
-    return Planar(dim, length, context_dim, **small, **options)
+    return Planar(dim, length, context_dim=context_dim, **small, **options)
 
 
 def sylvester(
@@ -262,7 +262,7 @@ def sylvester(
     **options,  # Passed on to `Sylvester`
 ) -> Sylvester:  # With a small network
     """A short stack of Sylvester layers."""
-    return Sylvester(dim, length=2, context_dim=context_dim, **small, **options)
+    return Sylvester(dim, 2, context_dim=context_dim, **small, **options)
 
 
 planar_row = partial(Row, family="planar", lesson="05-planar")
@@ -288,7 +288,9 @@ planar_rows = {
         reference="Rezende and Mohamed 2015, eq. 10 to 12",
     ),
     "radial": planar_row(
-        lambda dim, context_dim: Radial(dim, 2, context_dim, **small),
+        lambda dim, context_dim: Radial(
+            dim, 2, context_dim=context_dim, **small
+        ),
         reference="Rezende and Mohamed 2015, eq. 14 and app. A.2",
     ),
     "sylvester-orthogonal": planar_row(

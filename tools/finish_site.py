@@ -109,9 +109,8 @@ def localise(
 ):  # The HTML, which needs no network and leads to other pages by relative links
     """Make links to our own pages relative, and drop what is loaded from elsewhere.
 
-    nbdev gives every name an address in its notebook. The notebook shows classes and functions; a
-    method is in the reference, and a private name nowhere, so that it is not a link. A name that
-    modules share among themselves is not shown either, and leads to the head of its notebook.
+    nbdev gives every name an address on its page. The page shows classes and functions; a method is
+    in the reference, and what is no public name may be nowhere, so that it is not a link.
     """
 
     def relative(m):
@@ -121,10 +120,8 @@ def localise(
         if anchor and anchor not in anchors.get(target, ()):
             if anchor in anchors.get(REFERENCE, ()):
                 target = REFERENCE
-            elif re.search(r"(^|\.)_", anchor):
+            elif inside.startswith("<code"):
                 return inside
-            elif target in anchors:
-                anchor = ""
         href = os.path.relpath(target, Path(page).parent).replace(os.sep, "/")
         tag = f'{before}href="{href}{"#" + anchor if anchor else ""}"{after}'
         return tag + inside + "</a>"
