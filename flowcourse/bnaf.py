@@ -19,7 +19,7 @@ from flowcourse.elementwise import (
     full_precision,
     monotone_root,
 )
-from .linear import read_order
+from .linear import as_permutation
 
 # %% ../nbs/lib-bnaf.ipynb #819fcd7a
 def _centred(t):
@@ -133,7 +133,7 @@ class BlockAutoregressive(Bijection):
     ):
         dim, bend = as_int(dim, "dim", 1), _read_bend(bend)
         super().__init__(dim, context_dim)
-        order = read_order(range(dim) if order is None else order, dim)
+        order = as_permutation(range(dim) if order is None else order, dim)
         self.register_buffer("order", torch.tensor(order))
         self.register_buffer("place", self.order.argsort())
         hidden = as_shape(hidden, "hidden")

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch.distributions import constraints
 
-from . import linear
+from . import convolutions, linear
 from .core import Bijection, Compose, Inverse, as_shape
 from .coupling import Coupling, RealNVP, alternating, half
 from .data import Table
@@ -65,7 +65,9 @@ class Row:
             raise ValueError(
                 f"event_shape: expected {wanted} dimensions, got {shape}"
             )
-        return self.maker(shape[0] if len(shape) == 1 else shape, context_dim)
+        return self.maker(
+            shape[0] if len(shape) == 1 else shape, context_dim=context_dim
+        )
 
     @property
     def example(self) -> Bijection:
@@ -101,7 +103,10 @@ def coordinatewise(
 ) -> Elementwise:  # With context where the map has parameters
     """A scalar map on every coordinate."""
     return Elementwise(
-        dim, scalar_map, context_dim if scalar_map.n_params else 0, **small
+        dim,
+        scalar_map,
+        context_dim=context_dim if scalar_map.n_params else 0,
+        **small,
     )
 
 
@@ -111,7 +116,7 @@ def ranges(
 ) -> Elementwise:  # Affine on the first, exp on the last, nothing between
     """Different maps on ranges of coordinates."""
     maps = {(0, 1): AffineMap(), (dim - 1, dim): ExpMap()}
-    return Elementwise(dim, maps, context_dim, **small)
+    return Elementwise(dim, maps, context_dim=context_dim, **small)
 
 
 elementwise_row = partial(Row, family="elementwise", lesson="03-elementwise")
@@ -155,7 +160,9 @@ image_row = partial(linear_row, event_shapes=((2, 4, 4), (3, 3, 5)))
 turned = {"identity": "it starts at its fixed permutation"}
 linear_rows = {
     "permutation": linear_row(
-        lambda n, c: linear.Permutation(n, backwards(n), c, bias=c > 0),
+        lambda n, context_dim: linear.Permutation(
+            n, backwards(n), context_dim=context_dim, bias=context_dim > 0
+        ),
         reference="Kingma and Dhariwal 2018, sec. 3.2",
         exempt={"identity": "it exchanges coordinates by design"},
     ),
@@ -163,23 +170,25 @@ linear_rows = {
         linear.Diagonal, reference="Dinh et al. 2015, sec. 3.3"
     ),
     "triangular": linear_row(
-        lambda n, c: linear.Triangular(n, False, c),
+        linear.Triangular,
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "upper-triangular": linear_row(
-        lambda n, c: linear.Triangular(n, True, c),
+        partial(linear.Triangular, upper=True),
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "householder": linear_row(
-        lambda n, c: linear.Householder(n, None, c),
+        linear.Householder,
         reference="Tomczak and Welling 2016",
     ),
     "householder-many": linear_row(
-        lambda n, c: linear.Householder(n, 2 * n + 2, c),
+        lambda n, context_dim: linear.Householder(
+            n, 2 * n + 2, context_dim=context_dim
+        ),
         reference="Tomczak and Welling 2016",
     ),
     "householder-odd": linear_row(
-        lambda n, c: linear.Householder(n, 3, c),
+        partial(linear.Householder, reflections=3),
         reference="Tomczak and Welling 2016",
         exempt={
             "identity": "an odd number of reflections cannot undo themselves"
@@ -189,58 +198,60 @@ linear_rows = {
         linear.Cayley, reference="Papamakarios et al. 2021, sec. 3.2"
     ),
     "matrix-exponential": linear_row(
-        lambda n, c: linear.MatrixExponential(n, False, c),
+        linear.MatrixExponential,
         reference="Xiao and Liu 2020",
     ),
     "matrix-exponential-orthogonal": linear_row(
-        lambda n, c: linear.MatrixExponential(n, True, c),
+        partial(linear.MatrixExponential, orthogonal=True),
         reference="Xiao and Liu 2020",
     ),
     "full": linear_row(
         linear.Full, reference="Kingma and Dhariwal 2018, sec. 3.2"
     ),
     "plu": linear_row(
-        lambda n, c: linear.PLU(n, backwards(n), c),
+        lambda n, context_dim: linear.PLU(
+            n, backwards(n), context_dim=context_dim
+        ),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=turned,
     ),
-    "lu": linear_row(
-        lambda n, c: linear.PLU(n, None, c), reference="Oliva et al. 2018"
-    ),
+    "lu": linear_row(linear.PLU, reference="Oliva et al. 2018"),
     "qr": linear_row(
-        lambda n, c: linear.QR(n, None, c),
+        linear.QR,
         reference="Hoogeboom et al. 2019, 1x1 convolutions by QR",
     ),
     "svd": linear_row(
-        lambda n, c: linear.SVD(n, None, c),
+        linear.SVD,
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "low-rank": linear_row(
-        lambda n, c: linear.LowRank(n, 1, c),
+        linear.LowRank,
         reference="van den Berg et al. 2018, thm. 1",
     ),
     "low-rank-2": linear_row(
-        lambda n, c: linear.LowRank(n, 2, c),
+        partial(linear.LowRank, rank=2),
         reference="van den Berg et al. 2018, thm. 1",
     ),
     "1x1-convolution": image_row(
         linear.Full, reference="Kingma and Dhariwal 2018, eq. 9"
     ),
     "1x1-convolution-plu": image_row(
-        lambda shape, c: linear.PLU(shape, backwards(shape), c),
+        lambda shape, context_dim: linear.PLU(
+            shape, backwards(shape), context_dim=context_dim
+        ),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=turned,
     ),
     "masked-convolution": image_row(
-        lambda shape, c: linear.MaskedConv(shape, 3, False, c),
+        convolutions.MaskedConv,
         reference="Hoogeboom et al. 2019, emerging convolutions",
     ),
     "emerging-convolution": image_row(
-        lambda shape, c: linear.EmergingConv(shape, 3, c),
+        convolutions.EmergingConv,
         reference="Hoogeboom et al. 2019, emerging convolutions",
     ),
     "periodic-convolution": image_row(
-        lambda shape, c: linear.PeriodicConv(shape, 3, c),
+        convolutions.PeriodicConv,
         reference="Hoogeboom et al. 2019, periodic convolutions",
     ),
 }
