@@ -86,7 +86,7 @@ class DLGM(nn.Module):
             )
         self.encoder = Maxout(pixels, features, window)
         gaussian = Elementwise(
-            latent_dim, AffineMap(bound=None), features, hidden=()
+            latent_dim, AffineMap(bound=None), context_dim=features, hidden=()
         )
         self.posterior = Flow(
             gaussian if transform is None else Compose(gaussian, transform)
