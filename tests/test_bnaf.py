@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from flowcourse.bnaf import BNAF, BlockAutoregressive, BlockLayer, _steepness
 from flowcourse.core import Flow
-from flowcourse.testing import total_mass
+from flowcourse.quadrature import total_mass
 
 
 def test_what_a_block_layer_makes_of_raw_numbers_of_any_size():

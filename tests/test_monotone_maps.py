@@ -24,7 +24,8 @@ from flowcourse.monotone_maps import (
     monotone_maps,
 )
 from flowcourse.objectives import MaximumLikelihood
-from flowcourse.testing import check_bijection, total_mass
+from flowcourse.quadrature import total_mass
+from flowcourse.testing import check_bijection
 from flowcourse.trainer import fit
 
 names = pytest.mark.parametrize("name", monotone_maps)

@@ -14,6 +14,7 @@ from flowcourse.bases import Uniform
 from flowcourse.core import Flow
 from flowcourse.coupling import Coupling, half
 from flowcourse.elementwise import Elementwise
+from flowcourse.quadrature import total_mass
 from flowcourse.spline_maps import (
     CubicSplineMap,
     QuadraticSplineMap,
@@ -25,7 +26,7 @@ from flowcourse.splines import (
     RationalQuadraticSplineMap,
     wrap,
 )
-from flowcourse.testing import check_bijection, total_mass
+from flowcourse.testing import check_bijection
 
 KINDS = [
     LinearSplineMap,

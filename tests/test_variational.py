@@ -18,7 +18,8 @@ from flowcourse.elementwise import AffineMap, Elementwise
 from flowcourse.objectives import Annealing, ReverseKL
 from flowcourse.planar import Planar
 from flowcourse.plots import grid_points
-from flowcourse.testing import expect_fail, total_mass
+from flowcourse.quadrature import total_mass
+from flowcourse.testing import expect_fail
 from flowcourse.trainer import fit
 from flowcourse.variational import (
     Chains,
