@@ -34,7 +34,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["flowcourse", "flowcourse.*"]),
-    package_data={"flowcourse": ["files/*"]},
+    package_data={"flowcourse": ["files/*", "py.typed"]},
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

@@ -3,17 +3,8 @@
 __version__ = "0.1.0"
 
 from flowcourse import _quiet  # first: what follows takes seconds
-from flowcourse import zoo
-from flowcourse.core import (
-    Bijection,
-    Compose,
-    DiagonalGaussian,
-    Flow,
-    GaussianMixture,
-    Inverse,
-    StandardNormal,
-    Uniform,
-)
+from flowcourse.bases import DiagonalGaussian, GaussianMixture, Uniform
+from flowcourse.core import Bijection, Compose, Flow, Inverse, StandardNormal
 from flowcourse.coupling import NICE, Coupling, Couplings, RealNVP
 from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
 from flowcourse.training import (

@@ -6,9 +6,9 @@
 __all__ = ['configs']
 
 # %% ../nbs/lib-configs.ipynb #a2e6965f
+from .arguments import Table
 from .configs_dlgm import DLGMConfig
 from .configs_flows import FlowConfig
-from .data import Table
 from .training import Recipe
 
 # %% ../nbs/lib-configs.ipynb #4a343a39

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from .arguments import as_float, as_int
 from .autoregressive import IAF
-from .core import as_float, as_int
 from .coupling import NICE, Couplings, random_half
 from .data import datasets
 from flowcourse.dlgm import (
@@ -55,8 +55,8 @@ def posteriors(
         "nice": lambda: NICE(dim, length, (dim,), partition=partition),
         "sylvester": lambda: Sylvester(
             dim,
-            min(dim, 16),
             length,
+            units=min(dim, 16),
             variant="householder",
             reflections=8,
             **linear,

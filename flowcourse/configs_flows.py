@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from .arguments import as_float, as_int, as_shape
 from .autoregressive import MAF
-from .core import Flow, as_float, as_int, as_shape
+from .core import Flow
 from .coupling import Couplings, alternating, half, random_half
 from flowcourse.data import (
     bits_per_dim,
@@ -22,10 +23,10 @@ from flowcourse.data import (
     split,
     standardise,
     to_logit,
-    toys,
 )
 from .elementwise import InverseMap
 from .experiments import Config, Splits, packaged
+from .toys import toys
 from .training import MaximumLikelihood, _check_choice
 from .zoo_scalar_maps import scalar_maps
 

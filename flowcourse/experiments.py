@@ -19,7 +19,7 @@ from typing import (
 
 from torch import Tensor
 
-from .core import as_int
+from .arguments import as_int
 from .data import load
 from .training import Objective, Recipe, _check_choice
 

@@ -14,17 +14,9 @@ from importlib import import_module
 
 from torch.distributions import constraints
 
-from .core import Bijection, as_shape
-from .data import Table
-
-# %% ../nbs/lib-zoo.ipynb #13a2310b
-def _page(module):
-    """The notebook of a module, as nbdev's index has it."""
-    from flowcourse._modidx import d
-
-    entries = d["syms"][f"flowcourse.{module}"].values()
-    address, _ = next(iter(entries))
-    return address.removeprefix("nbs/").partition(".html")[0]
+from .arguments import Table, as_shape
+from .core import Bijection
+from .pages import page
 
 # %% ../nbs/lib-zoo.ipynb #9b0c90d7
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class Row:
     @property
     def lesson(self) -> str:
         """The notebook that teaches it, without its ending."""
-        return _page(self.module)
+        return page(f"flowcourse.{self.module}")
 
     def make(
         self,

@@ -8,14 +8,8 @@ __all__ = ['rows']
 # %% ../nbs/lib-zoo-elementwise.ipynb #da16968e
 from functools import partial
 
-from flowcourse.elementwise import (
-    ActNorm,
-    AffineMap,
-    BatchNorm,
-    Elementwise,
-    ExpMap,
-    elementwise_maps,
-)
+from .elementwise import ActNorm, AffineMap, BatchNorm, Elementwise
+from .scalar_maps import ExpMap, elementwise_maps
 from .zoo import SMALL, Row
 
 # %% ../nbs/lib-zoo-elementwise.ipynb #700205d1

@@ -10,20 +10,18 @@ from functools import partial
 
 import torch
 
-from .core import as_shape
+from .arguments import as_shape
+from .convolutions import EmergingConv, MaskedConv, PeriodicConv
 from flowcourse.linear import (
     PLU,
     QR,
     SVD,
     Cayley,
     Diagonal,
-    EmergingConv,
     Full,
     Householder,
     LowRank,
-    MaskedConv,
     MatrixExponential,
-    PeriodicConv,
     Permutation,
     Triangular,
 )
@@ -38,89 +36,102 @@ def _backwards(event_shape):
 
 _row = partial(Row, family="linear", module="linear")
 _image_row = partial(_row, event_shapes=((2, 4, 4), (3, 3, 5)))
+_convolution = partial(_image_row, module="convolutions")
 _turned = {"identity": "it starts at its fixed permutation"}
 rows = {
     "permutation": _row(
-        lambda n, c: Permutation(n, _backwards(n), c, bias=c > 0),
+        lambda n, c: Permutation(n, _backwards(n), context_dim=c, bias=c > 0),
         reference="Kingma and Dhariwal 2018, sec. 3.2",
         exempt={"identity": "it exchanges coordinates by design"},
     ),
-    "diagonal": _row(Diagonal, reference="Dinh et al. 2015, sec. 3.3"),
+    "diagonal": _row(
+        lambda n, c: Diagonal(n, context_dim=c),
+        reference="Dinh et al. 2015, sec. 3.3",
+    ),
     "triangular": _row(
-        lambda n, c: Triangular(n, False, c),
+        lambda n, c: Triangular(n, context_dim=c),
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "upper-triangular": _row(
-        lambda n, c: Triangular(n, True, c),
+        lambda n, c: Triangular(n, upper=True, context_dim=c),
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "householder": _row(
-        lambda n, c: Householder(n, None, c),
+        lambda n, c: Householder(n, context_dim=c),
         reference="Tomczak and Welling 2016",
     ),
     "householder-many": _row(
-        lambda n, c: Householder(n, 2 * n + 2, c),
+        lambda n, c: Householder(n, 2 * n + 2, context_dim=c),
         reference="Tomczak and Welling 2016",
     ),
     "householder-odd": _row(
-        lambda n, c: Householder(n, 3, c),
+        lambda n, c: Householder(n, 3, context_dim=c),
         reference="Tomczak and Welling 2016",
         exempt={
             "identity": "an odd number of reflections cannot undo themselves"
         },
     ),
-    "cayley": _row(Cayley, reference="Papamakarios et al. 2021, sec. 3.2"),
+    "cayley": _row(
+        lambda n, c: Cayley(n, context_dim=c),
+        reference="Papamakarios et al. 2021, sec. 3.2",
+    ),
     "matrix-exponential": _row(
-        lambda n, c: MatrixExponential(n, False, c),
+        lambda n, c: MatrixExponential(n, context_dim=c),
         reference="Xiao and Liu 2020",
     ),
     "matrix-exponential-orthogonal": _row(
-        lambda n, c: MatrixExponential(n, True, c),
+        lambda n, c: MatrixExponential(n, orthogonal=True, context_dim=c),
         reference="Xiao and Liu 2020",
     ),
-    "full": _row(Full, reference="Kingma and Dhariwal 2018, sec. 3.2"),
+    "full": _row(
+        lambda n, c: Full(n, context_dim=c),
+        reference="Kingma and Dhariwal 2018, sec. 3.2",
+    ),
     "plu": _row(
-        lambda n, c: PLU(n, _backwards(n), c),
+        lambda n, c: PLU(n, _backwards(n), context_dim=c),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=_turned,
     ),
-    "lu": _row(lambda n, c: PLU(n, None, c), reference="Oliva et al. 2018"),
+    "lu": _row(
+        lambda n, c: PLU(n, context_dim=c), reference="Oliva et al. 2018"
+    ),
     "qr": _row(
-        lambda n, c: QR(n, None, c),
+        lambda n, c: QR(n, context_dim=c),
         reference="Hoogeboom et al. 2019, 1x1 convolutions by QR",
     ),
     "svd": _row(
-        lambda n, c: SVD(n, None, c),
+        lambda n, c: SVD(n, context_dim=c),
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "low-rank": _row(
-        lambda n, c: LowRank(n, 1, c),
+        lambda n, c: LowRank(n, 1, context_dim=c),
         reference="van den Berg et al. 2018, thm. 1",
     ),
     "low-rank-2": _row(
-        lambda n, c: LowRank(n, 2, c),
+        lambda n, c: LowRank(n, 2, context_dim=c),
         reference="van den Berg et al. 2018, thm. 1",
     ),
     "1x1-convolution": _image_row(
-        Full, reference="Kingma and Dhariwal 2018, eq. 9"
+        lambda n, c: Full(n, context_dim=c),
+        reference="Kingma and Dhariwal 2018, eq. 9",
     ),
     "1x1-convolution-plu": _image_row(
-        lambda shape, c: PLU(shape, _backwards(shape), c),
+        lambda shape, c: PLU(shape, _backwards(shape), context_dim=c),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=_turned,
     ),
-    "masked-convolution": _image_row(
-        lambda shape, c: MaskedConv(shape, 3, False, c),
+    "masked-convolution": _convolution(
+        lambda shape, c: MaskedConv(shape, 3, context_dim=c),
         reference="Hoogeboom et al. 2019, emerging convolutions",
         inverse_cost="D passes",
     ),
-    "emerging-convolution": _image_row(
-        lambda shape, c: EmergingConv(shape, 3, c),
+    "emerging-convolution": _convolution(
+        lambda shape, c: EmergingConv(shape, 3, context_dim=c),
         reference="Hoogeboom et al. 2019, emerging convolutions",
         inverse_cost="D passes",
     ),
-    "periodic-convolution": _image_row(
-        lambda shape, c: PeriodicConv(shape, 3, c),
+    "periodic-convolution": _convolution(
+        lambda shape, c: PeriodicConv(shape, 3, context_dim=c),
         reference="Hoogeboom et al. 2019, periodic convolutions",
     ),
 }

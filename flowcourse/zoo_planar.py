@@ -12,14 +12,14 @@ from .planar import LeakyUnit, LogisticUnit, Planar, Radial, Sylvester
 from .zoo import SMALL, Row
 
 # %% ../nbs/lib-zoo-planar.ipynb #9756cd1f
-def _planar(dim, context_dim, length=2, **options):
+def _planar(dim, context_dim, layers=2, **options):
     """A short stack of planar layers."""
-    return Planar(dim, length, context_dim, **SMALL, **options)
+    return Planar(dim, layers, context_dim=context_dim, **SMALL, **options)
 
 
 def _sylvester(dim, context_dim, **options):
     """A short stack of Sylvester layers."""
-    return Sylvester(dim, length=2, context_dim=context_dim, **SMALL, **options)
+    return Sylvester(dim, 2, context_dim=context_dim, **SMALL, **options)
 
 
 _row = partial(Row, family="planar", module="planar")
@@ -33,7 +33,7 @@ rows = {
         reference="Rezende and Mohamed 2015, app. A.1",
     ),
     "planar-leaky": _row(
-        partial(_planar, length=1, unit=LeakyUnit()),
+        partial(_planar, layers=1, unit=LeakyUnit()),
         reference="Rezende and Mohamed 2015, app. A.1",
     ),
     "planar-paper": _numerical(
@@ -42,11 +42,13 @@ rows = {
         exempt={"identity": "the paper's m is not 0 at 0"},
     ),
     "planar-blocks": _numerical(
-        partial(_planar, length=5, block=2),
+        partial(_planar, layers=5, block=2),
         reference="Rezende and Mohamed 2015, eq. 10 to 12",
     ),
     "radial": _row(
-        lambda dim, context_dim: Radial(dim, 2, context_dim, **SMALL),
+        lambda dim, context_dim: Radial(
+            dim, 2, context_dim=context_dim, **SMALL
+        ),
         reference="Rezende and Mohamed 2015, eq. 14 and app. A.2",
     ),
     "sylvester-orthogonal": _numerical(

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch.distributions import constraints
 
-from .data import Table
-from .elementwise import affine_maps
-from .monotone import monotone_maps
-from .splines import spline_maps
+from .arguments import Table
+from .monotone_maps import monotone_maps
+from .scalar_maps import affine_maps
+from .spline_maps import spline_maps
 from .zoo import Row
 from .zoo_autoregressive import small_autoregressive
 from .zoo_coupling import small_coupling

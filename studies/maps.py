@@ -11,8 +11,8 @@ import torch
 from torch.distributions import constraints
 
 from flowcourse.configs_flows import FlowConfig
-from flowcourse.monotone import monotone_maps
-from flowcourse.splines import spline_maps
+from flowcourse.monotone_maps import monotone_maps
+from flowcourse.spline_maps import spline_maps
 from flowcourse.studies import SideBySide
 from flowcourse.training import fit
 from flowcourse.zoo_scalar_maps import scalar_maps

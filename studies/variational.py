@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from flowcourse.autoregressive import IAF
-from flowcourse.core import DiagonalGaussian, Flow
+from flowcourse.bases import DiagonalGaussian
+from flowcourse.core import Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.planar import Planar, Radial, Sylvester
 from flowcourse.plots import grid_points
@@ -37,7 +38,7 @@ ANNEALED = 0.3  # share of the steps in which beta rises from 0.01 to 1
 FAMILIES = {
     "planar": partial(Planar, 2, 16),
     "radial": partial(Radial, 2, 16),
-    "Sylvester": partial(Sylvester, 2, length=8),
+    "Sylvester": partial(Sylvester, 2, 8),
     "RealNVP": partial(RealNVP, 2, 8, (32, 32)),
     "spline": partial(
         Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)
@@ -90,7 +91,7 @@ class BuggyPlanar(Planar):
         )
         u = u + (nn.functional.softplus(product) - 1 - product) * w / size
         ladj = 0.0
-        for k in range(self.length):
+        for k in range(self.layers):
             h = (z @ w[k] + b[k]).tanh()
             z = z + u[k] * h.unsqueeze(-1)
             # as published

@@ -1,6 +1,12 @@
-"""What several test files do to a bijection before they test it."""
+"""Maps and distributions that several test files make, and what they do to a bijection before they test it."""
+
+import math
 
 import torch
+import torch.distributions as D
+
+from flowcourse.core import Bijection
+from flowcourse.elementwise import AffineMap, Elementwise
 
 
 def noise(*shape, seed=0):
@@ -42,3 +48,32 @@ def check_beside_another_device(create, context_dim):
     there.load_state_dict(here.state_dict(), assign=True)
     for a, b in zip(there(z, context), here(z, context)):
         assert torch.equal(a, b)
+
+
+class Counted(Bijection):
+    """Multiplies by two, and counts how often each direction runs."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.calls = {"forward": 0, "inverse": 0}
+
+    def _forward(self, z, context):
+        self.calls["forward"] += 1
+        return 2 * z, z.new_full(z.shape[:-1], z.shape[-1] * math.log(2))
+
+    def _inverse(self, x, context):
+        self.calls["inverse"] += 1
+        return x / 2, x.new_full(x.shape[:-1], -x.shape[-1] * math.log(2))
+
+
+def affine(shift=0.0):
+    """A map of the plane onto itself with a parameter."""
+    f = Elementwise(2, AffineMap())
+    with torch.no_grad():
+        f.thetas[0].value[:, 1] = shift  # after the raw scale
+    return f
+
+
+def many(make, *args):
+    """Two independent coordinates of a distribution of torch or Pyro."""
+    return D.Independent(make(*(torch.full((2,), a) for a in args)), 1)

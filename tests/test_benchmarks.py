@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import cases as table
 import measure
 import overheads
 import run
+from against import compare
 
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 OWN = [
@@ -240,3 +242,39 @@ def test_a_floor_that_compiles_is_the_floor_of_compiled_times():
     found = run.compare(case, times)["train"]
     assert found["eager"]["best_peer_over_floor"] == 2
     assert found["compiled"]["best_peer_over_floor"] == 2
+
+
+class Steady:
+    """A side whose calls take a given time, the first rounds disturbed."""
+
+    def __init__(self, seconds, disturbed=0):
+        self.seconds, self.disturbed, self.calls = seconds, disturbed, 0
+
+    def time(self, name, mode, number):
+        self.calls += 1
+        return self.seconds * (10 if self.calls <= self.disturbed else 1)
+
+
+def test_an_earlier_commit_is_compared_by_the_median_ratio():
+    old, new = Steady(0.02), Steady(0.03, disturbed=4)
+    middle, low, high, seconds = compare(old, new, "any", "train", rounds=15)
+    assert middle == low == pytest.approx(1.5) and high >= middle
+    assert seconds == pytest.approx(0.03)
+
+
+def test_this_commit_beside_the_working_tree(tmp_path):
+    """Both trees run in turn, and too high a ratio is an error."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = [sys.executable, "benchmarks/against.py", "HEAD", "realnvp"]
+    run = subprocess.run(
+        [*command, "--rounds", "2", "--most", "0.001"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "slower than 0.001:" in run.stdout
+    for mode in ("train", "log_prob", "sample"):
+        assert f"realnvp {mode}" in run.stdout

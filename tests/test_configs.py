@@ -55,7 +55,7 @@ def test_posteriors_are_of_the_sizes_that_were_reported():
     }
     after = {name: flow.bijection.bijections[1] for name, flow in made.items()}
     assert len(after["nice10"].bijections[1].bijections) == 10
-    assert (after["sylvester"].length, after["sylvester"].units) == (4, 16)
+    assert (after["sylvester"].layers, after["sylvester"].units) == (4, 16)
     text = {name: repr(bijection) for name, bijection in after.items()}
     assert "in_features=20, out_features=40" in text["nice10"]
     assert "out_features=320" in text["iaf"]

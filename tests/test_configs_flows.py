@@ -8,8 +8,9 @@ from torch.testing import assert_close
 
 from flowcourse import configs_flows as module
 from flowcourse.configs_flows import FlowConfig
-from flowcourse.data import bits_per_dim, from_logit, load, split, toys
+from flowcourse.data import bits_per_dim, from_logit, load, split
 from flowcourse.elementwise import InverseMap
+from flowcourse.toys import toys
 
 WRONG = [
     ("data", "mnist", "'old-faithful'"),

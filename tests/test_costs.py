@@ -44,7 +44,7 @@ FLOWS = {  # a flow, and its calls for loss and gradient, log_prob and sample
     "planar, 40 layers": (lambda: Planar(4, 40), 276, None, 139),
     "planar, 80 layers": (lambda: Planar(4, 80), 384, None, 226),
     "planar, 80 layers, from a context": (
-        lambda: Planar(4, 80, 3, hidden=()),
+        lambda: Planar(4, 80, context_dim=3, hidden=()),
         395,
         None,
         234,

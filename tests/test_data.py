@@ -1,15 +1,11 @@
-"""The packaged data, the grey originals without a network, the preparation and the toys."""
+"""The packaged data, and the steps that prepare them."""
 
-import functools
-import gzip
 import hashlib
-import http.server
 import importlib.util
 import io
 import lzma
 import math
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +16,15 @@ from flowcourse import data
 from flowcourse.cli import main
 from flowcourse.data import (
     bits_per_dim,
-    check_numbers,
     datasets,
     dequantise,
     from_logit,
     load,
-    mnist_grey,
     standardise,
     to_logit,
-    toys,
 )
-from flowcourse.plots import grid_points
 
 ROOT = Path(__file__).parents[1]
-DEAD = "http://127.0.0.1:9/"  # the discard port, where nothing listens
 EVERY_SPLIT = [
     (name, split)
     for name, record in datasets.items()
@@ -140,113 +131,7 @@ def test_binarisation_is_fair_and_its_stream_is_fixed(make_data):
     ]
 
 
-# --- the grey originals ---
-
-
-@pytest.fixture
-def idx(tmp_path, monkeypatch):
-    """A folder of four small IDX files that pass for MNIST, and an empty cache."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    checksums = {}
-    for split, names in data.MNIST_FILES.items():
-        n = {"train": 6, "test": 3}[split]
-        arrays = np.arange(n * 28 * 28).reshape(n, 28, 28) % 251, np.arange(n)
-        for name, array in zip(names, arrays, strict=True):
-            header = (
-                bytes([0, 0, 8, array.ndim])
-                + np.array(array.shape, ">i4").tobytes()
-            )
-            content = header + array.astype(np.uint8).tobytes()
-            packed = gzip.compress(content, mtime=0)
-            (folder / name).write_bytes(packed)
-            checksums[name] = tuple(
-                hashlib.sha256(part).hexdigest() for part in (packed, content)
-            )
-    monkeypatch.setattr(data, "MNIST_SHA256", checksums)
-    monkeypatch.setattr(data, "MNIST_MIRRORS", (DEAD,))
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("FLOWCOURSE_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return folder
-
-
-@pytest.fixture
-def server(idx):
-    """The address of a server of that folder on this machine."""
-    handler = functools.partial(
-        http.server.SimpleHTTPRequestHandler, directory=idx
-    )
-    handler.log_message = lambda *args: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}/"
-        httpd.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("inside", ["", "mnist"])
-def test_grey_images_from_a_folder(idx, tmp_path, monkeypatch, inside):
-    given = tmp_path / "given"
-    given.mkdir()
-    idx.rename(given / inside) if inside else given.rmdir() or idx.rename(given)
-    monkeypatch.setenv("FLOWCOURSE_DATA", str(given))
-    x, y = mnist_grey("test")
-    assert (
-        x.shape == (3, 28, 28)
-        and x.dtype == torch.uint8
-        and x[0, 0, :3].tolist() == [0, 1, 2]
-    )
-    assert y.tolist() == [0, 1, 2] and y.dtype == torch.int64
-    assert len(mnist_grey().x) == 6
-
-
-def test_offline_the_error_says_what_to_do(idx):
-    with pytest.raises(RuntimeError) as error:
-        mnist_grey()
-    message = str(error.value)
-    for part in (
-        "train-images-idx3-ubyte.gz",
-        DEAD,
-        "FLOWCOURSE_DATA",
-        'load("mnist")',
-    ):
-        assert part in message
-
-
-def test_the_next_mirror_is_tried_and_the_file_kept(idx, server, monkeypatch):
-    monkeypatch.setattr(data, "MNIST_MIRRORS", (DEAD, server))
-    assert mnist_grey("test").y.tolist() == [0, 1, 2]
-    monkeypatch.setattr(data, "MNIST_MIRRORS", ())
-    assert mnist_grey("test").y.tolist() == [0, 1, 2]
-
-
-def test_a_download_with_another_checksum_is_refused(idx, server, monkeypatch):
-    monkeypatch.setattr(data, "MNIST_MIRRORS", (server,))
-    name = data.MNIST_FILES["test"][0]
-    (idx / name).write_bytes((idx / name).read_bytes()[:-1] + b"?")
-    with pytest.raises(
-        RuntimeError, match="could not be downloaded(.|\n)*hash"
-    ):
-        mnist_grey("test")
-
-
-@pytest.mark.parametrize("damage", ["another set", "truncated", "not gzip"])
-def test_a_wrong_file_in_the_folder_is_refused(idx, monkeypatch, damage):
-    monkeypatch.setenv("FLOWCOURSE_DATA", str(idx))
-    images, labels = (idx / name for name in data.MNIST_FILES["test"])
-    content = {
-        "another set": labels.read_bytes(),
-        "truncated": images.read_bytes()[:-20],
-        "not gzip": b"<html>not found</html>",
-    }[damage]
-    images.write_bytes(content)
-    with pytest.raises(
-        ValueError,
-        match="t10k-images-idx3-ubyte.gz: (the contents|not a whole)",
-    ):
-        mnist_grey("test")
+# --- damaged files ---
 
 
 def test_the_command_line_says_in_a_line_that_a_file_is_damaged(
@@ -278,18 +163,6 @@ def test_damaged_contents_are_refused_in_a_line(damage):
     }[damage]
     with pytest.raises(ValueError, match="packed: expected an .npz file"):
         data.unpack(broken)
-
-
-def test_another_name_than_those_of_mnist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="path: expected a file named train-"):
-        data.read_idx(tmp_path / "images.gz")
-
-
-def test_unknown_split():
-    with pytest.raises(
-        ValueError, match="split: expected train or test, got 'valid'"
-    ):
-        mnist_grey("valid")
 
 
 # --- preparation ---
@@ -475,38 +348,12 @@ def test_parts_are_rows_of_the_data_each_once_and_follow_the_seed():
 def test_a_default_device_does_not_reach_the_data():
     x = torch.arange(9)
     expected = data.split(x, (5, 4))[0]
-    p = toys["moons"].sample(5, torch.Generator().manual_seed(0))
-    values = {name: toy.log_prob(p) for name, toy in toys.items()}
-    data._nodes.cache_clear()
     with torch.device("meta"):
         found = data.split(x, (5, 4))[0]
-        again = {name: toy.log_prob(p) for name, toy in toys.items()}
         spread = dequantise(x, 10, torch.Generator().manual_seed(0))
         faithful = load("old-faithful").x
     assert torch.equal(found, expected) and not spread.is_meta
     assert not faithful.is_meta
-    for name in toys:
-        assert torch.equal(again[name], values[name]), name
-
-
-def test_shapes_are_checked_in_words():
-    x = torch.zeros(3, 2)
-    check_numbers(x, "x", ("n", 2))
-    check_numbers(x, "x", ("*batch", "n", 2))
-    check_numbers(x[:0], "x", ("*n", 2))
-    check_numbers(x, "x", ("n", "*d"))
-    for value, shape, text in (
-        (x, ("n", 3), r"x: expected shape \(n, 3\), got \(3, 2\)"),
-        (x, ("n",), r"x: expected shape \(n,\), got \(3, 2\)"),
-        (x[:0], ("n", 2), r"got \(0, 2\)"),
-        (x[0, 0], ("*batch", 2), r"got \(\)"),
-        (x, ("*batch", 5, 3, 2), "expected shape"),
-        (x.long(), ("n", 2), r"floating-point numbers \(n, 2\), got torch.int"),
-        (None, ("n", 2), "got NoneType"),
-        (x.to("meta"), ("n", 2), "on meta"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            check_numbers(value, "x", shape)
 
 
 @pytest.mark.parametrize(
@@ -515,26 +362,10 @@ def test_shapes_are_checked_in_words():
         (lambda: load(["mnist"]), "name"),
         (lambda: load("mnist", ["train"]), "split"),
         (lambda: load("mnist", 0), "split"),
-        (lambda: mnist_grey(["train"]), "split"),
-        (lambda: toys["moons"].sample(-1), "n"),
-        (lambda: toys["moons"].sample(2.0), "n"),
-        (lambda: toys["moons"].sample("2"), "n"),
-        (lambda: toys["moons"].sample(2, 0), "generator"),
-        (lambda: toys["moons"].sample(2, dtype=torch.int64), "dtype"),
-        (lambda: toys["moons"].sample(2, dtype="float32"), "dtype"),
-        (lambda: toys["moons"].sample(2, dtype=torch.zeros(2)), "dtype"),
-        (lambda: toys["moons"].sample(2, device="gpu"), "device"),
-        (lambda: toys["moons"].sample(2, device=[0]), "device"),
         (lambda: load("mnist", np.zeros(2)), "split"),
-        (lambda: mnist_grey(np.zeros(2)), "split"),
-        (lambda: data.read_idx(0), "path"),
         (lambda: bits_per_dim(None, 2), "log_prob"),
         (lambda: data.split(torch.zeros(2), torch.tensor(1)), "sizes"),
-        (lambda: data.check_function(3, "f"), "f"),
-        (lambda: data.check_function(data.Moons, "f"), "f"),
         (lambda: dequantise(torch.zeros(2), 2, 0), "generator"),
-        (lambda: toys["moons"].log_prob([[0.0, 0.0]]), "x"),
-        (lambda: toys["moons"].log_prob(torch.zeros(2, 2).long()), "x"),
         (lambda: to_logit(0.5), "p"),
         (lambda: to_logit(torch.tensor(0.5)), "p"),
         (lambda: to_logit(torch.ones(3, 2).long()), "p"),
@@ -545,126 +376,3 @@ def test_shapes_are_checked_in_words():
 def test_mistakes_are_named(call, text):
     with pytest.raises(ValueError, match=f"^{text}: "):
         call()
-
-
-# --- toys ---
-
-
-def check_toy(toy):
-    """Complain where mass, entropy, draws and density do not agree."""
-    bins, low, high = 240, -6.0, 6.0
-    cell = ((high - low) / bins) ** 2
-    points = grid_points(low, high, bins, dtype=torch.float64)
-    log_p = torch.cat([toy.log_prob(part) for part in points.split(20)])
-    p = log_p.exp()
-    mass, entropy = (
-        (p.sum() * cell).item(),
-        (torch.special.entr(p).sum() * cell).item(),
-    )
-    assert abs(mass - 1) < 1e-3, f"mass {mass}"
-    assert abs(entropy - toy.entropy) < 1e-3, f"entropy {entropy}"
-    x = toy.sample(100_000, torch.Generator().manual_seed(0), torch.float64)
-    # 24 x 24 cells of a histogram; the expected count sums the density over 10
-    # x 10 fine cells.
-    index = ((x - low) / (high - low) * 24).floor().long().clamp(0, 23)
-    count = torch.bincount(
-        index[:, 1] * 24 + index[:, 0], minlength=576
-    ).double()
-    coarse = p.reshape(24, 10, 24, 10).sum((1, 3)).flatten() * cell
-    expected = coarse * len(x)
-    seen = expected > 5
-    chi2 = ((count - expected)[seen].square() / expected[seen]).sum().item()
-    freedom = int(seen.sum())
-    assert chi2 < freedom + 5 * math.sqrt(2 * freedom), (
-        f"chi2 {chi2} for {freedom} cells"
-    )
-
-
-@pytest.mark.parametrize("name", toys)
-def test_toy(name):
-    check_toy(toys[name])
-
-
-def test_the_check_rejects():
-    class Heavy(data.Rings):
-        def _log_prob(self, x):
-            return super()._log_prob(x) + 0.01
-
-    class Wide(data.EightGaussians):
-        def _place(self, u, e):
-            return super()._place(u, 1.1 * e)
-
-    class Lopsided(data.Moons):
-        def _place(self, u, e):
-            return super()._place(u**1.1, e)
-
-    class Vague(data.Pinwheel):
-        entropy = 2.33
-
-    for toy, complaint in (
-        (Heavy, "mass"),
-        (Wide, "chi2"),
-        (Lopsided, "chi2"),
-        (Vague, "entropy"),
-    ):
-        with pytest.raises(AssertionError, match=complaint):
-            check_toy(toy())
-
-
-@pytest.mark.parametrize("name", toys)
-def test_toys_keep_type_and_shape_and_the_global_generator(name):
-    toy = toys[name]
-    before = torch.get_rng_state()
-    a, b = (
-        toy.sample(7, torch.Generator().manual_seed(1), torch.float64)
-        for _ in range(2)
-    )
-    assert torch.equal(a, b) and a.dtype == torch.float64 and a.shape == (7, 2)
-    assert torch.equal(before, torch.get_rng_state())
-    assert toy.sample(0).shape == (0, 2)
-    assert toy.sample(np.int64(3)).shape == (3, 2)
-    log_p = toy.log_prob(a.expand(3, 7, 2))
-    assert log_p.shape == (3, 7) and log_p.dtype == torch.float64
-    assert toy.log_prob(a[0].float()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", sorted(set(toys) - {"checkerboard"}))
-def test_log_density_and_slope_are_finite_and_right_far_out(name):
-    x = torch.tensor(
-        [[0.0, 0.0], [30.0, -40.0], [1e-3, 0.0], [2.0, 2.0]], requires_grad=True
-    )
-    toys[name].log_prob(x).sum().backward()
-    assert toys[name].log_prob(x).isfinite().all() and x.grad.isfinite().all()
-    y = torch.tensor(
-        [[1.3, -0.4], [0.2, 2.1]], dtype=torch.float64, requires_grad=True
-    )
-    assert torch.autograd.gradcheck(toys[name].log_prob, y)
-
-
-@pytest.mark.parametrize("name", toys)
-def test_density_is_zero_at_infinity_and_unknown_at_nan(name):
-    inf, nan = math.inf, math.nan
-    far = torch.tensor([[inf, 0.0], [0.0, -inf], [inf, inf]])
-    assert (toys[name].log_prob(far) == -inf).all()
-    unknown = torch.tensor([[nan, 0.0], [0.5, nan], [nan, inf]])
-    assert toys[name].log_prob(unknown).isnan().all()
-
-
-def test_every_draw_from_the_board_has_a_density():
-    x = toys["checkerboard"].sample(3_000_000, torch.Generator().manual_seed(0))
-    assert (toys["checkerboard"].log_prob(x) == -math.log(32)).all()
-
-
-def test_a_ring_is_its_own_quadrature():
-    points, sd = (
-        data._circle(torch.arange(4000) * 2 * math.pi / 4000),
-        data.Rings.sd,
-    )
-    circles = torch.cat([radius * points for radius in data.Rings.radii])
-    x = toys["rings"].sample(50, torch.Generator().manual_seed(0)).double()
-    by_sum = data._blurred(
-        x, circles.double(), torch.full((16000,), -math.log(16000)), sd
-    )
-    torch.testing.assert_close(
-        toys["rings"].log_prob(x), by_sum, atol=1e-4, rtol=0
-    )

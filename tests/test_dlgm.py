@@ -153,7 +153,7 @@ def test_maxout_takes_the_largest_of_each_window():
 def test_free_energy_equals_the_hand_formula(annealing):
     torch.manual_seed(0)
     model = DLGM(
-        Planar(3, 4, 8, hidden=()),
+        Planar(3, 4, context_dim=8, hidden=()),
         pixels=10,
         latent_dim=3,
         features=8,
@@ -170,14 +170,8 @@ def test_free_energy_equals_the_hand_formula(annealing):
     z0 = mean + log_scale.exp() * noise
     log_q0 = Normal(mean, log_scale.exp()).log_prob(z0).sum(-1)
     z, ladj = z0, 0.0
-    for w, u, b in zip(
-        *(
-            t.unbind(1)
-            for t in model.posterior.bijection.bijections[1].layers(features)[
-                :3
-            ]
-        )
-    ):
+    planar = model.posterior.bijection.bijections[1]
+    for w, u, b in zip(*(t.unbind(1) for t in planar._per_layer(features)[:3])):
         slope = 1 - ((w * z).sum(-1) + b).tanh().square()
         ladj = ladj + (1 + slope * (w * u).sum(-1)).log()
         z = z + u * ((w * z).sum(-1) + b).tanh().unsqueeze(-1)
@@ -416,7 +410,10 @@ def test_mistakes_are_named():
         (lambda: DLGM("planar"), "transform"),
         (lambda: DLGM(Planar), "transform"),
         (lambda: DLGM(Planar(3, 1), latent_dim=4), "transform"),
-        (lambda: DLGM(Planar(4, 1, 9), latent_dim=4, features=8), "transform"),
+        (
+            lambda: DLGM(Planar(4, 1, context_dim=9), latent_dim=4, features=8),
+            "transform",
+        ),
         (lambda: FreeEnergy("dlgm"), "model"),
         (lambda: FreeEnergy(model, 0.5), "annealing"),
         (lambda: importance_weights(None, x), "model"),

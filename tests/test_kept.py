@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowcourse.cli import main, recorded
+from flowcourse.cli import main
+from flowcourse.runs import recorded
 from flowcourse.training import load_checkpoint
 
 KEPT = Path(__file__).parent / "data"

@@ -16,16 +16,12 @@ from flowcourse.linear import (
     SVD,
     Cayley,
     Diagonal,
-    EmergingConv,
     Full,
     Householder,
     LowRank,
-    MaskedConv,
     MatrixExponential,
-    PeriodicConv,
     Permutation,
     Triangular,
-    dominated,
 )
 
 rotations = {
@@ -176,25 +172,6 @@ def test_a_bias_is_added_if_it_is_asked_for():
             assert bool(f(z)[0].any()) == bias
 
 
-def test_an_emerging_convolution_hands_its_options_on():
-    f = EmergingConv((2, 5, 5), 5, context_dim=3)
-    one, other = f.bijections
-    assert (one.reach, other.reach) == (2, 2)
-    assert (one.reverse, other.reverse) == (False, True)
-    assert (one.context_dim, other.context_dim) == (3, 3)
-    # one shift for both
-    extra = [len(g.raw(torch.zeros(3))) - g.n_params for g in (one, other)]
-    assert extra == [0, 2]
-
-
-def test_dominated_rows_are_smooth_and_add_up_to_less_than_one():
-    raw = torch.zeros(2, 5, requires_grad=True)
-    dominated(raw).sum().backward()
-    assert_close(raw.grad, torch.full((2, 5), 0.5))
-    total = dominated(1e6 * torch.randn(9, 5)).abs().sum(-1)
-    assert (total < 1).all() and (total > 0.99).all()
-
-
 def test_a_permutation_is_saved():
     one = Permutation(4, torch.tensor([2, 0, 3, 1]))
     other = Permutation(4, torch.arange(4))
@@ -289,44 +266,6 @@ def test_a_fixed_permutation_limits_plu_and_qr_is_not_limited():
         )
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("kernel_size", [3, 5])
-def test_a_masked_convolution_is_triangular(kernel_size, reverse):
-    f = shaken(MaskedConv((2, 3, 4), kernel_size, reverse, bias=False))
-    # pixel, then channel
-    a = matrix(f).view(2, 12, 2, 12).permute(1, 0, 3, 2).reshape(24, 24)
-    a = a.flip(0, 1) if reverse else a
-    assert not a.triu(1).any()
-    assert (
-        a.diagonal().log().sum().sub(f(torch.zeros(2, 3, 4).double())[1]).abs()
-        < 1e-10
-    )
-
-
-def test_an_emerging_convolution_sees_all_around():
-    f = shaken(EmergingConv((1, 5, 5), bias=False))
-    seen = matrix(f).view(25, 5, 5)[12]
-    assert (seen != 0)[1:4, 1:4].all()
-
-
-@pytest.mark.parametrize("width", [4, 5])
-def test_a_periodic_convolution_commutes_with_shifts(width):
-    f = shaken(PeriodicConv((2, 4, width)))
-    z = torch.randn(3, 2, 4, width, dtype=torch.float64)
-    x, ladj = f(z)
-    moved, same = f(z.roll((1, 2), (-2, -1)))
-    assert_close(moved, x.roll((1, 2), (-2, -1)))
-    assert_close(same, ladj)
-    assert_close(ladj, torch.linalg.slogdet(matrix(f)).logabsdet.expand(3))
-
-
-def test_filters_of_any_size_leave_a_convolution_invertible():
-    for sd in (10.0, 1e4):
-        f = shaken(PeriodicConv((2, 4, 4), bias=False), sd)
-        a = matrix(f) / f.raw()[:2].asinh().exp().repeat_interleave(16)[:, None]
-        assert (2 * a.diagonal().abs() > a.abs().sum(1)).all()
-
-
 def test_autocast_leaves_the_precision_alone():
     f = PLU(4)
     z = torch.randn(5, 4)
@@ -347,9 +286,6 @@ def test_autocast_leaves_the_precision_alone():
         (lambda: PLU(3, torch.tensor([1, 0])), "order: expected each of 0 to 2 once"),
         (lambda: Householder(1), "event_shape: .* at least 2"),
         (lambda: LowRank(3, 4), "rank: expected 1 to 3, got 4"),
-        (lambda: MaskedConv((2, 4, 4), 4), "kernel_size: .* odd"),
-        (lambda: PeriodicConv((2, 4, 4), -3), "kernel_size: "),
-        (lambda: PeriodicConv(4), "event_shape: .*channels, height, width"),
         (lambda: Diagonal(0), "event_shape: "),
         (lambda: Diagonal(None), "event_shape: "),
         (lambda: Diagonal(3, start=torch.zeros(4)), r"start: .* shape \(3,\), got tensor"),
@@ -416,11 +352,6 @@ def test_an_order_of_another_kind_is_refused(order):
 INTEGERS = {
     "reflections": (partial(Householder, 5), partial(QR, 5), partial(SVD, 5)),
     "rank": (partial(LowRank, 5),),
-    "kernel_size": (
-        partial(MaskedConv, (16, 3, 3)),
-        partial(EmergingConv, (16, 3, 3)),
-        partial(PeriodicConv, (16, 3, 3)),
-    ),
     "event_shape": (Diagonal, Triangular, Householder, Cayley, Full, LowRank),
     "context_dim": (partial(Diagonal, 5), partial(Householder, 5)),
 }
@@ -446,15 +377,12 @@ FLAGS = {
     "bias": Diagonal,
     "upper": Triangular,
     "orthogonal": MatrixExponential,
-    "reverse": partial(MaskedConv, (2, 3, 3)),
 }
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_is_true_or_false(name):
-    """`Triangular(3, 2)` means two context features, and would say upper."""
-    make = FLAGS[name]
-    make = make if isinstance(make, partial) else partial(make, 3)
+    make = partial(FLAGS[name], 3)
     for bad in ("no", 2, 0, None, torch.zeros(3)):
         with pytest.raises(
             ValueError, match=f"^{name}: expected True or False"

@@ -81,10 +81,11 @@ def test_the_wheel_is_small_and_complete(wheel):
     assert len(data) == len(list((ROOT / "flowcourse/files").iterdir()))
     assert sum(names[name] for name in data) < 5e6
     assert all(
-        f"flowcourse/{path.name}" in names
-        for path in (ROOT / "flowcourse").glob("*.py")
+        path.relative_to(ROOT).as_posix() in names
+        for path in (ROOT / "flowcourse").rglob("*.py")
     )
     assert any(name.endswith("LICENSE") for name in names)
+    assert "flowcourse/py.typed" in names
     assert not any(
         name.startswith(("tests/", "nbs/", "tools/")) for name in names
     )

@@ -11,6 +11,7 @@ import sys
 import threading
 import tomllib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -535,14 +536,60 @@ def test_the_top_bar_marks_the_open_page_alone(visit):
     }
 
 
-def test_the_reference_has_a_heading_for_each_module(site):
+def test_the_reference_names_every_public_name(site):
+    """What `__all__` of a module lists has a heading on the page, or stands among its constants."""
     from flowcourse._modidx import d
 
     page = (site / "nbs/ref-api.html").read_text()
-    headings = re.findall(r"<h2[^>]*>(flowcourse\.\w+)", page)
-    assert sorted(headings) == sorted(
-        n for n, syms in d["syms"].items() if syms
+    page = page[page.index("<main") : page.index("</main>")]
+    sections = re.split(r"<h2[^>]*>(flowcourse(?:\.\w+)+)", page)[1:]
+    found = {}
+    for module, text in zip(sections[::2], sections[1::2]):
+        constants = re.search(r"<p>Constants: (.*?)</p>", text)
+        found[module] = re.findall(r"<h3[^>]*>(\w+)", text)
+        if constants:
+            found[module] += re.findall(r"<code>(\w+)", constants[1])
+    wanted = {
+        module: sorted(import_module(module).__all__) for module in d["syms"]
+    }
+    assert {m: sorted(names) for m, names in found.items()} == {
+        m: names for m, names in wanted.items() if names
+    }
+
+
+def test_exported_sources_are_folded_below_what_they_define(site):
+    """No page opens a source by itself, and a class comes before its code."""
+    for path in site.glob("nbs/*.html"):
+        assert "<details open" not in path.read_text(), path.name
+    page = (site / "nbs/06-coupling.html").read_text()
+    source = page.index("<summary>Source: Coupling</summary>")
+    assert page.index('id="coupling"') < source
+    heading = r'<h4[^>]*id="coupling"'
+    assert re.search(heading, page), "an API name is a heading of level 4"
+    outline = re.search(r'<nav[^>]*id="TOC".*?</nav>', page, re.DOTALL)[0]
+    assert "#what-breaks" in outline and '#coupling"' not in outline
+
+
+def test_a_plain_quarto_render_folds_them_too():
+    """Quarto's filter gives the notebook that our own build makes pages of."""
+    run = subprocess.run(
+        [sys.executable, "../tools/nbfilter"],
+        cwd=ROOT / "nbs",
+        input=(ROOT / "nbs/06-coupling.ipynb").read_text(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    cells = json.loads(run.stdout)["cells"]
+    sources = ["".join(cell.get("source") or "") for cell in cells]
+    folded = [s for s in sources if '#| code-summary: "Source: ' in s]
+    assert folded and all("#| code-fold: true" in s for s in folded)
+    assert not any("code-fold: show" in s for s in sources)
+    outputs = [o for cell in cells for o in cell.get("outputs", [])]
+    texts = [
+        "".join(o.get("data", {}).get("text/markdown", "")) for o in outputs
+    ]
+    assert any("\n#### Coupling\n" in text for text in texts)
 
 
 def test_links_and_citations(site):
@@ -568,9 +615,8 @@ def test_search_finds_a_lesson_and_a_definition_first(browser, address):
             arg=name,
             timeout=5000,
         )
-        assert (
-            f"ref-api.html#{name.lower()}"
-            in results.first.get_attribute("href")
+        assert f"ref-api.html#{name.lower()}" in results.first.get_attribute(
+            "href"
         )
     page.fill("#quarto-search input", "change of variables")
     page.locator(

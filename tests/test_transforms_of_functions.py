@@ -74,7 +74,7 @@ def test_forward_mode_agrees_with_reverse_mode(name, way):
 
 
 QUICK = {  # maps whose gradients are written out, and so know no forward mode
-    "planar": lambda: Planar(3, 5, 2, block=2),
+    "planar": lambda: Planar(3, 5, context_dim=2, block=2),
     "spline": lambda: Coupling(
         half(3), RationalQuadraticSplineMap(4), context_dim=2
     ),

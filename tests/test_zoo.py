@@ -14,7 +14,7 @@ from torch.distributions import biject_to, constraints
 
 import flowcourse
 from flowcourse.core import COSTS
-from flowcourse.elementwise import elementwise_maps
+from flowcourse.scalar_maps import elementwise_maps
 from flowcourse.testing import check_bijection
 from flowcourse.zoo import Row, Rows, rows
 

@@ -109,8 +109,8 @@ def localise(
 ):  # The HTML, which needs no network and leads to other pages by relative links
     """Make links to our own pages relative, and drop what is loaded from elsewhere.
 
-    nbdev gives every name an address in its lesson. The lesson shows classes and functions; a
-    method is in the reference, and a private name nowhere, so that it is not a link.
+    nbdev gives every name an address on its page. The page shows classes and functions; a method is
+    in the reference, and what is no public name may be nowhere, so that it is not a link.
     """
 
     def relative(m):
@@ -120,7 +120,7 @@ def localise(
         if anchor and anchor not in anchors.get(target, ()):
             if anchor in anchors.get(REFERENCE, ()):
                 target = REFERENCE
-            elif re.search(r"(^|\.)_", anchor):
+            elif inside.startswith("<code"):
                 return inside
         href = os.path.relpath(target, Path(page).parent).replace(os.sep, "/")
         tag = f'{before}href="{href}{"#" + anchor if anchor else ""}"{after}'

@@ -9,17 +9,19 @@ from torch.testing import assert_close
 
 from flowcourse.core import Flow
 from flowcourse.coupling import Coupling, half
-from flowcourse.elementwise import Elementwise, InverseMap, monotone_root
+from flowcourse.elementwise import Elementwise, InverseMap
 from flowcourse.monotone import (
-    BernsteinMap,
-    DeepSigmoidalMap,
     LogisticMixtureMap,
     MonotoneMap,
     MonotoneNetworkMap,
+    evenly_spaced,
+)
+from flowcourse.monotone_maps import (
+    BernsteinMap,
+    DeepSigmoidalMap,
     NonlinearSquaredMap,
     SumOfSquaresMap,
     monotone_maps,
-    spread,
 )
 from flowcourse.testing import check_bijection, total_mass
 from flowcourse.training import MaximumLikelihood, fit
@@ -248,40 +250,6 @@ def test_second_derivatives_of_the_root_are_the_implicit_ones(name):
     assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_two_newton_steps_are_needed_for_second_derivatives():
-    """t^3 + t = raw: t'' = -6 t t'^2 / (3 t^2 + 1) with t' = 1 / (3 t^2 + 1)."""
-    level = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    t = monotone_root(
-        lambda t: t**3 + t - level,
-        lambda t: (3 * t**2 + 1).log(),
-        torch.tensor(-9.0, dtype=torch.float64),
-        torch.tensor(9.0, dtype=torch.float64),
-    )
-    (first,) = torch.autograd.grad(t, level, create_graph=True)
-    (second,) = torch.autograd.grad(first, level)
-    slope = 3 * t.detach() ** 2 + 1
-    assert_close(first.detach(), 1 / slope)
-    assert_close(second, -6 * t.detach() / slope**3, rtol=1e-9, atol=1e-9)
-
-
-def test_newton_stays_where_halving_left_it():
-    """A staircase so flat between its steps that a Newton step from rounding would leave the map."""
-    t = monotone_root(
-        lambda t: (40 * t).tanh() + 1e-12 * t - 1e-6,
-        lambda t: torch.full_like(t, -60.0),  # a slope that is far too small
-        torch.tensor(-5.0),
-        torch.tensor(5.0),
-    )
-    assert abs(t) < 1e-5
-
-
-def test_a_root_on_an_end_of_the_bracket():
-    low = torch.tensor([1.0, 1.0], dtype=torch.float64)
-    x = torch.tensor([1.0, 4.0], dtype=torch.float64)
-    t = monotone_root(lambda t: t - x, torch.zeros_like, low, low + 3)
-    assert_close(t, x, rtol=1e-14, atol=0)
-
-
 # Far out, and onto the line
 
 
@@ -385,9 +353,9 @@ def test_a_map_bends_up_to_its_bound(kind, bound):
 
 
 def test_parts_start_where_they_were_told():
-    assert spread(3, 2.0) == [-2.0, 0.0, 2.0]
+    assert evenly_spaced(3, 2.0) == [-2.0, 0.0, 2.0]
     for kind in (LogisticMixtureMap, DeepSigmoidalMap):
-        scalar_map = kind(3, apart=2.0)
+        scalar_map = kind(3, spread=2.0)
         shape = read(scalar_map, raw(scalar_map, 0.0))
         places = shape[1] if kind is LogisticMixtureMap else shape[0][1]
         assert_close(places.flatten().tolist(), [-2.0, 0.0, 2.0])
@@ -510,20 +478,6 @@ def test_costs_and_reprs(name):
     assert scalar_map.reference and isinstance(scalar_map, MonotoneMap)
 
 
-def test_a_map_that_knows_no_cost_costs_one_pass():
-    class Plain:
-        n_params = 1
-        domain = codomain = Elementwise(1, NonlinearSquaredMap()).maps[0].domain
-
-        def forward(self, z, theta):
-            return z + theta[..., 0], torch.zeros_like(z)
-
-        def inverse(self, x, theta):
-            return x - theta[..., 0], torch.zeros_like(x)
-
-    assert Elementwise(2, Plain()).inverse_cost == "one pass"
-
-
 @pytest.mark.parametrize(
     ("make", "argument"),
     [
@@ -541,9 +495,9 @@ def test_a_map_that_knows_no_cost_costs_one_pass():
         (lambda: MonotoneNetworkMap(bound=math.inf), "bound"),
         (lambda: SumOfSquaresMap(None), "degree"),
         (lambda: SumOfSquaresMap(bound=None), "bound"),
-        (lambda: DeepSigmoidalMap(apart=math.nan), "apart"),
+        (lambda: DeepSigmoidalMap(spread=math.nan), "spread"),
         (lambda: DeepSigmoidalMap("5"), "units"),
-        (lambda: LogisticMixtureMap(apart="far"), "apart"),
+        (lambda: LogisticMixtureMap(spread="far"), "spread"),
         (lambda: LogisticMixtureMap(8.0), "components"),
     ],
 )
@@ -554,9 +508,9 @@ def test_wrong_arguments_are_named(make, argument):
 
 def test_settings_may_be_numbers_of_numpy():
     for kind, options in (
-        (LogisticMixtureMap, {"components": 3, "apart": 2}),
+        (LogisticMixtureMap, {"components": 3, "spread": 2}),
         (SumOfSquaresMap, {"degree": 2, "bound": 2}),
-        (DeepSigmoidalMap, {"units": 3, "layers": 2, "apart": 1}),
+        (DeepSigmoidalMap, {"units": 3, "layers": 2, "spread": 1}),
         (MonotoneNetworkMap, {"units": 3, "bound": 2}),
         (BernsteinMap, {"degree": 4, "bound": 2}),
     ):
@@ -647,7 +601,7 @@ def test_equal_components_never_separate_and_ours_do(kind):
             shape[1] if kind is LogisticMixtureMap else shape[0][1]
         ).flatten()
 
-    equal, ours = kind(apart=0.0), kind()
+    equal, ours = kind(spread=0.0), kind()
     # its rows have favourites; take them away as well
     if kind is DeepSigmoidalMap:
         equal._rows = lambda raw, n: (
@@ -663,7 +617,7 @@ def test_equal_components_never_separate_and_ours_do(kind):
 
 def test_a_second_polynomial_at_zero_never_wakes_and_ours_does():
     class Asleep(SumOfSquaresMap):
-        awake = 0.0
+        start_slope = 0.0
 
     theta_asleep, _ = trained(Asleep())
     theta, _ = trained(SumOfSquaresMap())
