@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +85,43 @@ def as_sample_shape(
     """Read a sample or batch shape, and refuse anything that is not made of sizes."""
     sizes = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(as_int(size, name) for size in sizes)
+
+# %% ../nbs/lib-arguments.ipynb #54aa9945
+def as_sizes(
+    value: int | tuple[int, ...],  # One size, several, or none
+    name: str,  # The argument's name, for the error
+) -> tuple[int, ...]:  # The same as a tuple
+    """Read a shape that may be empty."""
+    empty = isinstance(value, (tuple, list)) and not value
+    return () if empty else as_shape(value, name)
+
+
+def as_bool(
+    value: bool,  # A truth value of Python or numpy
+    name: str,  # The argument's name, for the error
+) -> bool:  # The same as Python's
+    """Read a truth value, and refuse anything else."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def as_permutation(
+    order,  # A list, an array or a tensor of whole numbers of any format
+    size: int,  # How many there are
+    name: str = "order",  # The argument's name, for the error
+) -> list[int]:  # The same as a list
+    """Read each of 0 to `size - 1` once, and refuse anything else."""
+    try:
+        listed = getattr(order, "tolist", lambda: list(order))()
+        numbers = [as_int(i, name, 0) for i in listed]
+    except (TypeError, ValueError, NotImplementedError):
+        listed, numbers = order, []
+    if sorted(numbers) != [*range(size)]:
+        raise ValueError(
+            f"{name}: expected each of 0 to {size - 1} once, got {listed!r}"
+        )
+    return numbers
 
 # %% ../nbs/lib-arguments.ipynb #c9943b9b
 def as_finite(
@@ -173,6 +211,52 @@ def require_function(
     """Raise a `ValueError` unless `value` can be called, and is not a class to make an instance of."""
     if not callable(value) or isinstance(value, type):
         raise ValueError(f"{name}: expected a function, got {value!r}")
+
+# %% ../nbs/lib-arguments.ipynb #ce0b0393
+def require_scalar_map(
+    value,  # What came
+    name: str,  # The argument's name, for the error
+):
+    """Raise a `ValueError` unless `value` is a scalar map, and no class of one."""
+    parts = ("n_params", "forward", "inverse")
+    if isinstance(value, type):
+        came = f"the class {value.__name__}; call it to make one"
+    elif not all(hasattr(value, part) for part in parts):
+        came = type(value).__name__
+    else:
+        return
+    raise ValueError(f"{name}: expected a scalar map, got {came}")
+
+
+def call_maker(
+    maker,  # A class or a function
+    name: str,  # The argument's name, for the error
+    what: str,  # What it should make, for the error
+    *sizes,  # What it makes it of
+):
+    """Call what makes something; raise a `ValueError` if it cannot be called so."""
+    expected = f"{name}: expected what makes {what}, got {maker!r}"
+    # a module can be called, too
+    if not callable(maker) or isinstance(maker, nn.Module):
+        raise ValueError(expected)
+    try:
+        return maker(*sizes)
+    except TypeError as error:
+        raise ValueError(f"{expected}, which says: {error}") from error
+
+
+def make_module(
+    maker,  # A class or a function that makes a module
+    name: str,  # The argument's name, for the error
+    *sizes: int,  # What it makes it of
+) -> nn.Module:  # What it made
+    """Make a module; raise a `ValueError` if something else comes of it."""
+    module = call_maker(maker, name, "a module", *sizes)
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"{name}: expected what makes a module, got {maker!r}, which makes {module!r}"
+        )
+    return module
 
 # %% ../nbs/lib-arguments.ipynb #e2505ac2
 class Table(dict):

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .arguments import as_float, as_int, as_shape
-from .core import Bijection, Compose, Inverse
-from flowcourse.elementwise import (
-    AffineMap,
-    InverseMap,
-    build,
-    check_scalar_map,
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    as_permutation,
+    as_shape,
+    make_module,
+    require_scalar_map,
 )
+from .core import Bijection, Compose, Inverse
+from .elementwise import AffineMap, InverseMap
 from .kernels_sequential import fixed_point, incremental
-from .linear import read_order
 
 # %% ../nbs/09-masked-flows.ipynb #0be82bb1
 def _read_degrees(degrees, dim):
@@ -118,7 +119,7 @@ class MADE(nn.Module):
                 for width in as_shape(hidden, "hidden")
             ]
         degrees = _read_degrees(degrees, dim)
-        order = read_order(range(dim) if order is None else order, dim)
+        order = as_permutation(range(dim) if order is None else order, dim)
         self._count(order, degrees)
         self.register_buffer("order", torch.tensor(order))
         place = self.order.argsort()  # of each coordinate
@@ -138,7 +139,7 @@ class MADE(nn.Module):
         self.from_context = (
             nn.Linear(context_dim, width, bias=False) if context_dim else None
         )
-        self.activation = build(activation, "activation")
+        self.activation = make_module(activation, "activation")
 
     def _count(self, order, degrees):
         "The order, and how many units of each layer have each degree, as plain numbers."
@@ -193,7 +194,7 @@ class Autoregressive(Bijection):
         **network,  # hidden, order, degrees and activation of the MADE
     ):
         super().__init__(as_int(dim, "dim", 1), context_dim)
-        check_scalar_map(scalar_map, "scalar_map")
+        require_scalar_map(scalar_map, "scalar_map")
         if not scalar_map.n_params:
             raise ValueError(
                 f"scalar_map: expected one with parameters, got {scalar_map}"
@@ -275,7 +276,9 @@ def read_orders(
         given = []
     if not given:
         raise ValueError(f"orders: expected at least one, got {orders!r}")
-    given = [read_order(o, dim, f"orders[{i}]") for i, o in enumerate(given)]
+    given = [
+        as_permutation(o, dim, f"orders[{i}]") for i, o in enumerate(given)
+    ]
     return list(islice(cycle(given), layers))
 
 # %% ../nbs/09-masked-flows.ipynb #48275778

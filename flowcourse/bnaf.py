@@ -11,11 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .arguments import as_float, as_int, as_shape
+from .arguments import as_float, as_int, as_permutation, as_shape
 from .autoregressive import read_orders
 from .core import Bijection, Compose
 from .elementwise import Conditional
-from .linear import read_order
 from .numerics import bounded, full_precision, monotone_root
 
 # %% ../nbs/lib-bnaf.ipynb #819fcd7a
@@ -130,7 +129,7 @@ class BlockAutoregressive(Bijection):
     ):
         dim, bend = as_int(dim, "dim", 1), _read_bend(bend)
         super().__init__(dim, context_dim)
-        order = read_order(range(dim) if order is None else order, dim)
+        order = as_permutation(range(dim) if order is None else order, dim)
         self.register_buffer("order", torch.tensor(order))
         self.register_buffer("place", self.order.argsort())
         hidden = as_shape(hidden, "hidden")

@@ -27,7 +27,7 @@ from .experiments import Config
 from .records import save_json
 from .runs import is_main, record, recorded, test, train
 from .studies import load_study, run_study
-from .training import TrainingDiverged
+from .trainer import TrainingDiverged
 
 # %% ../nbs/lib-cli.ipynb #e9b3f5b1
 C = TypeVar("C", bound=Config)

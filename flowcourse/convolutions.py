@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowcourse.arguments import as_int, as_shape
+from flowcourse.arguments import as_bool, as_int, as_shape
 from flowcourse.core import Compose
 from flowcourse.linear import (
     Linear,
-    as_flag,
     plus_identity,
     scale_rows,
     solve_unit,
@@ -81,7 +80,7 @@ class MaskedConv(Linear):
             start=torch.zeros(sum(sizes)),
         )
         self.reverse, self.reach, self.offsets, self.sizes = (
-            as_flag(reverse, "reverse"),
+            as_bool(reverse, "reverse"),
             reach,
             offsets,
             sizes,

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .arguments import as_float, as_int, as_shape
-from .core import Bijection, Compose
-from flowcourse.elementwise import (
-    AdditiveMap,
-    AffineMap,
-    build,
-    check_scalar_map,
-    made,
-    mlp,
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    as_shape,
+    call_maker,
+    make_module,
+    require_scalar_map,
 )
+from .core import Bijection, Compose
+from .elementwise import AdditiveMap, AffineMap, mlp
 from .linear import Diagonal
 
 # %% ../nbs/06-coupling.ipynb #1aaacd56
@@ -128,8 +128,8 @@ def residual(
     width, *_ = as_shape(hidden, "hidden")
     dropout = as_float(dropout, "dropout", 0, 1)
     drop = [nn.Dropout(dropout)] if dropout else []
-    bend = partial(build, activation, "activation")
-    layer = partial(build, layer, "layer")
+    bend = partial(make_module, activation, "activation")
+    layer = partial(make_module, layer, "layer")
     blocks = [
         Skip(bend(), layer(width, inner), bend(), *drop, layer(inner, width))
         for inner in as_shape(hidden, "hidden")
@@ -171,7 +171,7 @@ def convnet(
     layers = []
     for a, b in zip(widths, widths[1:]):
         drop = [nn.Dropout(dropout)] if dropout else []
-        bend = build(activation, "activation")
+        bend = make_module(activation, "activation")
         layers += [convolution(a, b, kernel), bend, *drop]
     return nn.Sequential(
         *layers, _start_at_zero(convolution(widths[-1], n_out, kernel))
@@ -223,7 +223,7 @@ _PARTITIONS = {1: alternating, 3: checkerboard}
 
 def _check_scalar_map(scalar_map):
     "Refuse what a coupling cannot use."
-    check_scalar_map(scalar_map, "scalar_map")
+    require_scalar_map(scalar_map, "scalar_map")
     if not scalar_map.n_params:
         raise ValueError(
             f"scalar_map: expected one with parameters, got {scalar_map}"
@@ -267,7 +267,7 @@ class Coupling(Bijection):
             (self.n_kept, self.n_moved) if self.by_line else [len(mask)] * 2
         )
         self.n_made = self.n_out * scalar_map.n_params
-        self.conditioner = build(
+        self.conditioner = make_module(
             conditioner, "conditioner", n_in + self.context_dim, self.n_made
         )
 
@@ -435,7 +435,9 @@ class Couplings(Compose):
             if i % 2:
                 masks.append(~masks[-1])
                 continue
-            masks.append(_as_mask(made(partition, "partition", "a mask", size)))
+            masks.append(
+                _as_mask(call_maker(partition, "partition", "a mask", size))
+            )
             if masks[-1].shape != shape:
                 raise ValueError(
                     f"partition: expected masks of shape {shape}, "
@@ -512,4 +514,6 @@ class NICE(Compose):
     ):
         options = hidden, context_dim, partition, conditioner, dropout
         couplings = Couplings(dim, AdditiveMap(), layers, *options)
-        super().__init__(Diagonal(dim, context_dim=context_dim, bias=False), couplings)
+        super().__init__(
+            Diagonal(dim, context_dim=context_dim, bias=False), couplings
+        )

@@ -22,7 +22,7 @@ from flowcourse.arguments import (
 )
 from .core import Bijection, Compose, Flow, StandardNormal
 from .elementwise import AffineMap, Elementwise
-from .training import Annealing, Objective
+from .objectives import Annealing, Objective
 
 # %% ../nbs/15-dlgm.ipynb #6769ef6b
 class Maxout(nn.Module):
@@ -86,7 +86,7 @@ class DLGM(nn.Module):
             )
         self.encoder = Maxout(pixels, features, window)
         gaussian = Elementwise(
-            latent_dim, AffineMap(bound=None), features, hidden=()
+            latent_dim, AffineMap(bound=None), context_dim=features, hidden=()
         )
         self.posterior = Flow(
             gaussian if transform is None else Compose(gaussian, transform)

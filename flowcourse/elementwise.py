@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .arguments import as_float, as_int, as_shape
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    as_shape,
+    as_sizes,
+    make_module,
+    require_scalar_map,
+)
 from .core import COSTS, Bijection
 from .numerics import bounded, interior, softplus_inverse
 
@@ -60,61 +67,6 @@ class ScalarMap:
         )
         return f"{type(self).__name__}({', '.join(settings)})"
 
-# %% ../nbs/03-elementwise.ipynb #f3893742
-def check_scalar_map(
-    value,  # What came
-    name: str,  # The argument's name, for the error
-):
-    """Refuse what is no scalar map, a class where an instance is meant among it."""
-    parts = ("n_params", "forward", "inverse")
-    if isinstance(value, type):
-        came = f"the class {value.__name__}; call it to make one"
-    elif not all(hasattr(value, part) for part in parts):
-        came = type(value).__name__
-    else:
-        return
-    raise ValueError(f"{name}: expected a scalar map, got {came}")
-
-
-def as_sizes(
-    value: int | tuple[int, ...],  # One size, several, or none
-    name: str,  # The argument's name, for the error
-) -> tuple[int, ...]:  # The same as a tuple
-    """Read a shape that may be empty."""
-    empty = isinstance(value, (tuple, list)) and not value
-    return () if empty else as_shape(value, name)
-
-
-def made(
-    maker,  # A class or a function
-    name: str,  # The argument's name, for the error
-    what: str,  # What it should make, for the error
-    *sizes,  # What it makes it of
-):
-    """Call what makes something; raise a `ValueError` if it cannot be called so."""
-    expected = f"{name}: expected what makes {what}, got {maker!r}"
-    # a module can be called, too
-    if not callable(maker) or isinstance(maker, nn.Module):
-        raise ValueError(expected)
-    try:
-        return maker(*sizes)
-    except TypeError as error:
-        raise ValueError(f"{expected}, which says: {error}") from error
-
-
-def build(
-    maker,  # A class or a function that makes a module
-    name: str,  # The argument's name, for the error
-    *sizes: int,  # What it makes it of
-) -> nn.Module:  # What it made
-    """Make a module; raise a `ValueError` if something else comes of it."""
-    module = made(maker, name, "a module", *sizes)
-    if not isinstance(module, nn.Module):
-        raise ValueError(
-            f"{name}: expected what makes a module, got {maker!r}, which makes {module!r}"
-        )
-    return module
-
 # %% ../nbs/03-elementwise.ipynb #d6c29b31
 class InverseMap(ScalarMap):
     """A scalar map with its two directions exchanged."""
@@ -123,7 +75,7 @@ class InverseMap(ScalarMap):
         self,
         scalar_map: ScalarMap,  # The map to turn round
     ):
-        check_scalar_map(scalar_map, "scalar_map")
+        require_scalar_map(scalar_map, "scalar_map")
         self.scalar_map = scalar_map
         self.n_params = scalar_map.n_params
         self.reference = scalar_map.reference
@@ -358,7 +310,7 @@ def mlp(
     dropout = as_float(dropout, "dropout", 0, 1)
     layers = []
     for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b), build(activation, "activation")] + (
+        layers += [nn.Linear(a, b), make_module(activation, "activation")] + (
             [nn.Dropout(dropout)] if dropout else []
         )
     last = nn.Linear(widths[-1], as_int(n_out, "n_out", 1))
@@ -435,6 +387,7 @@ class Elementwise(Bijection):
         event_shape: int | tuple[int, ...],  # Shape of one point
         # One for all, or `{(start, stop): map}` along the last axis
         maps: ScalarMap | Mapping,
+        *,
         # Number of context features; 0 for free parameters
         context_dim: int = 0,
         # Widths of the hidden layers, with a context
@@ -444,7 +397,7 @@ class Elementwise(Bijection):
         *rest, dim = self.event_shape
         maps = maps if isinstance(maps, Mapping) else {(0, dim): maps}
         for m in maps.values():
-            check_scalar_map(m, "maps")
+            require_scalar_map(m, "maps")
         self.lengths, self.maps = _fill(maps, dim)
         if context_dim and not any(m.n_params for m in self.maps):
             raise ValueError(
@@ -460,14 +413,14 @@ class Elementwise(Bijection):
     @property
     def forward_cost(self) -> str:
         """The cost of the most expensive scalar map."""
-        return self._dearest("forward_cost")
+        return self._most_costly("forward_cost")
 
     @property
     def inverse_cost(self) -> str:
         """The cost of the scalar map that is most expensive to invert."""
-        return self._dearest("inverse_cost")
+        return self._most_costly("inverse_cost")
 
-    def _dearest(self, name):
+    def _most_costly(self, name):
         return max(
             (getattr(m, name, "one pass") for m in self.maps), key=COSTS.index
         )
@@ -543,14 +496,16 @@ def _fill(maps, dim):
 # %% ../nbs/03-elementwise.ipynb #8c5e2a02
 def PReLU(
     event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
     context_dim: int = 0,  # Number of context features, which decide the slopes
 ) -> Elementwise:  # One slope for each coordinate
     """Leaky rectifiers with learned slopes, which start at 1."""
-    return Elementwise(event_shape, PReLUMap(), context_dim)
+    return Elementwise(event_shape, PReLUMap(), context_dim=context_dim)
 
 
 def LeakyReLU(
     event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
     slope: float = 0.1,  # Of the left half, above 0
 ) -> Elementwise:  # Without parameters
     """Leaky rectifiers with a fixed slope."""
@@ -559,6 +514,7 @@ def LeakyReLU(
 
 def Sigmoid(
     event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
     temperature: float = 1.0,  # Width of the rise, above 0
 ) -> Elementwise:  # Onto the unit cube
     """The logistic function of each coordinate."""
@@ -567,6 +523,7 @@ def Sigmoid(
 
 def Logit(
     event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
     temperature: float = 1.0,  # Of the sigmoid that it undoes, above 0
 ) -> Elementwise:  # From the unit cube
     """The log-odds of each coordinate."""
@@ -584,6 +541,7 @@ class BatchNorm(Bijection):
         self,
         # Shape of one point; statistics are per first axis
         event_shape: int | tuple[int, ...],
+        *,
         # Number of context features, which decide the scale and shift
         context_dim: int = 0,
         # Weight of each batch but the first in the running statistics
@@ -651,6 +609,7 @@ class ActNorm(BatchNorm):
         self,
         # Shape of one point; statistics are per first axis
         event_shape: int | tuple[int, ...],
+        *,
         # Number of context features, which decide the scale and shift
         context_dim: int = 0,
         eps: float = 1e-5,  # Added to the variance, above 0
@@ -658,7 +617,11 @@ class ActNorm(BatchNorm):
         hidden: tuple[int, ...] = (32,),
     ):
         super().__init__(
-            event_shape, context_dim, momentum=0.0, eps=eps, hidden=hidden
+            event_shape,
+            context_dim=context_dim,
+            momentum=0.0,
+            eps=eps,
+            hidden=hidden,
         )
 
     def _statistics(self, x):

@@ -9,43 +9,14 @@ __all__ = ['Linear', 'Permutation', 'Diagonal', 'Triangular', 'Orthogonal', 'Hou
 # %% ../nbs/04-linear.ipynb #0c312673
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .arguments import as_int, as_shape
+from .arguments import as_bool, as_int, as_permutation, as_shape
 from .core import Bijection
 from .elementwise import Conditional
 from .numerics import full_precision, matrix_exp
-
-# %% ../nbs/04-linear.ipynb #fc5c185b
-def as_flag(
-    value: bool,  # A truth value of Python or numpy
-    name: str,  # The argument's name, for the error
-) -> bool:  # The same as Python's
-    """Read a truth value, and refuse anything else."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
-    return bool(value)
-
-
-def read_order(
-    order,  # A list, an array or a tensor of whole numbers of any format
-    size: int,  # How many there are
-    name: str = "order",  # The argument's name, for the error
-) -> list[int]:  # The same as a list
-    """Read each of 0 to `size - 1` once, and refuse anything else."""
-    try:
-        listed = getattr(order, "tolist", lambda: list(order))()
-        numbers = [as_int(i, name, 0) for i in listed]
-    except (TypeError, ValueError, NotImplementedError):
-        listed, numbers = order, []
-    if sorted(numbers) != [*range(size)]:
-        raise ValueError(
-            f"{name}: expected each of 0 to {size - 1} once, got {listed!r}"
-        )
-    return numbers
 
 # %% ../nbs/04-linear.ipynb #42cc4fff
 class Linear(Bijection):
@@ -63,7 +34,7 @@ class Linear(Bijection):
     ):
         super().__init__(as_shape(event_shape, "event_shape"), context_dim)
         self.size = self.event_shape[0]
-        count, bias = self._count(self.size), as_flag(bias, "bias")
+        count, bias = self._count(self.size), as_bool(bias, "bias")
         start = torch.zeros(count) if start is None else start
         if (
             not isinstance(start, Tensor)
@@ -145,7 +116,7 @@ class Permutation(Linear):
         bias: bool = False,  # Whether to add `b`
     ):
         super().__init__(event_shape, context_dim=context_dim, bias=bias)
-        order = torch.tensor(read_order(order, self.size))
+        order = torch.tensor(as_permutation(order, self.size))
         self.register_buffer("order", order)
         self.register_buffer("restore", order.argsort())
 
@@ -229,7 +200,7 @@ class Triangular(Linear):
         bias: bool = True,  # Whether to add `b`
     ):
         super().__init__(event_shape, context_dim=context_dim, bias=bias)
-        self.upper = as_flag(upper, "upper")
+        self.upper = as_bool(upper, "upper")
 
     @staticmethod
     def _count(size):
@@ -349,7 +320,7 @@ class MatrixExponential(Linear):
         bias: bool = True,  # Whether to add `b`
     ):
         size = as_shape(event_shape, "event_shape")[0]
-        orthogonal = as_flag(orthogonal, "orthogonal")
+        orthogonal = as_bool(orthogonal, "orthogonal")
         start = torch.zeros(Cayley._count(size) if orthogonal else size**2)
         super().__init__(
             event_shape, context_dim=context_dim, bias=bias, start=start

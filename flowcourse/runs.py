@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 
 import flowcourse
-from .configs import configs
-from .experiments import Config
-from .records import origin, save_bytes, save_json
-from flowcourse.training import (
+from flowcourse.checkpoint import (
     CheckpointError,
-    _check_device,
-    fit,
     load_checkpoint,
     locked,
     save_checkpoint,
 )
+from .configs import configs
+from .experiments import Config
+from .records import origin, save_bytes, save_json
+from .runtime import require_device
+from .trainer import fit
 
 # %% ../nbs/lib-runs.ipynb #d3601e13
 @contextmanager
@@ -157,7 +157,7 @@ def test(
     device: str | None = None,
 ) -> dict[str, float]:  # Results by name
     """Judge the model in a folder on the test rows, and write results and pictures beside it."""
-    device = _check_device(device or best_device(), "no")
+    device = require_device(device or best_device(), "no")
     with run_folder(out):
         state = _model(out)
         was = recorded(state["name"], out).settings()

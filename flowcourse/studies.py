@@ -25,8 +25,9 @@ from torch.func import functional_call, stack_module_state, vmap
 from tqdm.auto import tqdm
 
 from .experiments import Config
+from .objectives import Objective
 from .records import origin, save_bytes, to_json
-from .training import Objective, TrainingDiverged, fit
+from .trainer import TrainingDiverged, fit
 
 # %% ../nbs/lib-studies.ipynb #ed64d85b
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def run_study(
                 told += f" recorded in {out}; the same command goes on"
                 stop.args = (told,)
                 raise
-            except Exception:  # noqa: BLE001  whatever it is, others may go well
+            except Exception:  # whatever it is, others may go well
                 failed += 1
                 told = f"{job} failed:\n{traceback.format_exc()}"
                 bar.write(told, file=sys.stderr)

@@ -14,7 +14,7 @@ from flowcourse.configs_flows import FlowConfig
 from flowcourse.monotone_maps import monotone_maps
 from flowcourse.spline_maps import spline_maps
 from flowcourse.studies import SideBySide
-from flowcourse.training import fit
+from flowcourse.trainer import fit
 from flowcourse.zoo_scalar_maps import scalar_maps
 
 torch.set_num_threads(1)  # what is compared is time on one thread

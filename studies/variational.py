@@ -20,11 +20,12 @@ from flowcourse.autoregressive import IAF
 from flowcourse.bases import DiagonalGaussian
 from flowcourse.core import Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
+from flowcourse.objectives import Annealing
 from flowcourse.planar import Planar, Radial, Sylvester
 from flowcourse.plots import grid_points
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.studies import SideBySide
-from flowcourse.training import Annealing, fit
+from flowcourse.trainer import fit
 from flowcourse.variational import Ridges, assess, energies
 
 torch.set_num_threads(1)  # what is compared is time on one thread

@@ -26,10 +26,11 @@ from flowcourse.elementwise import (
     SigmoidMap,
     mlp,
 )
+from flowcourse.objectives import MaximumLikelihood
 from flowcourse.scalar_maps import ExpMap, PowerMap, TanhMap
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection, total_mass
-from flowcourse.training import MaximumLikelihood, fit
+from flowcourse.trainer import fit
 
 normalisers = pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 
@@ -38,7 +39,10 @@ normalisers = pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 def test_sigmoid_and_logit_are_exact_in_the_tails_at_any_temperature(
     temperature,
 ):
-    sigmoid, logit = Sigmoid(1, temperature), Logit(1, temperature)
+    sigmoid, logit = (
+        Sigmoid(1, temperature=temperature),
+        Logit(1, temperature=temperature),
+    )
     z = torch.tensor([-100.0, -30.0, -1.0, 0.0, 1.0, 30.0, 100.0])[:, None]
     _, ladj = sigmoid(z)
     assert_close(ladj.double(), sigmoid(z.double())[1], rtol=1e-6, atol=1e-6)
@@ -250,10 +254,12 @@ def test_slopes_that_a_format_can_hold_are_what_they_were():
 
 def test_named_constructors():
     z = torch.tensor([[-2.0, 3.0]])
-    assert_close(LeakyReLU(2, 0.1)(z)[0], torch.tensor([[-0.2, 3.0]]))
-    assert_close(LeakyReLU(2, 0.1)(z)[1], torch.tensor([math.log(0.1)]))
-    assert_close(Sigmoid(2, 2.0)(z)[0], (z / 2).sigmoid())
-    assert_close(Logit(2, 2.0)(Sigmoid(2, 2.0)(z)[0])[0], z)
+    assert_close(LeakyReLU(2, slope=0.1)(z)[0], torch.tensor([[-0.2, 3.0]]))
+    assert_close(LeakyReLU(2, slope=0.1)(z)[1], torch.tensor([math.log(0.1)]))
+    assert_close(Sigmoid(2, temperature=2.0)(z)[0], (z / 2).sigmoid())
+    assert_close(
+        Logit(2, temperature=2.0)(Sigmoid(2, temperature=2.0)(z)[0])[0], z
+    )
     f = PReLU(2, context_dim=3)
     assert_close(f(z, torch.randn(1, 3))[0], z)
     assert [p.requires_grad for p in PReLU(2).parameters()] == [True]
@@ -414,7 +420,10 @@ def test_a_column_that_does_not_vary_is_kept_finite_by_eps(kind):
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_state_is_saved_with_initialised(kind, context_dim):
     context = torch.randn(50, 2) if context_dim else None
-    f, other = kind(3, context_dim), kind(3, context_dim)
+    f, other = (
+        kind(3, context_dim=context_dim),
+        kind(3, context_dim=context_dim),
+    )
     f.inverse(4 + torch.randn(50, 3), context)
     other.load_state_dict(f.state_dict())
     assert other.initialised
@@ -482,7 +491,7 @@ def test_gradients_through_the_statistics_are_those_of_torch():
 
 @normalisers
 def test_widths_and_eps_reach_the_layer(kind):
-    f = kind((2, 3, 3), 4, eps=0.5, hidden=(5, 6))
+    f = kind((2, 3, 3), context_dim=4, eps=0.5, hidden=(5, 6))
     assert [len(p) for p in f.theta.net.parameters()][::2] == [5, 6, 4]
     f.inverse(torch.zeros(7, 2, 3, 3), torch.zeros(7, 4))
     assert_close(f.variance, torch.full((2, 1, 1), 0.5 * 63 / 62))
@@ -490,7 +499,7 @@ def test_widths_and_eps_reach_the_layer(kind):
 
 def test_widths_reach_the_networks_of_elementwise_maps():
     maps = {(0, 1): PReLUMap(), (1, 3): AffineMap()}
-    f = Elementwise(3, maps, 4, hidden=(5,))
+    f = Elementwise(3, maps, context_dim=4, hidden=(5,))
     widths = [[len(p) for p in t.parameters()][::2] for t in f.thetas]
     assert widths == [[5, 1], [5, 4]]
 

@@ -22,7 +22,7 @@ from flowcourse.studies import (
     run_study,
     train_and_judge,
 )
-from flowcourse.training import TrainingDiverged
+from flowcourse.trainer import TrainingDiverged
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["digits", "dlgm", "maps", "variational"]
