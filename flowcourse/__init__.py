@@ -14,4 +14,3 @@ from flowcourse.training import (
     ReverseKL,
     fit,
 )
-from flowcourse.zoo import zoo

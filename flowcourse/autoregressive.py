@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from flowcourse.core import (
-    Bijection,
-    Compose,
-    Inverse,
-    as_float,
-    as_int,
-    as_shape,
-)
+from .arguments import as_float, as_int, as_shape
+from .core import Bijection, Compose, Inverse
 from flowcourse.elementwise import (
     AffineMap,
     InverseMap,

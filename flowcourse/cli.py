@@ -31,7 +31,8 @@ import torch
 import tyro
 
 import flowcourse
-from .configs import Config, configs
+from .configs import configs
+from .experiments import Config
 from flowcourse.training import (
     CheckpointError,
     TrainingDiverged,

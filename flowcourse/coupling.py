@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .core import Bijection, Compose, as_float, as_int, as_shape
+from .arguments import as_float, as_int, as_shape
+from .core import Bijection, Compose
 from flowcourse.elementwise import (
     AdditiveMap,
     AffineMap,

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowcourse.core import (
-    Bijection,
-    Compose,
-    Flow,
-    StandardNormal,
+from flowcourse.arguments import (
     as_int,
-    check_event,
-    check_instance,
     draw,
+    require_event,
+    require_instance,
+    require_numbers,
 )
-from .data import check_numbers
+from .core import Bijection, Compose, Flow, StandardNormal
 from .elementwise import AffineMap, Elementwise
 from .training import Annealing, Objective
 
@@ -47,7 +44,7 @@ class Maxout(nn.Module):
         x: Tensor,  # Shape `(*batch, n_in)`
     ) -> Tensor:  # Shape `(*batch, n_out)`
         """Outputs `k` from the functions `k * window` to `(k + 1) * window - 1`."""
-        check_event("x", x, self, (self.affine.in_features,), 1)
+        require_event(x, "x", self, (self.affine.in_features,), 1)
         return self.affine(x).unflatten(-1, (-1, self.window)).max(-1).values
 
 # %% ../nbs/15-dlgm.ipynb #3ec701da
@@ -78,7 +75,7 @@ class DLGM(nn.Module):
         features = as_int(features, "features", 1)
         if transform is not None:
             wanted = "a bijection or None"
-            check_instance("transform", transform, Bijection, wanted)
+            require_instance(transform, "transform", Bijection, wanted)
         if transform is not None and (
             transform.event_shape not in (None, (latent_dim,))
             or transform.context_dim not in (0, features)
@@ -141,7 +138,7 @@ class DLGM(nn.Module):
         """Draw from the posterior of each image, with its log-density, in one pass."""
         self._check_pixels(x)
         latents = self.prior.event_shape
-        check_numbers(noise, "noise", ("*sample", *latents), meta=True)
+        require_numbers(noise, "noise", ("*sample", *latents), meta=True)
         features = self.encoder(x.to(noise.dtype))
         return self.posterior.rsample_and_log_prob(
             context=features, noise=noise
@@ -154,7 +151,7 @@ class DLGM(nn.Module):
     ) -> Tensor:  # log p(x | z) in nats, shape `(*sample, *batch)`
         """Log-probability of an image's pixels, given its latent."""
         self._check_pixels(x)
-        check_numbers(z, "z", ("*sample", *self.prior.event_shape), meta=True)
+        require_numbers(z, "z", ("*sample", *self.prior.event_shape), meta=True)
         if x.shape[:-1] != z.shape[:-1]:
             try:
                 torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])
@@ -184,7 +181,7 @@ class FreeEnergy(Objective):
         annealing: Annealing | None = None,  # β over the run; None for 1
     ):
         super().__init__()
-        check_instance("model", model, DLGM, "a DLGM")
+        require_instance(model, "model", DLGM, "a DLGM")
         if not (annealing is None or callable(annealing)):
             raise ValueError(
                 f"annealing: expected an Annealing or None, got {annealing!r}"
@@ -266,7 +263,7 @@ def log_mean_weight(
     samples: int,  # Weights to an estimate, a divisor of what there is
 ) -> Tensor:  # Mean estimate of log p(x), shape `(n,)`
     """Estimates of log p(x) from so many weights each, averaged over all groups of them."""
-    check_numbers(log_weights, "log_weights", ("samples", "*n"), meta=True)
+    require_numbers(log_weights, "log_weights", ("samples", "*n"), meta=True)
     if len(log_weights) % (samples := as_int(samples, "samples", 1)):
         raise ValueError(
             f"samples: expected a divisor of {len(log_weights)}, got {samples}"

@@ -14,8 +14,9 @@ from torch.distributions import constraints
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from flowcourse.elementwise import ScalarMap, interior, in_double
+from flowcourse.elementwise import ScalarMap
 from flowcourse.kernels import traced
+from flowcourse.numerics import in_double, interior
 
 # %% ../nbs/lib-kernels-sequential.ipynb #41106c6a
 def _in_dtype(module, dtype):

@@ -16,7 +16,7 @@ from pyro.ops.stats import (
 )
 from torch import Tensor
 
-from flowcourse.data import check_numbers
+from flowcourse.arguments import require_numbers
 from flowcourse.numerics import in_double
 
 # %% ../nbs/lib-metrics.ipynb #diagnostics
@@ -43,7 +43,7 @@ def effective_sample_size(
     states: Tensor,  # Of several chains, shape `(kept, chains, *d)`
 ) -> Tensor:  # Shape `d`; nan for what never moved or is not finite
     """How many independent draws would give the mean as exactly as these do."""
-    check_numbers(states, "states", ("kept", "chains", "*d"))
+    require_numbers(states, "states", ("kept", "chains", "*d"))
     n = len(states)
     if n < 4 or not states.numel():
         got = tuple(states.shape)
@@ -79,7 +79,7 @@ def r_hat(
     states: Tensor,  # Of several chains, shape `(kept, chains, d)`
 ) -> Tensor:  # Shape `(d,)`; 1 if the chains agree, nan if one is not finite
     """Compare chains with each other and with themselves, halves apart, after ranking."""
-    check_numbers(states, "states", ("kept", "chains", "d"))
+    require_numbers(states, "states", ("kept", "chains", "d"))
     if len(states) < 4 or states.shape[1] < 2:
         got = tuple(states.shape)
         raise ValueError(
@@ -97,7 +97,7 @@ def r_hat(
 # %% ../nbs/lib-metrics.ipynb #weights
 def _weights(log_weights):
     "Weights over the largest one: zero if all are; nan if one is nan or infinite."
-    check_numbers(log_weights, "log_weights", ("n",))
+    require_numbers(log_weights, "log_weights", ("n",))
     log_weights = in_double(log_weights)
     least = torch.finfo(log_weights.dtype).min
     return (log_weights - log_weights.max().clamp(min=least)).exp()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import Bijection, as_float, as_int, check_instance
+from .arguments import as_float, as_int, require_instance
+from .core import Bijection
 from .elementwise import Conditional
 from flowcourse.kernels_planar import (
     last_digits,
@@ -194,7 +195,7 @@ class Planar(Bijection):
         dim, layers = as_int(dim, "dim", 1), as_int(layers, "layers", 1)
         super().__init__(dim, context_dim)
         self.layers, self.block = layers, as_int(block, "block", 1)
-        check_instance("unit", unit, Unit, "a Unit such as TanhUnit()")
+        require_instance(unit, "unit", Unit, "a Unit such as TanhUnit()")
         self.unit, self.offset = unit, as_float(offset, "offset")
         # so that w'z is about as large as one entry of z
         w = torch.randn(layers, dim) / dim**0.5
@@ -415,7 +416,7 @@ class Sylvester(Bijection):
                 f"units: Sylvester ({variant}) expects {wanted}, got {units}"
             )
         self.layers, self.units, self.variant = layers, n, variant
-        check_instance("unit", unit, Unit, "a Unit such as TanhUnit()")
+        require_instance(unit, "unit", Unit, "a Unit such as TanhUnit()")
         self.unit, self.offset = unit, as_float(offset, "offset")
         # R and R̃ off its diagonal, diagonal of R̃, b, Q
         self.sizes = [n * n, n, n, frames[variant]]

@@ -12,8 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .core import as_float, as_int
-from .data import check_function, check_log_density
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    require_function,
+    require_log_density,
+)
 
 # %% ../nbs/lib-plots.ipynb #ef4d77b4
 COLORS = {
@@ -147,12 +151,12 @@ def density2d(
     **kwargs,  # Passed on to `Axes.imshow`
 ):  # The `Axes` drawn on; its `images[-1]` feeds a colour bar
     """Draw the density of a log-density on a window of the plane."""
-    check_function(log_prob, "log_prob")
+    require_function(log_prob, "log_prob")
     points = grid_points(low, high, bins, device=device).reshape(-1, 2)
     bins, values = as_int(bins, "bins", 1), []
     for part in points.split(as_int(batch, "batch", 1)):
         values.append(log_prob(part))
-        check_log_density(values[-1], part, "log_prob")
+        require_log_density(values[-1], part, "log_prob")
     density = torch.cat(values).exp().reshape(bins, bins).cpu()
     (left, bottom), (right, top) = _window(low, high)
     ax = _plane(ax)
@@ -177,7 +181,7 @@ def grid2d(
     **kwargs,  # Passed on to `Axes.plot`
 ):  # The `Axes` drawn on
     """Draw how a map moves a square grid; pass `bijection.inverse` for the other direction."""
-    check_function(bijection, "bijection")
+    require_function(bijection, "bijection")
     lines = as_int(lines, "lines", 1)
     (low, _), (high, _) = _window(as_float(low, "low"), as_float(high, "high"))
     along = torch.linspace(low, high, 241, device=device)

@@ -11,8 +11,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .data import Table
-from .elementwise import bounded, monotone_root
+from .arguments import Table
+from .numerics import bounded, monotone_root
 from flowcourse.splines import (
     LinearSplineMap,
     RationalQuadraticSplineMap,

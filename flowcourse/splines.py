@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .core import as_float, as_int
-from .elementwise import ScalarMap, bounded, interior
+from .arguments import as_float, as_int
+from .elementwise import ScalarMap
 from flowcourse.kernels_splines import (
     rational_quadratic,
     rational_quadratic_root,
 )
+from .numerics import bounded, interior
 
 # %% ../nbs/07-splines.ipynb #wrap0707
 def wrap(

@@ -23,7 +23,8 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import identity_transform
 from torch.nn.functional import logsigmoid
 
-from .core import Bijection, as_float, as_int
+from .arguments import as_float, as_int
+from .core import Bijection
 
 # %% ../nbs/lib-testing.ipynb #026ba2f5
 @contextmanager

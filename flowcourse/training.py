@@ -38,8 +38,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .core import Compose, Flow, as_float, as_int
-from .data import check_log_density
+from .arguments import as_float, as_int, require_log_density
+from .core import Compose, Flow
 
 # %% ../nbs/02-training.ipynb #b6c7aff8
 class _Fault(NamedTuple):
@@ -304,7 +304,7 @@ class ReverseKL(Objective):
         """The target's log-density, one number for each draw."""
         log_p = self.log_target(x)
         event_dim = len(self.flow.event_shape)
-        check_log_density(log_p, x, "log_target", event_dim)
+        require_log_density(log_p, x, "log_target", event_dim)
         return log_p
 
     def _fault(self, batch, noise):

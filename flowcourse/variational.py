@@ -15,14 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import Flow, as_float, as_int, check_instance, draw
-from flowcourse.data import (
+from flowcourse.arguments import (
     Table,
-    Toy,
-    check_function,
-    check_log_density,
-    check_numbers,
+    as_float,
+    as_int,
+    draw,
+    require_function,
+    require_instance,
+    require_log_density,
+    require_numbers,
 )
+from .core import Flow
 from flowcourse.metrics import (
     effective_sample_size,
     ess_share,
@@ -30,6 +33,7 @@ from flowcourse.metrics import (
     r_hat,
 )
 from .numerics import in_double, safe_norm
+from .toys import Toy
 
 # %% ../nbs/14-variational.ipynb #wall
 def wall(
@@ -38,7 +42,7 @@ def wall(
     width: float = 0.4,  # Standard deviation of the Gaussian that it is made of
 ) -> Tensor:  # Energy, zero between the walls
     """A smooth wall: half a Gaussian beyond either edge."""
-    check_numbers(z1, "z1", ("*batch",), meta=True)
+    require_numbers(z1, "z1", ("*batch",), meta=True)
     edge = as_float(edge, "edge", 0)
     width = as_float(width, "width", 0, strict=True)
     return 0.5 * ((z1.abs() - edge).relu() / width).square()
@@ -58,7 +62,7 @@ class Energy(Toy):
         z: Tensor,  # Points, shape `(*batch, 2)`
     ) -> Tensor:  # -U, shape `(*batch,)`
         """Weigh points up to the constant: all that a chain or a flow is given."""
-        check_numbers(z, "z", ("*batch", 2), meta=True)
+        require_numbers(z, "z", ("*batch", 2), meta=True)
         return -self._energy(z)
 
     def _log_prob(self, x):
@@ -147,7 +151,7 @@ class Ridges(Energy):
         drop: Callable[[Tensor], Tensor] | None = None,
     ):
         if drop is not None:
-            check_function(drop, "drop")
+            require_function(drop, "drop")
         self.entropy, self.drop = entropy, drop
         self.widths = tuple(
             as_float(width, "widths", 0, strict=True)
@@ -278,8 +282,8 @@ def metropolis_hastings(
     """Let many chains walk at once: random proposals, accepted by the ratio of densities."""
     from tqdm.auto import tqdm
 
-    check_numbers(start, "start", ("chains", "d"))
-    check_function(log_density, "log_density")
+    require_numbers(start, "start", ("chains", "d"))
+    require_function(log_density, "log_density")
     steps, burn_in = as_int(steps, "steps", 1), as_int(burn_in, "burn_in", 0)
     step = as_float(step, "step", 0, strict=True)
     if (thin := as_int(thin, "thin", 1)) > steps:
@@ -292,7 +296,7 @@ def metropolis_hastings(
                 f"burn_in = {burn_in}"
             )
     z, log_p = start, log_density(start)
-    check_log_density(log_p, start, "log_density")
+    require_log_density(log_p, start, "log_density")
     if not log_p.isfinite().all():
         bad = int((~log_p.isfinite()).sum())
         raise ValueError(
@@ -376,20 +380,20 @@ def assess(
     batch: int = 20_000,  # Draws at once
 ) -> Assessment:  # KL and its error, ESS, k-hat and log Z
     """Draw from a flow and compare the two densities there."""
-    check_instance("flow", flow, Flow, "a Flow")
-    check_function(log_prob, "log_prob")
+    require_instance(flow, "flow", Flow, "a Flow")
+    require_function(log_prob, "log_prob")
     n, batch = as_int(n, "n", 25), as_int(batch, "batch", 1)
     if not (context is None or isinstance(context, Tensor)) or (
         flow.context_dim and context is not None
     ):
-        check_numbers(context, "context", (flow.context_dim,))
+        require_numbers(context, "context", (flow.context_dim,))
     parts = []
     for low in range(0, n, batch):
         x, log_q = flow.rsample_and_log_prob(
             min(batch, n - low), context, generator
         )
         log_p = log_prob(x)
-        check_log_density(log_p, x, "log_prob", len(flow.event_shape))
+        require_log_density(log_p, x, "log_prob", len(flow.event_shape))
         parts.append(in_double(log_p - log_q))
     log_w = torch.cat(parts)
     if log_w.is_meta:

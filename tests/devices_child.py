@@ -136,9 +136,9 @@ def trains():
 
 
 def main():
-    from flowcourse.zoo import zoo
+    from flowcourse.zoo import rows
 
-    works = {name: lambda row=row: makes(row) for name, row in zoo.items()}
+    works = {name: lambda row=row: makes(row) for name, row in rows.items()}
     works |= {"fit": trains}
     _setup_privateuseone_for_python_backend(NAME, Module())
     # `torch.tensor` makes its numbers here and sends them, in sight of `Device`

@@ -22,7 +22,8 @@ from flowcourse.bases import (
 )
 from flowcourse.core import Compose, Flow, StandardNormal
 from flowcourse.coupling import RealNVP
-from flowcourse.elementwise import AffineMap, Elementwise, TanhMap
+from flowcourse.elementwise import AffineMap, Elementwise
+from flowcourse.scalar_maps import TanhMap
 from flowcourse.testing import total_mass
 
 inf, nan = math.inf, math.nan

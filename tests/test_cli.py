@@ -16,7 +16,8 @@ import torch
 
 from flowcourse import cli
 from flowcourse.cli import main, save_json
-from flowcourse.configs import FlowConfig, configs
+from flowcourse.configs import configs
+from flowcourse.configs_flows import FlowConfig
 from flowcourse.data import datasets
 from flowcourse.training import (
     History,

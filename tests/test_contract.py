@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributions import constraints
 
-from flowcourse.autoregressive import BlockAutoregressive
+from flowcourse.bnaf import BlockAutoregressive
 from flowcourse.core import Bijection, Compose, Flow, Inverse
 from flowcourse.coupling import RealNVP
 from flowcourse.testing import (

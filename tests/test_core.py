@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.testing import assert_close
 
+from flowcourse import zoo
 from flowcourse.bases import DiagonalGaussian, GaussianMixture, Uniform
 from flowcourse.core import (
     Base,
@@ -24,7 +25,6 @@ from flowcourse.core import (
 )
 from flowcourse.coupling import RealNVP
 from flowcourse.elementwise import AffineMap
-from flowcourse.zoo import zoo
 
 
 class Flatten(Bijection):
@@ -120,7 +120,7 @@ rows = [
         row.make(row.event_shapes[0], 2).context_dim,
         id=name,
     )
-    for name, row in zoo.items()
+    for name, row in zoo.rows.items()
 ]
 
 
@@ -145,7 +145,7 @@ def test_both_directions_compile_without_a_graph_break(
 @pytest.mark.parametrize("name", ["affine-coupling", "realnvp"])
 def test_inductor_compiles_training(name, scramble):
     torch._dynamo.reset()
-    flow = scramble(Flow(zoo[name].make(2)))
+    flow = scramble(Flow(zoo.rows[name].make(2)))
     x = torch.randn(16, 2)
     fast = torch.compile(lambda x: flow.log_prob(x).mean(), fullgraph=True)
     assert_close(fast(x), flow.log_prob(x).mean())

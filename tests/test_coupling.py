@@ -33,14 +33,16 @@ from flowcourse.coupling import (
 from flowcourse.elementwise import (
     AdditiveMap,
     AffineMap,
-    ArcsinhMap,
-    ExpMap,
     InverseMap,
     ScalarMap,
     SigmoidMap,
+    mlp,
+)
+from flowcourse.scalar_maps import (
+    ArcsinhMap,
+    ExpMap,
     SinhArcsinhMap,
     affine_maps,
-    mlp,
 )
 from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.testing import check_bijection

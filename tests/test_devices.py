@@ -12,14 +12,14 @@ from torch.utils import backend_registration
 from flowcourse.core import Flow
 from flowcourse.coupling import RealNVP
 from flowcourse.training import MaximumLikelihood, fit
-from flowcourse.zoo import zoo
+from flowcourse.zoo import rows
 
 CHILD = Path(__file__).with_name("devices_child.py")
 
 
-@pytest.mark.parametrize("name", zoo)
+@pytest.mark.parametrize("name", rows)
 def test_a_row_is_made_where_no_number_can_be_read(name):
-    row = zoo[name]
+    row = rows[name]
     for shape in row.event_shapes:
         for context_dim in (0, 2):
             with torch.device("meta"):
@@ -48,7 +48,7 @@ def test_the_emulated_device_refuses_what_a_device_refuses(failed):
     assert "the device" not in failed, failed["the device"]
 
 
-@pytest.mark.parametrize("name", [*zoo, "fit"])
+@pytest.mark.parametrize("name", [*rows, "fit"])
 def test_it_works_on_an_emulated_default_device(failed, name):
     assert name not in failed, failed[name]
 

@@ -14,7 +14,7 @@ from flowcourse.autoregressive import IAF, MAF, Autoregressive
 from flowcourse.bnaf import BNAF
 from flowcourse.elementwise import AdditiveMap, AffineMap, ScalarMap
 from flowcourse.splines import RationalQuadraticSplineMap
-from flowcourse.zoo import scalar_maps
+from flowcourse.zoo_scalar_maps import scalar_maps
 
 WAYS = ("incremental", "fixed-point", "loop")
 

@@ -8,9 +8,12 @@ import math
 import pytest
 import torch
 
+from flowcourse.bases import DiagonalGaussian
 from flowcourse.cli import main
-from flowcourse.configs import DLGMConfig, FlowConfig, configs
-from flowcourse.core import DiagonalGaussian, Flow
+from flowcourse.configs import configs
+from flowcourse.configs_dlgm import DLGMConfig
+from flowcourse.configs_flows import FlowConfig
+from flowcourse.core import Flow
 from flowcourse.coupling import RealNVP
 from flowcourse.training import MaximumLikelihood, fit, load_checkpoint
 

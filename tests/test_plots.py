@@ -8,7 +8,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from flowcourse.data import toys
 from flowcourse.elementwise import AffineMap, Elementwise
 from flowcourse.plots import (
     COLORS,
@@ -20,6 +19,7 @@ from flowcourse.plots import (
     show_images,
     use_style,
 )
+from flowcourse.toys import toys
 
 
 @pytest.fixture

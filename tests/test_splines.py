@@ -10,7 +10,8 @@ import torch
 from torch.distributions import biject_to
 from torch.testing import assert_close
 
-from flowcourse.core import Flow, Uniform
+from flowcourse.bases import Uniform
+from flowcourse.core import Flow
 from flowcourse.coupling import Coupling, half
 from flowcourse.elementwise import Elementwise
 from flowcourse.spline_maps import (

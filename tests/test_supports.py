@@ -14,14 +14,8 @@ from torch.testing import assert_close
 from flowcourse.bases import DiagonalGaussian, Uniform
 from flowcourse.core import Bijection, Compose, Flow, Inverse, StandardNormal
 from flowcourse.coupling import RealNVP
-from flowcourse.elementwise import (
-    Elementwise,
-    ELUMap,
-    ExpMap,
-    SigmoidMap,
-    SoftplusMap,
-    TanhMap,
-)
+from flowcourse.elementwise import Elementwise, SigmoidMap, SoftplusMap
+from flowcourse.scalar_maps import ELUMap, ExpMap, TanhMap
 from flowcourse.splines import RationalQuadraticSplineMap
 
 inf, nan = math.inf, math.nan

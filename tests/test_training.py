@@ -35,13 +35,8 @@ from train_child import (
 )
 from train_child import run_weighted as run_child_weighted
 
-from flowcourse.core import (
-    Compose,
-    DiagonalGaussian,
-    Flow,
-    GaussianMixture,
-    Uniform,
-)
+from flowcourse.bases import DiagonalGaussian, GaussianMixture, Uniform
+from flowcourse.core import Compose, Flow
 from flowcourse.elementwise import (
     ActNorm,
     AffineMap,

@@ -11,7 +11,8 @@ from helpers import noise, shaken
 from torch.testing import assert_close
 
 from flowcourse.autoregressive import IAF
-from flowcourse.core import DiagonalGaussian, Flow, StandardNormal
+from flowcourse.bases import DiagonalGaussian
+from flowcourse.core import Flow, StandardNormal
 from flowcourse.coupling import RealNVP
 from flowcourse.elementwise import AffineMap, Elementwise
 from flowcourse.planar import Planar

@@ -1,16 +1,24 @@
 """Every row of the zoo keeps the contract, and a checkpoint restores it under another seed."""
 
 import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import noise, shaken
-from torch.distributions import biject_to
+from torch import nn
+from torch.distributions import biject_to, constraints
 
-from flowcourse.elementwise import elementwise_maps
+import flowcourse
+from flowcourse.core import COSTS
+from flowcourse.scalar_maps import elementwise_maps
 from flowcourse.testing import check_bijection
-from flowcourse.zoo import zoo
+from flowcourse.zoo import Row, Rows, rows
 
+ROOT = Path(__file__).parents[1]
 # of weights, points and noise; tools/contract.py draws another one with each commit
 SEED = int(os.environ.get("CONTRACT_SEED", "0"))
 cases = [
@@ -20,7 +28,7 @@ cases = [
         context_dim,
         id=f"{name}-{'x'.join(map(str, shape))}-{context_dim}",
     )
-    for name, row in zoo.items()
+    for name, row in rows.items()
     for shape in row.event_shapes
     for context_dim in (0, 2)
     if row.make(shape, context_dim).context_dim
@@ -55,9 +63,9 @@ def test_kernels_and_threads_are_those_asked_for():
     assert torch.get_num_threads() == int(threads or 1)
 
 
-@pytest.mark.parametrize("name", zoo)
+@pytest.mark.parametrize("name", rows)
 def test_a_state_dict_restores_a_row_made_under_another_seed(name):
-    row = zoo[name]
+    row = rows[name]
     torch.manual_seed(1)
     one = row.make(row.event_shapes[-1]).eval()
     torch.manual_seed(2)
@@ -70,7 +78,7 @@ def test_a_state_dict_restores_a_row_made_under_another_seed(name):
 
 def test_no_two_rows_are_the_same_map():
     seen = {}
-    for name, row in zoo.items():
+    for name, row in rows.items():
         torch.manual_seed(0)
         f = shaken(row.make(row.event_shapes[-1]))
         z = biject_to(f.domain)(noise(3, *row.event_shapes[-1])).float()
@@ -83,7 +91,7 @@ def test_no_two_rows_are_the_same_map():
 def test_every_row_whose_numbers_can_come_from_a_context_has_one():
     fixed = {
         name
-        for name, row in zoo.items()
+        for name, row in rows.items()
         if not row.make(row.event_shapes[0], 2).context_dim
     }
     assert fixed == {
@@ -94,10 +102,10 @@ def test_every_row_whose_numbers_can_come_from_a_context_has_one():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, row in zoo.items() if "identity" in row.exempt]
+    "name", [name for name, row in rows.items() if "identity" in row.exempt]
 )
 def test_a_row_is_exempt_from_the_identity_because_it_is_not(name):
-    row = zoo[name]
+    row = rows[name]
     f = row.make(row.event_shapes[-1]).eval()
     z = biject_to(f.domain)(torch.randn(8, *row.event_shapes[-1]))
     assert not torch.allclose(f(z)[0], z, rtol=0, atol=1e-6)
@@ -105,4 +113,84 @@ def test_a_row_is_exempt_from_the_identity_because_it_is_not(name):
 
 def test_an_unknown_name_is_answered_with_those_that_exist():
     with pytest.raises(ValueError, match="realnvp"):
-        zoo["realnpv"]
+        rows["realnpv"]
+    assert "realnpv" not in rows and rows.get("realnpv") is None
+
+
+def test_the_module_has_the_name_of_the_zoo_and_fills_its_table_when_asked():
+    code = """
+import sys
+import flowcourse.zoo as zoo
+assert "flowcourse.zoo_linear" not in sys.modules
+assert zoo.rows["lu"].family == "linear"
+assert "flowcourse.zoo_linear" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert flowcourse.zoo.rows is rows
+
+
+def test_reading_the_table_makes_no_network_and_moves_no_seed(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a network was made")
+
+    monkeypatch.setattr(nn.Module, "__init__", refuse)
+    before = torch.random.get_rng_state()
+    for name, row in rows.items():
+        assert row.forward_cost in COSTS and row.inverse_cost in COSTS, name
+        assert row.domain and row.lesson and repr(row)
+    assert repr(rows) and rows._repr_markdown_()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def of_coordinates(domain):
+    """The constraint on each coordinate of an event."""
+    while isinstance(domain, constraints.independent):
+        domain = domain.base_constraint
+    parts = getattr(domain, "cseq", [domain])
+    (found,) = {str(part) for part in parts}
+    return found
+
+
+@pytest.mark.parametrize("name", rows)
+def test_a_row_states_what_its_map_declares(name):
+    row = rows[name]
+    for shape in row.event_shapes:
+        f = row.make(shape)
+        assert f.event_shape == shape
+        assert (row.forward_cost, row.inverse_cost) == (
+            f.forward_cost,
+            f.inverse_cost,
+        )
+        assert of_coordinates(f.domain) == str(row.domain)
+    assert (ROOT / "nbs" / f"{row.lesson}.ipynb").exists()
+
+
+def test_a_row_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        rows["realnvp"].family = "linear"
+
+
+def test_the_table_prints_as_one():
+    lines = repr(rows).splitlines()
+    assert len(lines) == len(rows) + 2 and len(set(map(len, lines))) == 1
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells[0] == "composition"
+    linked = rows._repr_markdown_()
+    assert "[coupling](06-coupling.ipynb)" in linked
+
+
+def test_a_name_stands_once(monkeypatch):
+    """A second row of a name in another family is a mistake that is told."""
+    from flowcourse import zoo, zoo_linear
+
+    twice = zoo_linear.rows | {"planar": rows["planar"]}
+    monkeypatch.setattr(zoo_linear, "rows", twice)
+    with pytest.raises(ValueError, match="'planar'"):
+        len(Rows(zoo._gather))
+
+
+def test_a_row_of_ones_own_makes_maps_of_its_kind():
+    row = Row(rows["realnvp"].maker, "coupling", "coupling", "nobody")
+    check_bijection(row.make(2, 3), torch.randn(8, 2), torch.randn(8, 3))
+    with pytest.raises(ValueError, match="expected 1 dimensions"):
+        row.make((1, 8, 8))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flowcourse.data import MNIST_FILES, read_idx, unpack
+from flowcourse.data import unpack
+from flowcourse.mnist import MNIST_FILES, read_idx
 
 FILES = Path(__file__).parents[1] / "flowcourse" / "files"
 LIMIT = 2_400_000  # bytes in one file

@@ -37,18 +37,22 @@ from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
 from flowcourse.autoregressive import IAF
+from flowcourse.bases import DiagonalGaussian
 from flowcourse.cli import to_json
-from flowcourse.configs import SIZES, DLGMConfig, FlowConfig, configs
-from flowcourse.core import DiagonalGaussian, Flow
+from flowcourse.configs import configs
+from flowcourse.configs_dlgm import DLGMConfig
+from flowcourse.configs_flows import SIZES, FlowConfig
+from flowcourse.core import Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.data import dequantise, load, split, to_logit
-from flowcourse.monotone import monotone_maps
+from flowcourse.monotone_maps import monotone_maps
 from flowcourse.planar import Planar, Radial, Sylvester
 from flowcourse.plots import grid_points
-from flowcourse.splines import RationalQuadraticSplineMap, spline_maps
+from flowcourse.spline_maps import spline_maps
+from flowcourse.splines import RationalQuadraticSplineMap
 from flowcourse.training import Annealing, Objective, TrainingDiverged, fit
 from flowcourse.variational import Ridges, assess, energies
-from flowcourse.zoo import scalar_maps
+from flowcourse.zoo_scalar_maps import scalar_maps
 
 SEEDS = (0, 1, 2)
 SECONDS = 20.0  # of processor time, for three seeds together

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from ..core import Bijection, Flow, StandardNormal, Uniform
+from ..bases import Uniform
+from ..core import Bijection, Flow, StandardNormal
 from flowcourse.exercises.common import (
     broken_promise,
     compare,
