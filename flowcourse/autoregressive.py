@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .arguments import as_float, as_int, as_shape
-from .core import Bijection, Compose, Inverse
-from flowcourse.elementwise import (
-    AffineMap,
-    InverseMap,
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    as_permutation,
+    as_shape,
     make_module,
     require_scalar_map,
 )
+from .core import Bijection, Compose, Inverse
+from .elementwise import AffineMap, InverseMap
 from .kernels_sequential import fixed_point, incremental
-from .linear import as_permutation
 
 # %% ../nbs/09-masked-flows.ipynb #0be82bb1
 def _read_degrees(degrees, dim):

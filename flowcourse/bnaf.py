@@ -11,15 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .arguments import as_float, as_int, as_permutation, as_shape
 from .autoregressive import read_orders
-from .core import Bijection, Compose, as_float, as_int, as_shape
-from flowcourse.elementwise import (
-    Conditional,
-    bounded,
-    full_precision,
-    monotone_root,
-)
-from .linear import as_permutation
+from .core import Bijection, Compose
+from .elementwise import Conditional
+from .numerics import bounded, full_precision, monotone_root
 
 # %% ../nbs/lib-bnaf.ipynb #819fcd7a
 def _centred(t):

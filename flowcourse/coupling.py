@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .arguments import as_float, as_int, as_shape
-from .core import Bijection, Compose
-from flowcourse.elementwise import (
-    AdditiveMap,
-    AffineMap,
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    as_shape,
+    call_maker,
     make_module,
     require_scalar_map,
-    call_maker,
-    mlp,
 )
+from .core import Bijection, Compose
+from .elementwise import AdditiveMap, AffineMap, mlp
 from .linear import Diagonal
 
 # %% ../nbs/06-coupling.ipynb #1aaacd56
