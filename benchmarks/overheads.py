@@ -11,8 +11,9 @@ from torch import nn
 from flowcourse.core import Flow
 from flowcourse.coupling import RealNVP
 from flowcourse.dlgm import DLGM, FreeEnergy
+from flowcourse.objectives import MaximumLikelihood
 from flowcourse.planar import Planar
-from flowcourse.training import MaximumLikelihood, fit
+from flowcourse.trainer import fit
 
 
 @dataclass

@@ -7,10 +7,5 @@ from flowcourse.bases import DiagonalGaussian, GaussianMixture, Uniform
 from flowcourse.core import Bijection, Compose, Flow, Inverse, StandardNormal
 from flowcourse.coupling import NICE, Coupling, Couplings, RealNVP
 from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
-from flowcourse.training import (
-    MaximumLikelihood,
-    Objective,
-    Recipe,
-    ReverseKL,
-    fit,
-)
+from flowcourse.objectives import MaximumLikelihood, Objective, ReverseKL
+from flowcourse.trainer import Recipe, fit

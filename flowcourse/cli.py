@@ -29,19 +29,18 @@ from typing import Annotated, Generic, TypeVar, Union
 
 import torch
 import tyro
+from .training import _check_device
 
 import flowcourse
-from .configs import configs
-from .experiments import Config
-from flowcourse.training import (
+from flowcourse.checkpoint import (
     CheckpointError,
-    TrainingDiverged,
-    _check_device,
-    fit,
     load_checkpoint,
     locked,
     save_checkpoint,
 )
+from .configs import configs
+from .experiments import Config
+from .trainer import TrainingDiverged, fit
 
 # %% ../nbs/lib-cli.ipynb #d3601e13
 @contextmanager

@@ -9,7 +9,7 @@ __all__ = ['configs']
 from .arguments import Table
 from .configs_dlgm import DLGMConfig
 from .configs_flows import FlowConfig
-from .training import Recipe
+from .recipe import Recipe
 
 # %% ../nbs/lib-configs.ipynb #4a343a39
 _DIGITS = Recipe(

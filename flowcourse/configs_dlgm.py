@@ -29,10 +29,11 @@ from flowcourse.dlgm import (
     reconstruct,
 )
 from .experiments import Config, Splits, packaged
+from .objectives import Annealing
 from .planar import Planar, Sylvester
 from .plots import show_images
+from .recipe import Recipe
 from .splines import RationalQuadraticSplineMap
-from .training import Annealing, Recipe
 
 # %% ../nbs/lib-configs-dlgm.ipynb #987731d8
 def posteriors(

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from .training import _check_choice
 from torch import nn
 
 from .arguments import as_float, as_int, as_shape
@@ -26,8 +27,8 @@ from flowcourse.data import (
 )
 from .elementwise import InverseMap
 from .experiments import Config, Splits, packaged
+from .objectives import MaximumLikelihood
 from .toys import toys
-from .training import MaximumLikelihood, _check_choice
 from .zoo_scalar_maps import scalar_maps
 
 # %% ../nbs/lib-configs-flows.ipynb #e3128c37

@@ -22,7 +22,7 @@ from flowcourse.arguments import (
 )
 from .core import Bijection, Compose, Flow, StandardNormal
 from .elementwise import AffineMap, Elementwise
-from .training import Annealing, Objective
+from .objectives import Annealing, Objective
 
 # %% ../nbs/15-dlgm.ipynb #6769ef6b
 class Maxout(nn.Module):

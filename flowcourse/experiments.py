@@ -17,11 +17,13 @@ from typing import (
     get_type_hints,
 )
 
+from .training import _check_choice
 from torch import Tensor
 
 from .arguments import as_int
 from .data import load
-from .training import Objective, Recipe, _check_choice
+from .objectives import Objective
+from .recipe import Recipe
 
 # %% ../nbs/lib-experiments.ipynb #e5c7c7db
 class Splits(NamedTuple):

@@ -119,7 +119,8 @@ def trains():
     """A few steps of `fit`, on points that lie on the device."""
     from flowcourse.core import Flow
     from flowcourse.coupling import RealNVP
-    from flowcourse.training import MaximumLikelihood, fit
+    from flowcourse.objectives import MaximumLikelihood
+    from flowcourse.trainer import fit
 
     flow = Flow(RealNVP(2, 2, (8,)))
     x = torch.randn(64, 2)

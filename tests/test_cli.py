@@ -15,16 +15,13 @@ import pytest
 import torch
 
 from flowcourse import cli
+from flowcourse.checkpoint import load_checkpoint, save_checkpoint
 from flowcourse.cli import main, save_json
 from flowcourse.configs import configs
 from flowcourse.configs_flows import FlowConfig
 from flowcourse.data import datasets
-from flowcourse.training import (
-    History,
-    TrainingDiverged,
-    load_checkpoint,
-    save_checkpoint,
-)
+from flowcourse.history import History
+from flowcourse.trainer import TrainingDiverged
 
 NAME = "realnvp.faithful"
 SHORT = [

@@ -5,7 +5,7 @@ import pytest
 from flowcourse.configs import configs
 from flowcourse.configs_dlgm import DLGMConfig
 from flowcourse.configs_flows import FlowConfig
-from flowcourse.training import Recipe
+from flowcourse.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", configs)

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowcourse.autoregressive import MAF
 from flowcourse.core import Flow
 from flowcourse.coupling import Couplings, RealNVP
+from flowcourse.objectives import MaximumLikelihood
 from flowcourse.planar import Planar
 from flowcourse.splines import RationalQuadraticSplineMap
-from flowcourse.training import MaximumLikelihood, fit
+from flowcourse.trainer import fit
 
 
 class Calls(TorchDispatchMode):

@@ -11,7 +11,8 @@ from torch.utils import backend_registration
 
 from flowcourse.core import Flow
 from flowcourse.coupling import RealNVP
-from flowcourse.training import MaximumLikelihood, fit
+from flowcourse.objectives import MaximumLikelihood
+from flowcourse.trainer import fit
 from flowcourse.zoo import rows
 
 CHILD = Path(__file__).with_name("devices_child.py")

@@ -29,8 +29,9 @@ from flowcourse.dlgm import (
     log_mean_weight,
     reconstruct,
 )
+from flowcourse.objectives import Annealing
 from flowcourse.planar import Planar
-from flowcourse.training import Annealing, fit
+from flowcourse.trainer import fit
 
 
 class LinearGaussian(nn.Module):

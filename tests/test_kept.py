@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowcourse.checkpoint import load_checkpoint
 from flowcourse.cli import main, recorded
-from flowcourse.training import load_checkpoint
 
 KEPT = Path(__file__).parent / "data"
 EXPECTED = json.loads((KEPT / "expected.json").read_text())

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from flowcourse.bases import DiagonalGaussian
+from flowcourse.checkpoint import load_checkpoint
 from flowcourse.cli import main
 from flowcourse.configs import configs
 from flowcourse.configs_dlgm import DLGMConfig
 from flowcourse.configs_flows import FlowConfig
 from flowcourse.core import Flow
 from flowcourse.coupling import RealNVP
-from flowcourse.training import MaximumLikelihood, fit, load_checkpoint
+from flowcourse.objectives import MaximumLikelihood
+from flowcourse.trainer import fit
 
 
 def learn(data, **options):

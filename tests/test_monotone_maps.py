@@ -23,8 +23,9 @@ from flowcourse.monotone_maps import (
     SumOfSquaresMap,
     monotone_maps,
 )
+from flowcourse.objectives import MaximumLikelihood
 from flowcourse.testing import check_bijection, total_mass
-from flowcourse.training import MaximumLikelihood, fit
+from flowcourse.trainer import fit
 
 names = pytest.mark.parametrize("name", monotone_maps)
 levels = pytest.mark.parametrize("sd", [0.0, 1.0, 3.0])

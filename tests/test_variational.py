@@ -15,10 +15,11 @@ from flowcourse.bases import DiagonalGaussian
 from flowcourse.core import Flow, StandardNormal
 from flowcourse.coupling import RealNVP
 from flowcourse.elementwise import AffineMap, Elementwise
+from flowcourse.objectives import Annealing, ReverseKL
 from flowcourse.planar import Planar
 from flowcourse.plots import grid_points
 from flowcourse.testing import expect_fail, total_mass
-from flowcourse.training import Annealing, ReverseKL, fit
+from flowcourse.trainer import fit
 from flowcourse.variational import (
     Chains,
     Ridges,

@@ -1,15 +1,20 @@
-"""Small trainings for `test_training.py`: in its process, in a child to be killed, on two."""
+"""Small trainings for several test files: in their process, in a child to be killed, on two."""
 
 import json
+import math
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from flowcourse.core import Flow
 from flowcourse.coupling import RealNVP
-from flowcourse.training import MaximumLikelihood, Objective, ReverseKL, fit
+from flowcourse.elementwise import AffineMap, Elementwise
+from flowcourse.objectives import MaximumLikelihood, Objective, ReverseKL
+from flowcourse.trainer import fit
 
 
 def make_flow(**options):
@@ -104,6 +109,60 @@ def run_blurred(**options):
         **options,
     }
     return flow, fit(Blurred(flow), make_data()[0], **options)
+
+
+def assert_same(got, want):
+    """The same flow and history, to the last bit."""
+    assert got[1] == want[1]
+    for (name, a), b in zip(
+        got[0].state_dict().items(), want[0].state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+class StopAt:
+    """Presses Ctrl-C, or fails, in the middle of a run."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def __call__(self, step, objective, history):
+        if step == self.step:
+            self.action()
+
+
+def press(number=signal.SIGINT):
+    signal.raise_signal(number)
+
+
+def fail():
+    raise RuntimeError("power cut")
+
+
+def affine():
+    return Flow(Elementwise(2, AffineMap()))
+
+
+class Breaks(Objective):
+    """Its loss, or its gradient alone, is not finite at one step."""
+
+    def __init__(self, step, gradient_only=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls, self.step, self.gradient_only = 0, step, gradient_only
+
+    def forward(self, batch, noise=None):
+        self.calls += 1
+        loss = self.weight.square().sum()
+        if self.calls < self.step:
+            return loss
+        if self.gradient_only:  # d sqrt(w - w) / dw
+            return loss + (self.weight - self.weight.detach()).sqrt().sum()
+        return loss * math.nan
+
+
+# four rows, all alike
+X = torch.zeros(4, 2)
 
 
 def main(kind, folder):

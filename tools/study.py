@@ -46,11 +46,12 @@ from flowcourse.core import Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.data import dequantise, load, split, to_logit
 from flowcourse.monotone_maps import monotone_maps
+from flowcourse.objectives import Annealing, Objective
 from flowcourse.planar import Planar, Radial, Sylvester
 from flowcourse.plots import grid_points
 from flowcourse.spline_maps import spline_maps
 from flowcourse.splines import RationalQuadraticSplineMap
-from flowcourse.training import Annealing, Objective, TrainingDiverged, fit
+from flowcourse.trainer import TrainingDiverged, fit
 from flowcourse.variational import Ridges, assess, energies
 from flowcourse.zoo_scalar_maps import scalar_maps
 
