@@ -23,8 +23,8 @@ from .pages import page
 class Row:
     """One kind of bijection."""
 
-    # Makes a small one from a dimension (of an image: its shape) and a context
-    # dimension
+    # Makes a small one from a dimension (of an image: its shape) and
+    # `context_dim=`
     maker: Callable[..., Bijection] = field(repr=False)
     family: str  # The family's name, as in the course
     module: (
@@ -58,7 +58,9 @@ class Row:
             raise ValueError(
                 f"event_shape: expected {wanted} dimensions, got {shape}"
             )
-        return self.maker(shape[0] if len(shape) == 1 else shape, context_dim)
+        return self.maker(
+            shape[0] if len(shape) == 1 else shape, context_dim=context_dim
+        )
 
 # %% ../nbs/lib-zoo.ipynb #b5849d6e
 SMALL = {"hidden": (8,)}  # networks of the size of a test
