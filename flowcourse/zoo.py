@@ -16,23 +16,15 @@ from torch.distributions import constraints
 
 from .arguments import Table, as_shape
 from .core import Bijection
-
-# %% ../nbs/lib-zoo.ipynb #13a2310b
-def _page(module):
-    """The notebook of a module, as nbdev's index has it."""
-    from flowcourse._modidx import d
-
-    entries = d["syms"][f"flowcourse.{module}"].values()
-    address, _ = next(iter(entries))
-    return address.removeprefix("nbs/").partition(".html")[0]
+from .pages import page
 
 # %% ../nbs/lib-zoo.ipynb #9b0c90d7
 @dataclass(frozen=True)
 class Row:
     """One kind of bijection."""
 
-    # Makes a small one from a dimension (of an image: its shape) and a context
-    # dimension
+    # Makes a small one from a dimension (of an image: its shape) and
+    # `context_dim=`
     maker: Callable[..., Bijection] = field(repr=False)
     family: str  # The family's name, as in the course
     module: (
@@ -51,7 +43,7 @@ class Row:
     @property
     def lesson(self) -> str:
         """The notebook that teaches it, without its ending."""
-        return _page(self.module)
+        return page(f"flowcourse.{self.module}")
 
     def make(
         self,
@@ -66,7 +58,9 @@ class Row:
             raise ValueError(
                 f"event_shape: expected {wanted} dimensions, got {shape}"
             )
-        return self.maker(shape[0] if len(shape) == 1 else shape, context_dim)
+        return self.maker(
+            shape[0] if len(shape) == 1 else shape, context_dim=context_dim
+        )
 
 # %% ../nbs/lib-zoo.ipynb #b5849d6e
 SMALL = {"hidden": (8,)}  # networks of the size of a test

@@ -39,6 +39,7 @@ _STEEP = (
 )
 _row = partial(Row, family="autoregressive", module="autoregressive")
 _slow = partial(_row, forward_cost="D passes")
+_block = partial(_row, module="bnaf", forward_cost="numerical")
 rows = {
     "maf": _slow(
         lambda dim, context_dim: MAF(dim, 2, (8,), context_dim),
@@ -64,16 +65,14 @@ rows = {
         partial(small_autoregressive, sampling="loop"),
         reference="Papamakarios et al. 2017",
     ),
-    "block-autoregressive": _row(
+    "block-autoregressive": _block(
         lambda dim, context_dim: BlockAutoregressive(
             dim, (3, 3), context_dim, _inwards(dim)
         ),
         reference="De Cao et al. 2019, sec. 3",
-        forward_cost="numerical",
     ),
-    "bnaf": _row(
+    "bnaf": _block(
         lambda dim, context_dim: BNAF(dim, 2, (4,), context_dim),
         reference="De Cao et al. 2019, sec. 3",
-        forward_cost="numerical",
     ),
 }

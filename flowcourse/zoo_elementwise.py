@@ -20,7 +20,10 @@ def small_elementwise(
 ) -> Elementwise:  # With context where the map has parameters
     """A scalar map on every coordinate."""
     return Elementwise(
-        dim, scalar_map, context_dim if scalar_map.n_params else 0, **SMALL
+        dim,
+        scalar_map,
+        context_dim=context_dim if scalar_map.n_params else 0,
+        **SMALL,
     )
 
 # %% ../nbs/lib-zoo-elementwise.ipynb #a7662d52
@@ -41,7 +44,7 @@ def _scalar_map(name, scalar_map):
 def _ranges(dim, context_dim):
     """Affine on the first coordinate, exp on the last, nothing between."""
     maps = {(0, 1): AffineMap(), (dim - 1, dim): ExpMap()}
-    return Elementwise(dim, maps, context_dim, **SMALL)
+    return Elementwise(dim, maps, context_dim=context_dim, **SMALL)
 
 
 _row = partial(Row, family="elementwise", module="elementwise")

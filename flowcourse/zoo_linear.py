@@ -36,101 +36,106 @@ def _backwards(event_shape):
 
 _row = partial(Row, family="linear", module="linear")
 _image_row = partial(_row, event_shapes=((2, 4, 4), (3, 3, 5)))
+_convolution = partial(_image_row, module="convolutions")
 _turned = {"identity": "it starts at its fixed permutation"}
 rows = {
     "permutation": _row(
-        lambda n, c: Permutation(n, _backwards(n), context_dim=c, bias=c > 0),
+        lambda n, context_dim: Permutation(
+            n, _backwards(n), context_dim=context_dim, bias=context_dim > 0
+        ),
         reference="Kingma and Dhariwal 2018, sec. 3.2",
         exempt={"identity": "it exchanges coordinates by design"},
     ),
     "diagonal": _row(
-        lambda n, c: Diagonal(n, context_dim=c),
+        Diagonal,
         reference="Dinh et al. 2015, sec. 3.3",
     ),
     "triangular": _row(
-        lambda n, c: Triangular(n, context_dim=c),
+        Triangular,
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "upper-triangular": _row(
-        lambda n, c: Triangular(n, upper=True, context_dim=c),
+        partial(Triangular, upper=True),
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "householder": _row(
-        lambda n, c: Householder(n, context_dim=c),
+        Householder,
         reference="Tomczak and Welling 2016",
     ),
     "householder-many": _row(
-        lambda n, c: Householder(n, 2 * n + 2, context_dim=c),
+        lambda n, context_dim: Householder(
+            n, 2 * n + 2, context_dim=context_dim
+        ),
         reference="Tomczak and Welling 2016",
     ),
     "householder-odd": _row(
-        lambda n, c: Householder(n, 3, context_dim=c),
+        partial(Householder, reflections=3),
         reference="Tomczak and Welling 2016",
         exempt={
             "identity": "an odd number of reflections cannot undo themselves"
         },
     ),
     "cayley": _row(
-        lambda n, c: Cayley(n, context_dim=c),
+        Cayley,
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "matrix-exponential": _row(
-        lambda n, c: MatrixExponential(n, context_dim=c),
+        MatrixExponential,
         reference="Xiao and Liu 2020",
     ),
     "matrix-exponential-orthogonal": _row(
-        lambda n, c: MatrixExponential(n, orthogonal=True, context_dim=c),
+        partial(MatrixExponential, orthogonal=True),
         reference="Xiao and Liu 2020",
     ),
     "full": _row(
-        lambda n, c: Full(n, context_dim=c),
+        Full,
         reference="Kingma and Dhariwal 2018, sec. 3.2",
     ),
     "plu": _row(
-        lambda n, c: PLU(n, _backwards(n), context_dim=c),
+        lambda n, context_dim: PLU(n, _backwards(n), context_dim=context_dim),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=_turned,
     ),
-    "lu": _row(
-        lambda n, c: PLU(n, context_dim=c), reference="Oliva et al. 2018"
-    ),
+    "lu": _row(PLU, reference="Oliva et al. 2018"),
     "qr": _row(
-        lambda n, c: QR(n, context_dim=c),
+        QR,
         reference="Hoogeboom et al. 2019, 1x1 convolutions by QR",
     ),
     "svd": _row(
-        lambda n, c: SVD(n, context_dim=c),
+        SVD,
         reference="Papamakarios et al. 2021, sec. 3.2",
     ),
     "low-rank": _row(
-        lambda n, c: LowRank(n, 1, context_dim=c),
+        LowRank,
         reference="van den Berg et al. 2018, thm. 1",
     ),
     "low-rank-2": _row(
-        lambda n, c: LowRank(n, 2, context_dim=c),
+        partial(LowRank, rank=2),
         reference="van den Berg et al. 2018, thm. 1",
     ),
     "1x1-convolution": _image_row(
-        lambda n, c: Full(n, context_dim=c),
+        Full,
         reference="Kingma and Dhariwal 2018, eq. 9",
     ),
     "1x1-convolution-plu": _image_row(
-        lambda shape, c: PLU(shape, _backwards(shape), context_dim=c),
+        lambda shape, context_dim: PLU(
+            shape, _backwards(shape), context_dim=context_dim
+        ),
         reference="Kingma and Dhariwal 2018, eq. 10",
         exempt=_turned,
     ),
-    "masked-convolution": _image_row(
-        lambda shape, c: MaskedConv(shape, 3, context_dim=c),
+    "masked-convolution": _convolution(
+        MaskedConv,
         reference="Hoogeboom et al. 2019, emerging convolutions",
         inverse_cost="D passes",
     ),
-    "emerging-convolution": _image_row(
-        lambda shape, c: EmergingConv(shape, 3, context_dim=c),
+    "emerging-convolution": _convolution(
+        EmergingConv,
         reference="Hoogeboom et al. 2019, emerging convolutions",
         inverse_cost="D passes",
     ),
-    "periodic-convolution": _image_row(
-        lambda shape, c: PeriodicConv(shape, 3, context_dim=c),
+    "periodic-convolution": _convolution(
+        PeriodicConv,
         reference="Hoogeboom et al. 2019, periodic convolutions",
     ),
 }

@@ -39,7 +39,7 @@ ANNEALED = 0.3  # share of the steps in which beta rises from 0.01 to 1
 FAMILIES = {
     "planar": partial(Planar, 2, 16),
     "radial": partial(Radial, 2, 16),
-    "Sylvester": partial(Sylvester, 2, length=8),
+    "Sylvester": partial(Sylvester, 2, 8),
     "RealNVP": partial(RealNVP, 2, 8, (32, 32)),
     "spline": partial(
         Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)
@@ -92,7 +92,7 @@ class BuggyPlanar(Planar):
         )
         u = u + (nn.functional.softplus(product) - 1 - product) * w / size
         ladj = 0.0
-        for k in range(self.length):
+        for k in range(self.layers):
             h = (z @ w[k] + b[k]).tanh()
             z = z + u[k] * h.unsqueeze(-1)
             # as published
