@@ -11,7 +11,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from .training import _check_choice
 from torch import nn
 
 from .arguments import as_float, as_int, as_shape
@@ -28,6 +27,7 @@ from flowcourse.data import (
 from .elementwise import InverseMap
 from .experiments import Config, Splits, packaged
 from .objectives import MaximumLikelihood
+from .recipe import require_choice
 from .toys import toys
 from .zoo_scalar_maps import scalar_maps
 
@@ -62,8 +62,8 @@ class FlowConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_choice("data", self.data, [*SIZES, *toys])
-        _check_choice("scalar_map", self.scalar_map, list(scalar_maps))
+        require_choice(self.data, "data", (*SIZES, *toys))
+        require_choice(self.scalar_map, "scalar_map", tuple(scalar_maps))
         self._read(as_int, 1, "copies", "layers")
         self._read(as_float, 0, "jitter")
         self._read(as_float, 0, "dropout", high=1)

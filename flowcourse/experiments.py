@@ -17,13 +17,12 @@ from typing import (
     get_type_hints,
 )
 
-from .training import _check_choice
 from torch import Tensor
 
 from .arguments import as_int
 from .data import load
 from .objectives import Objective
-from .recipe import Recipe
+from .recipe import Recipe, require_choice
 
 # %% ../nbs/lib-experiments.ipynb #e5c7c7db
 class Splits(NamedTuple):
@@ -54,7 +53,7 @@ class Config:
         for name, hint in get_type_hints(type(self)).items():
             choices = (True, False) if hint is bool else get_args(hint)
             if hint is bool or get_origin(hint) is Literal:
-                _check_choice(name, getattr(self, name), choices)
+                require_choice(getattr(self, name), name, choices)
 
     def _read(self, read, low, *names, **limits):
         """Put plain numbers in the place of what came, or refuse it."""

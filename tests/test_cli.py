@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowcourse import cli
+from flowcourse import runs
 from flowcourse.checkpoint import load_checkpoint, save_checkpoint
-from flowcourse.cli import main, save_json
+from flowcourse.cli import main
 from flowcourse.configs import configs
 from flowcourse.configs_flows import FlowConfig
 from flowcourse.data import datasets
@@ -102,6 +101,7 @@ def test_train_writes_a_run_and_test_judges_it(tmp_path, capsys):
         and record["config"]["seed"] == 3
     )
     assert record["versions"]["torch"] == str(torch.__version__)
+    assert {"commit", "dirty", "machine", "date"} <= set(record)
     assert record["command"].startswith(f"flowcourse train --config {NAME}")
     assert (
         len(json.loads((tmp_path / "history.json").read_text())["loss"]) == 30
@@ -165,7 +165,7 @@ def test_the_seed_decides(tmp_path):
 TRAIN = ["train", "--config", NAME, "--out", "{}", *SHORT]
 LATENT = ["train", "--config", "dlgm.nf10.mnist", "--out", "{}"]
 MISTAKES = [
-    (["tset"], "tset: expected one of train, test, list first"),
+    (["tset"], "tset: expected one of train, test, list, study, record first"),
     (["--config", NAME, "train"], "--config: expected one of train"),
     (["list", "extra"], "extra: unknown option; flowcourse list takes no"),
     (["train", "--config", "realnvp.digit"], "--config: expected one of"),
@@ -205,6 +205,17 @@ MISTAKES = [
     ([*LATENT, "--judged", "0"], "--judged: expected a whole number"),
     ([*LATENT, "--window", "0"], "--window: expected a whole number"),
     (["test", "--config", NAME, "--out", "{}"], "model.pt"),
+    (["study"], "study: expected one of digits, dlgm, maps, variational, or"),
+    (
+        ["study", "map"],
+        "study: expected one of digits, dlgm, maps, variational",
+    ),
+    (["study", "{}/x.py"], "or the path of a .py file, got"),
+    (["study", "maps", "--shard", "0/2"], "--shard: unknown option"),
+    (["study", "maps", "digits"], "digits: unknown option"),
+    (["record"], "folders: expected one run or more, got none"),
+    (["record", "{}"], "folders: expected runs that `flowcourse train` fin"),
+    (["record", "--ot", "x"], "flowcourse record takes --out"),
 ]
 
 
@@ -307,7 +318,7 @@ def test_a_foreign_model_is_refused_in_a_line(how, copied, capsys):
     error = told(capsys.readouterr().err)
     assert error.startswith("checkpoint: ") and "model.pt" in error
     with pytest.raises(ValueError, match="model.pt"):
-        cli.test(finished_config(), copied)
+        runs.test(finished_config(), copied)
 
 
 def test_damaged_data_is_told_in_a_line(tmp_path, monkeypatch, capsys):
@@ -316,26 +327,6 @@ def test_damaged_data_is_told_in_a_line(tmp_path, monkeypatch, capsys):
     assert run(*words) == 2
     assert "this file is damaged" in told(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
-
-
-def test_what_is_written_is_json_and_whole(tmp_path, monkeypatch):
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    path = tmp_path / "x.json"
-    numbers = {"a": math.nan, "b": [1.5, math.inf], "c": {"d": (-math.inf, 2)}}
-    save_json(path, numbers)
-    found = json.loads(path.read_text(), parse_constant=refuse)
-    assert found == {"a": "nan", "b": [1.5, "inf"], "c": {"d": ["-inf", 2]}}
-
-    def crash(*_):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="the disk is gone"):
-        save_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == found
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_result_that_is_not_a_number_is_json(copied, monkeypatch, capsys):
@@ -377,14 +368,6 @@ def test_who_reads_no_further_ends_the_command_quietly():
     child.stdout.close()
     assert child.stderr.read() == ""
     assert child.wait(timeout=60) == 128 + signal.SIGPIPE
-
-
-@pytest.mark.parametrize("rank", ["0", "3"])
-def test_a_process_alone_writes_whatever_its_rank(rank, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
-    assert cli.is_main()
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert cli.is_main() == (rank == "0")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
@@ -532,25 +515,6 @@ def test_torchrun_trains_on_two_processes(tmp_path):
     assert one == pytest.approx(two, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        (NAME, {"hidden": [16, 8], "clip": None, "seed": 3, "lr": 0.01}),
-        (NAME, {"hidden": [], "scalar_map": "affine-tanh"}),
-        ("dlgm.nf10.mnist", {"amortised": False, "judged": 7}),
-    ],
-)
-def test_a_record_says_what_to_type(name, changed, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
-    from record import command_for
-
-    config = configs[name].replace(**changed)
-    words = shlex.split(command_for(name, config.settings()))
-    assert words[0] == "flowcourse" and cli.parse(words[1:]).fields == config
-    # what is as the name has it need not be typed
-    assert sum(word.startswith("--") for word in words) == 1 + len(changed)
-
-
 def test_settings_reach_fit(tmp_path, monkeypatch, capsys):
     given = {}
 
@@ -558,7 +522,7 @@ def test_settings_reach_fit(tmp_path, monkeypatch, capsys):
         given.update(options)
         raise TrainingDiverged("step 1: the loss is nan", None)
 
-    monkeypatch.setattr(cli, "fit", fit)
+    monkeypatch.setattr(runs, "fit", fit)
     words = ["train", "--config", NAME, *SHORT, "--out", tmp_path / "run"]
     assert run(*words, "--checkpoint-every", 7) == 1
     assert told(capsys.readouterr().err) == "step 1: the loss is nan\n"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flowcourse.checkpoint import load_checkpoint
-from flowcourse.cli import main, recorded
+from flowcourse.cli import main
+from flowcourse.runs import recorded
 
 KEPT = Path(__file__).parent / "data"
 EXPECTED = json.loads((KEPT / "expected.json").read_text())

@@ -1,0 +1,366 @@
+"""Studies run, stop, go on, share their jobs among processes, and record each job once."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowcourse import studies
+from flowcourse.cli import main
+from flowcourse.studies import (
+    SideBySide,
+    Study,
+    load_study,
+    read_records,
+    run_study,
+    train_and_judge,
+)
+from flowcourse.trainer import TrainingDiverged
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["digits", "dlgm", "maps", "variational"]
+
+
+def study_of(path, run, *jobs):
+    """A study of a function."""
+    return Study("x", path / "x.py", list(jobs), run)
+
+
+def quietly(study, out):
+    return run_study(study, out, progress=False)
+
+
+def test_what_is_done_is_skipped(tmp_path):
+    done = []
+
+    def run(folder, a):
+        done.append(a)
+        return {"results": {"twice": 2 * a}}
+
+    out = tmp_path / "deep" / "x.jsonl"
+    two = study_of(tmp_path, run, {"a": 1}, {"a": 2})
+    assert quietly(two, out) == {"recorded": 2, "failed": 0, "elsewhere": 0}
+    assert quietly(two, out)["recorded"] == 2 and done == [1, 2]
+    # a job that is added is run, whatever the order of the list
+    three = study_of(tmp_path, run, {"a": 3}, {"a": 1}, {"a": 2})
+    assert quietly(three, out)["recorded"] == 3 and done == [1, 2, 3]
+    assert [r["job"]["a"] for r in read_records(out)] == [1, 2, 3]
+    assert [r["results"]["twice"] for r in read_records(out)] == [2, 4, 6]
+    # nothing is left but the records
+    assert [path.name for path in out.parent.iterdir()] == ["x.jsonl"]
+
+
+def test_a_record_says_where_it_is_from(tmp_path):
+    out = tmp_path / "x.jsonl"
+    study = study_of(tmp_path, lambda folder, a: {"found": a}, {"a": 1})
+    run_study(study, out, "flowcourse study x", progress=False)
+    (record,) = read_records(out)
+    keys = "job seconds found commit dirty versions machine date command"
+    assert list(record) == keys.split()
+    assert record["command"] == "flowcourse study x"
+
+
+def test_what_a_run_says_of_its_seconds_is_kept(tmp_path):
+    out = tmp_path / "x.jsonl"
+    quietly(study_of(tmp_path, lambda folder: {"seconds": 7}, {}), out)
+    assert read_records(out)[0]["seconds"] == 7
+
+
+def test_draws_follow_from_the_job(tmp_path):
+    def run(folder, a):
+        return {"drawn": torch.rand(()).item()}
+
+    jobs = [{"a": 1}, {"a": 2}]
+    drawn = []
+    for name, order in (("up", jobs), ("down", jobs[::-1])):
+        out = tmp_path / f"{name}.jsonl"
+        quietly(study_of(tmp_path, run, *order), out)
+        drawn.append({r["job"]["a"]: r["drawn"] for r in read_records(out)})
+    assert drawn[0] == drawn[1] and drawn[0][1] != drawn[0][2]
+
+
+def test_a_training_that_diverges_is_a_result(tmp_path):
+    def run(folder):
+        raise TrainingDiverged("step 3: the loss is nan", None)
+
+    out = tmp_path / "x.jsonl"
+    assert quietly(study_of(tmp_path, run, {}), out)["recorded"] == 1
+    assert read_records(out)[0]["diverged"] == "step 3: the loss is nan"
+
+
+def test_a_job_that_fails_is_told_and_tried_again(tmp_path, capsys):
+    broken = [True]
+
+    def run(folder, a):
+        if a == 1 and broken[0]:
+            raise RuntimeError("no such thing")
+        return {}
+
+    study, out = (
+        study_of(tmp_path, run, {"a": 1}, {"a": 2}),
+        tmp_path / "x.jsonl",
+    )
+    assert quietly(study, out) == {"recorded": 1, "failed": 1, "elsewhere": 0}
+    error = capsys.readouterr().err
+    assert "{'a': 1} failed:" in error and "no such thing" in error
+    broken[0] = False
+    assert quietly(study, out) == {"recorded": 2, "failed": 0, "elsewhere": 0}
+
+
+def test_a_job_that_another_process_has_is_left_to_it(tmp_path):
+    """While a job is done, a second call of the same study does the other one."""
+    out, found = tmp_path / "x.jsonl", []
+
+    def other(folder, a):
+        return {"by": "the second"}
+
+    def run(folder, a):
+        found.append(quietly(study_of(tmp_path, other, *jobs), out))
+        return {"by": "the first"}
+
+    jobs = [{"a": 1}, {"a": 2}]
+    assert quietly(study_of(tmp_path, run, *jobs), out)["recorded"] == 2
+    assert found == [{"recorded": 1, "failed": 0, "elsewhere": 1}]
+    by = {r["job"]["a"]: r["by"] for r in read_records(out)}
+    assert by == {1: "the first", 2: "the second"}
+
+
+def test_a_crash_while_writing_loses_no_record(tmp_path, monkeypatch):
+    out = tmp_path / "x.jsonl"
+    out.write_text('{"job": {"a": 1}}')  # by hand, without an end of line
+    study = study_of(tmp_path, lambda folder, a: {}, {"a": 1}, {"a": 2})
+
+    def crash(*_):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        assert quietly(study, out)["failed"] == 1
+    assert out.read_text() == '{"job": {"a": 1}}'
+    assert quietly(study, out)["recorded"] == 2
+    assert [r["job"]["a"] for r in read_records(out)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"a": 1}', "3"])
+def test_a_file_of_something_else_is_refused(line, tmp_path):
+    out = tmp_path / "x.jsonl"
+    out.write_text(f'{{"job": {{}}}}\n{line}\n')
+    with pytest.raises(ValueError, match="out: expected a record .* in line 2"):
+        quietly(study_of(tmp_path, lambda folder: {}, {}), out)
+    assert out.read_text().endswith(f"{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "defines no jobs"),
+        ("jobs = [{}]", "defines no run"),
+        ("jobs = [{}]; run = 3", "expected a function run"),
+        ("jobs = []; run = print", "expected a list of dictionaries"),
+        ("jobs = [3]; run = print", "expected a list of dictionaries"),
+        ("jobs = [{'a': 1}, {'a': 1}]; run = print", "has the job .* twice"),
+        ("jobs = [{'a': print}]; run = print", "cannot be written"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(text, message, tmp_path):
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(ValueError, match=f"study: .*{message}"):
+        load_study(str(tmp_path / "x.py"))
+
+
+def test_a_study_has_a_name_or_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="a name in studies/, or the path"):
+        load_study("x")
+    Path("studies").mkdir()
+    Path("studies/x.py").write_text("jobs = [{}]\ndef run(folder): return {}")
+    assert load_study("x").name == "x"
+    assert load_study(str(tmp_path / "studies/x.py")).jobs == [{}]
+    with pytest.raises(ValueError, match="expected one of x, or the path"):
+        load_study("y")
+
+
+TRAINING = """
+from flowcourse.configs import configs
+from flowcourse.studies import train_and_judge
+
+jobs = [{"seed": 0}, {"seed": 1}]
+
+def run(folder, seed):
+    config = configs["realnvp.faithful"].replace(
+        seed=seed, steps=120, layers=2, hidden=(8,), checkpoint_every=20
+    )
+    print("begins", flush=True)
+    return train_and_judge(config, folder)
+"""
+
+
+def test_ctrl_c_loses_nothing_of_a_training(tmp_path, capsys):
+    """The run that was stopped and goes on finds what the whole one finds."""
+    (tmp_path / "x.py").write_text(TRAINING)
+    words = [str(tmp_path / "x.py"), "--out", str(tmp_path / "broken.jsonl")]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "flowcourse", "study", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert child.stdout.readline() == "begins\n"
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".broken/*/checkpoint.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    last = (
+        child.communicate(timeout=120)[1].replace("\r", "\n").splitlines()[-1]
+    )
+    assert child.returncode == 130
+    assert last.startswith("flowcourse: stopped with ")
+    assert last.endswith("; the same command goes on")
+    assert list(tmp_path.glob(".broken/*/checkpoint.pt"))
+    assert main(["study", *words]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"2 of 2 jobs are recorded in {tmp_path / 'broken.jsonl'}"
+    quietly(load_study(words[0]), tmp_path / "whole.jsonl")
+    broken, whole = (
+        {r["job"]["seed"]: r["results"] for r in read_records(tmp_path / name)}
+        for name in ("broken.jsonl", "whole.jsonl")
+    )
+    assert broken == whole
+
+
+def test_processes_share_a_study(tmp_path):
+    (tmp_path / "x.py").write_text("""
+import time
+
+jobs = [{"a": a} for a in range(8)]
+
+def run(folder, a):
+    time.sleep(0.2)
+    return {}
+""")
+    words = [
+        "study",
+        str(tmp_path / "x.py"),
+        "--out",
+        str(tmp_path / "x.jsonl"),
+    ]
+    command = [sys.executable, "-m", "flowcourse", *words]
+    both = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in "ab"]
+    assert [child.wait(timeout=120) for child in both] == [0, 0]
+    assert main(words) == 0  # what the other was at when one was through
+    done = [record["job"]["a"] for record in read_records(tmp_path / "x.jsonl")]
+    assert sorted(done) == list(range(8))
+
+
+def test_the_command_says_what_failed(tmp_path, capsys):
+    (tmp_path / "x.py").write_text("jobs = [{}]\ndef run(folder): return 1 / 0")
+    out = tmp_path / "x.jsonl"
+    assert main(["study", str(tmp_path / "x.py"), "--out", str(out)]) == 1
+    told = capsys.readouterr().out
+    assert told == f"0 of 1 jobs are recorded in {out}, 1 failed\n"
+
+
+def small(name):
+    """A study of the repository whose jobs take seconds."""
+    path = ROOT / "studies" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if name == "digits":
+        module.CONFIG = module.CONFIG.replace(steps=10)
+        jobs = [job for job in module.jobs if job["change"] == "four layers"][
+            :1
+        ]
+        jobs += [module.jobs[0]]
+    elif name == "dlgm":
+        few = {"steps": 4, "validate_every": 4, "held_out": 100, "judged": 10}
+        module.CONFIG = module.CONFIG.replace(**few)
+        jobs = module.jobs[1:2]
+    else:
+        module.SECONDS = 0.1
+        jobs = [module.jobs[0], module.jobs[-1]]
+    if name == "variational":
+        module.RECIPE["steps"] = 4
+    return Study(name, path, jobs, module.run)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_of_each_study_finds_what_its_record_has(name, tmp_path):
+    study, out = small(name), tmp_path / f"{name}.jsonl"
+    assert quietly(study, out)["recorded"] == len(study.jobs)
+    recorded = read_records(ROOT / "results" / out.name)
+    of_job = {json.dumps(r["job"], sort_keys=True): r for r in recorded}
+    for new in read_records(out):
+        old = of_job[json.dumps(new["job"], sort_keys=True)]
+        assert set(new) == set(old) | {"commit", "dirty", "versions"}
+        assert type(new["results"]) is type(old["results"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_records_of_the_repository_are_those_of_its_studies(name):
+    study = load_study(str(ROOT / "studies" / f"{name}.py"))
+    done = studies._done(ROOT / "results" / f"{name}.jsonl")
+    assert done == set(map(studies._key, study.jobs))
+
+
+def test_models_side_by_side_are_each_by_itself():
+    losses = []
+
+    class Quadratic(torch.nn.Module):
+        def __init__(self, at):
+            super().__init__()
+            self.x = torch.nn.Parameter(torch.tensor(0.0))
+            self.register_buffer("at", torch.tensor(at))
+
+        def forward(self, batch):
+            return (self.x - self.at * batch.mean()).square()
+
+    models = [Quadratic(1.0), Quadratic(2.0)]
+    together = SideBySide(models)
+    batch = torch.ones(4, 2)
+    optimizer = torch.optim.SGD(together.parameters(), lr=0.25)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = together(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(5.0)
+    together.unstack(models)
+    found = [model.x.item() for model in models]
+    assert found == pytest.approx([1.0, 2.0], abs=1e-4)
+    together.eval()
+    assert not together.training and not together.template[0].training
+
+
+def test_a_config_is_trained_and_judged(tmp_path):
+    from flowcourse.configs import configs
+
+    config = configs["realnvp.faithful"].replace(
+        steps=20, layers=2, hidden=(8,), validate_every=10
+    )
+    found = train_and_judge(config, tmp_path)
+    assert list(found) == [
+        "results",
+        "steps",
+        "best step",
+        "seconds",
+        "parameters",
+    ]
+    assert found["steps"] == 20 and found["best step"] in (10, 20)
+    objective = config.objective()
+    assert found["parameters"] == sum(p.numel() for p in objective.parameters())
+    untrained = config.evaluate(objective.eval())
+    key = "test log-likelihood [nat]"
+    assert found["results"][key] > untrained[key]
+    # it goes on from what it kept: no step is done twice
+    assert train_and_judge(config, tmp_path) == found
