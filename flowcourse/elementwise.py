@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScalarMap', 'InverseMap', 'IdentityMap', 'AdditiveMap', 'AffineMap', 'PReLUMap', 'SoftplusMap', 'SigmoidMap', 'mlp',
-           'Conditional', 'Elementwise', 'PReLU', 'LeakyReLU', 'Sigmoid', 'Logit', 'BatchNorm', 'ActNorm']
+           'Conditional', 'Elementwise', 'BatchNorm', 'ActNorm']
 
 # %% ../nbs/03-elementwise.ipynb #bbc06141
 import math
@@ -492,42 +492,6 @@ def _fill(maps, dim):
         lengths.append(dim - end)
         found.append(IdentityMap())
     return lengths, found
-
-# %% ../nbs/03-elementwise.ipynb #8c5e2a02
-def PReLU(
-    event_shape: int | tuple[int, ...],  # Shape of one point
-    *,
-    context_dim: int = 0,  # Number of context features, which decide the slopes
-) -> Elementwise:  # One slope for each coordinate
-    """Leaky rectifiers with learned slopes, which start at 1."""
-    return Elementwise(event_shape, PReLUMap(), context_dim=context_dim)
-
-
-def LeakyReLU(
-    event_shape: int | tuple[int, ...],  # Shape of one point
-    *,
-    slope: float = 0.1,  # Of the left half, above 0
-) -> Elementwise:  # Without parameters
-    """Leaky rectifiers with a fixed slope."""
-    return Elementwise(event_shape, PReLUMap(slope))
-
-
-def Sigmoid(
-    event_shape: int | tuple[int, ...],  # Shape of one point
-    *,
-    temperature: float = 1.0,  # Width of the rise, above 0
-) -> Elementwise:  # Onto the unit cube
-    """The logistic function of each coordinate."""
-    return Elementwise(event_shape, SigmoidMap(temperature))
-
-
-def Logit(
-    event_shape: int | tuple[int, ...],  # Shape of one point
-    *,
-    temperature: float = 1.0,  # Of the sigmoid that it undoes, above 0
-) -> Elementwise:  # From the unit cube
-    """The log-odds of each coordinate."""
-    return Elementwise(event_shape, InverseMap(SigmoidMap(temperature)))
 
 # %% ../nbs/03-elementwise.ipynb #57200b25
 class BatchNorm(Bijection):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['affine_maps', 'elementwise_maps', 'SmoothPReLUMap', 'ArcsinhMap', 'SinhArcsinhMap', 'PowerMap', 'ELUMap', 'ExpMap',
-           'TanhMap']
+           'TanhMap', 'PReLU', 'LeakyReLU', 'Sigmoid', 'Logit']
 
 # %% ../nbs/lib-scalar-maps.ipynb #c3a43433
 import math
@@ -17,6 +17,7 @@ from flowcourse.arguments import Table, as_float
 from flowcourse.elementwise import (
     AdditiveMap,
     AffineMap,
+    Elementwise,
     InverseMap,
     PReLUMap,
     ScalarMap,
@@ -225,3 +226,39 @@ elementwise_maps = Table(
         "signed-root": PowerMap(0.5),
     }
 )
+
+# %% ../nbs/lib-scalar-maps.ipynb #8c5e2a02
+def PReLU(
+    event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
+    context_dim: int = 0,  # Number of context features, which decide the slopes
+) -> Elementwise:  # One slope for each coordinate
+    """Leaky rectifiers with learned slopes, which start at 1."""
+    return Elementwise(event_shape, PReLUMap(), context_dim=context_dim)
+
+
+def LeakyReLU(
+    event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
+    slope: float = 0.1,  # Of the left half, above 0
+) -> Elementwise:  # Without parameters
+    """Leaky rectifiers with a fixed slope."""
+    return Elementwise(event_shape, PReLUMap(slope))
+
+
+def Sigmoid(
+    event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
+    temperature: float = 1.0,  # Width of the rise, above 0
+) -> Elementwise:  # Onto the unit cube
+    """The logistic function of each coordinate."""
+    return Elementwise(event_shape, SigmoidMap(temperature))
+
+
+def Logit(
+    event_shape: int | tuple[int, ...],  # Shape of one point
+    *,
+    temperature: float = 1.0,  # Of the sigmoid that it undoes, above 0
+) -> Elementwise:  # From the unit cube
+    """The log-odds of each coordinate."""
+    return Elementwise(event_shape, InverseMap(SigmoidMap(temperature)))

@@ -11,12 +11,15 @@ from torch.testing import assert_close
 
 from flowcourse.core import Compose, Flow
 from flowcourse.coupling import Coupling, half
-from flowcourse.elementwise import Elementwise, InverseMap, PReLUMap, Sigmoid
-from flowcourse.quadrature import total_mass
+from flowcourse.elementwise import Elementwise, InverseMap, PReLUMap
 from flowcourse.scalar_maps import (
     ELUMap,
     ExpMap,
+    LeakyReLU,
+    Logit,
     PowerMap,
+    PReLU,
+    Sigmoid,
     SinhArcsinhMap,
     SmoothPReLUMap,
     TanhMap,
@@ -183,3 +186,51 @@ def test_learned_maps_are_bounded_as_their_pages_say(name):
     z = torch.tensor(-2.0).double()
     x, _ = f.forward(z, torch.full((f.n_params,), 1e9).double())
     assert_close(x, torch.tensor(image(-2.0)).double())
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 2.0, 100.0])
+def test_sigmoid_and_logit_are_exact_in_the_tails_at_any_temperature(
+    temperature,
+):
+    sigmoid, logit = (
+        Sigmoid(1, temperature=temperature),
+        Logit(1, temperature=temperature),
+    )
+    z = torch.tensor([-100.0, -30.0, -1.0, 0.0, 1.0, 30.0, 100.0])[:, None]
+    _, ladj = sigmoid(z)
+    assert_close(ladj.double(), sigmoid(z.double())[1], rtol=1e-6, atol=1e-6)
+    x = torch.tensor([2e-38, 1e-20, 0.3, 0.9, 1 - 2**-24])[:, None]
+    _, ladj = logit(x)
+    assert_close(ladj.double(), logit(x.double())[1], rtol=1e-6, atol=1e-6)
+
+
+def test_named_constructors():
+    z = torch.tensor([[-2.0, 3.0]])
+    assert_close(LeakyReLU(2, slope=0.1)(z)[0], torch.tensor([[-0.2, 3.0]]))
+    assert_close(LeakyReLU(2, slope=0.1)(z)[1], torch.tensor([math.log(0.1)]))
+    assert_close(Sigmoid(2, temperature=2.0)(z)[0], (z / 2).sigmoid())
+    assert_close(
+        Logit(2, temperature=2.0)(Sigmoid(2, temperature=2.0)(z)[0])[0], z
+    )
+    f = PReLU(2, context_dim=3)
+    assert_close(f(z, torch.randn(1, 3))[0], z)
+    assert [p.requires_grad for p in PReLU(2).parameters()] == [True]
+
+
+def test_slopes_are_learned_for_each_dimension():
+    torch.manual_seed(0)
+    true, f = torch.tensor([0.3, 2.0]), PReLU(2)
+    z = torch.randn(4000, 2)
+    x = torch.where(z < 0, true * z, z)
+    optimizer, flow = torch.optim.Adam(f.parameters(), 0.05), Flow(f)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (-flow.log_prob(x).mean()).backward()
+        optimizer.step()
+    assert_close(f(-torch.ones(2))[0], -true, rtol=0.05, atol=0)
+
+
+def test_points_beyond_an_end_have_no_density_and_points_on_it_do():
+    flow = Flow(Sigmoid(1))
+    assert flow.log_prob(torch.tensor([[0.0], [1.0]])).isfinite().all()
+    assert flow.log_prob(torch.tensor([[-0.1], [1.1]])).isneginf().all()
