@@ -9,7 +9,7 @@ __all__ = []
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import numpy as np
@@ -169,10 +169,10 @@ def require_instance(
     # torch.compile wraps a module, and passes on all that is asked of it
     if _is_a(getattr(value, "_orig_mod", value), kind):
         return
-    came = _came(value)
+    hint = ""
     if _is_a(getattr(value, "bijection", None), kind):
-        came += "; the map in it is its attribute `bijection`"
-    raise ValueError(f"{name}: expected {wanted}, got {came}")
+        hint = "; the map in it is its attribute `bijection`"
+    raise ValueError(f"{name}: expected {wanted}, got {what_came(value)}{hint}")
 
 
 def _is_a(value, kind):
@@ -186,8 +186,10 @@ def _is_a(value, kind):
     )
 
 
-def _came(value):
-    "What came, in words, and what to write instead where that is plain."
+def what_came(
+    value,  # What came
+) -> str:  # For the end of an error
+    """What came, in words, and what to write instead where that is plain."""
     if isinstance(value, type):
         return f"the class {value.__name__}; make one: {value.__name__}(...)"
     if isinstance(value, Tensor):
@@ -259,6 +261,19 @@ def make_module(
     return module
 
 # %% ../nbs/lib-arguments.ipynb #e2505ac2
+def require_choice(
+    value,  # What came
+    name: str,  # The argument's name, for the error
+    choices: Iterable,  # What it may be; `True` is not 1
+):
+    """Raise a `ValueError` unless `value` is one of a few."""
+    choices = tuple(choices)
+    if not any(type(value) is type(c) and value == c for c in choices):
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}"
+        )
+
+
 class Table(dict):
     """A dictionary that answers an unknown name with the names it knows."""
 
@@ -282,7 +297,7 @@ def require_event(
         came = (
             f"a {value.dtype} tensor; convert it, for example with .float()"
             if isinstance(value, Tensor)
-            else _came(value)
+            else what_came(value)
         )
         raise ValueError(
             f"{name}: {who} expects a floating-point tensor, got {came}"
@@ -331,7 +346,7 @@ def require_context(
 ):
     """Raise a `ValueError` unless `context` is there when, and only when, `owner` takes one."""
     if (context is None) != (context_dim == 0):
-        came = "none" if context is None else _came(context)
+        came = "none" if context is None else what_came(context)
         wanted = f"shape (*batch, {context_dim})" if context_dim else "none"
         raise ValueError(
             f"context: {type(owner).__name__} expects {wanted}, got {came}"
@@ -382,13 +397,9 @@ def require_log_density(
     """Raise a `ValueError` unless a log-density gave one number for each point."""
     wanted = tuple(x.shape[: x.dim() - event_dim])
     if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
-        came = (
-            f"shape {tuple(found.shape)}"
-            if isinstance(found, Tensor)
-            else type(found).__name__
-        )
         raise ValueError(
-            f"{name}: expected one number for each point, shape {wanted}, got {came}; "
+            f"{name}: expected one number for each point, shape {wanted}, "
+            f"got {what_came(found)}; "
             "sum over the dimensions of a point alone, as with .sum(-1)"
         )
 

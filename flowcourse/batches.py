@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import _came as came
-from .arguments import as_float
+from .arguments import as_float, what_came
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,7 +60,7 @@ def _require_dense(part, name):
     """Refuse what is no tensor with values and at least one row."""
     if not isinstance(part, Tensor):
         raise ValueError(
-            f"{name}: expected a tensor, got {came(part)}{_hint(part)}"
+            f"{name}: expected a tensor, got {what_came(part)}{_hint(part)}"
         )
     if part.is_meta or part.is_nested or part.layout != torch.strided:
         kind = (

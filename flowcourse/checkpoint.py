@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import _came as came
+from .arguments import what_came
 
 # %% ../nbs/lib-checkpoint.ipynb #3b1b0812
 class CheckpointError(ValueError):
@@ -216,7 +216,7 @@ def reserved(
 def _writable(path):
     """Find out now, not at the first checkpoint, that the file cannot be written."""
     if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"checkpoint: expected a path, got {came(path)}")
+        raise ValueError(f"checkpoint: expected a path, got {what_came(path)}")
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

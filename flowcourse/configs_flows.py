@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .arguments import as_float, as_int, as_shape
+from .arguments import as_float, as_int, as_shape, require_choice
 from .autoregressive import MAF
 from .core import Flow
 from .coupling import Couplings, alternating, half, random_half
@@ -27,7 +27,6 @@ from flowcourse.data import (
 from .elementwise import InverseMap
 from .experiments import Config, Splits, packaged
 from .objectives import MaximumLikelihood
-from .recipe import require_choice
 from .toys import toys
 from .zoo_scalar_maps import scalar_maps
 

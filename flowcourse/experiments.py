@@ -19,10 +19,10 @@ from typing import (
 
 from torch import Tensor
 
-from .arguments import as_int
+from .arguments import as_int, require_choice
 from .data import load
 from .objectives import Objective
-from .recipe import Recipe, require_choice
+from .recipe import Recipe
 
 # %% ../nbs/lib-experiments.ipynb #e5c7c7db
 class Splits(NamedTuple):

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .arguments import _came as came
-from .arguments import as_float, as_int, require_log_density
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    require_log_density,
+    what_came,
+)
 from .core import Flow
 
 # %% ../nbs/02-training.ipynb #b6c7aff8
@@ -75,7 +79,7 @@ class MaximumLikelihood(Objective):
         if isinstance(flow, type) or not hasattr(flow, "log_prob"):
             raise ValueError(
                 "flow: expected something with log_prob, such as Flow(bijection), "
-                f"got {came(flow)}"
+                f"got {what_came(flow)}"
             )
         self.flow = flow
 
@@ -105,7 +109,7 @@ def _split(batch):
         several = f" of {len(batch)}" if isinstance(batch, tuple) else ""
         raise ValueError(
             "data: MaximumLikelihood takes x or the pair (x, context), "
-            f"got {came(batch)}{several}"
+            f"got {what_came(batch)}{several}"
         )
     return batch
 
@@ -161,18 +165,18 @@ class ReverseKL(Objective):
     ):
         super().__init__()
         if not isinstance(flow, Flow) or not flow.base.has_rsample:
-            got = came(getattr(flow, "base", flow))
+            got = what_came(getattr(flow, "base", flow))
             raise ValueError(
                 f"flow: expected a Flow with a base whose draws carry gradients, got {got}"
             )
         if not callable(log_target) or isinstance(log_target, type):
             raise ValueError(
                 "log_target: expected a function of x, such as another flow's "
-                f"log_prob, got {came(log_target)}"
+                f"log_prob, got {what_came(log_target)}"
             )
         if not (annealing is None or callable(annealing)):
             raise ValueError(
-                f"annealing: expected an Annealing or None, got {came(annealing)}"
+                f"annealing: expected an Annealing or None, got {what_came(annealing)}"
             )
         self.flow, self.log_target, self.annealing = flow, log_target, annealing
         self.path = path

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .arguments import _came as came
+from .arguments import what_came
 from .batches import Data, fingerprint
 from .checkpoint import CheckpointError
 from .recipe import Recipe
@@ -28,7 +28,7 @@ def read_identity(
     """Raise a `ValueError` unless an identity is made of plain values by name."""
     if not (identity is None or isinstance(identity, dict)):
         raise ValueError(
-            f"identity: expected a dictionary, got {came(identity)}"
+            f"identity: expected a dictionary, got {what_came(identity)}"
         )
     try:
         return json.loads(json.dumps(identity or {}, allow_nan=False))

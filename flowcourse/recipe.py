@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from .arguments import as_float, as_int
+from .arguments import as_float, as_int, require_choice
 
 # %% ../nbs/lib-recipe.ipynb #028bf321
 OPTIMIZERS = {
@@ -26,18 +26,6 @@ OPTIMIZERS = {
 
 
 SCHEDULES = ("constant", "cosine")
-
-
-def require_choice(
-    value,  # What came
-    name: str,  # The argument's name, for the error
-    choices: tuple,  # What it may be; True is not 1
-):
-    """Raise a `ValueError` unless a value is one of a few."""
-    if not any(type(value) is type(c) and value == c for c in choices):
-        raise ValueError(
-            f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}"
-        )
 
 
 def learning_rate_factor(

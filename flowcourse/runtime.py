@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .recipe import require_choice
+from .arguments import require_choice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

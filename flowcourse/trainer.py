@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import _came as came
-from .arguments import as_int
+from .arguments import as_int, require_choice, what_came
 from .batches import Batches, hold_out
 from flowcourse.checkpoint import (
     CheckpointError,
@@ -36,7 +35,7 @@ from flowcourse.provenance import (
     read_identity,
     require_same_run,
 )
-from .recipe import Recipe, learning_rate_factor, require_choice
+from .recipe import Recipe, learning_rate_factor
 from flowcourse.runtime import (
     Engine,
     accelerated,
@@ -458,7 +457,7 @@ def _load(run):
 def _read_recipe(recipe, settings):
     """A recipe with what was given by name in the place of its fields."""
     if recipe is not None and not isinstance(recipe, Recipe):
-        raise ValueError(f"recipe: expected a Recipe, got {came(recipe)}")
+        raise ValueError(f"recipe: expected a Recipe, got {what_came(recipe)}")
     known = [f.name for f in fields(Recipe)]
     for name in settings:
         if name not in known:
@@ -476,7 +475,7 @@ def _require_objective(objective, weights):
     if not isinstance(objective, Objective):
         raise ValueError(
             "objective: expected an Objective, such as MaximumLikelihood(flow), "
-            f"got {came(objective)}"
+            f"got {what_came(objective)}"
         )
     if not any(p.requires_grad for p in objective.parameters()):
         raise ValueError(
@@ -515,7 +514,7 @@ def _require_number(loss):
         mean = "; .mean() makes one" if isinstance(loss, Tensor) else ""
         raise ValueError(
             "objective: expected its forward to return one number, a tensor of "
-            f"shape (), got {came(loss)}{mean}"
+            f"shape (), got {what_came(loss)}{mean}"
         )
     if not loss.requires_grad:
         raise ValueError(
