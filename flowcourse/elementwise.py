@@ -120,19 +120,32 @@ def full_precision(
     return torch.autocast(t.device.type, enabled=False)
 
 
-def check_scalar_map(
-    value,  # What came
+def require_scalar_map(
+    value: object,  # What came
     name: str,  # The argument's name, for the error
+    *,
+    parameters: bool = False,  # Whether it must have some
+    # Whether it must lead from the whole line to the whole line
+    whole_line: bool = False,
 ):
-    """Refuse what is no scalar map, a class where an instance is meant among it."""
-    parts = ("n_params", "forward", "inverse")
+    """Refuse what is no scalar map of the kind that is needed, or a class where an instance is meant."""
     if isinstance(value, type):
         came = f"the class {value.__name__}; call it to make one"
-    elif not all(hasattr(value, part) for part in parts):
+        raise ValueError(f"{name}: expected a scalar map, got {came}")
+    if not all(hasattr(value, p) for p in ("n_params", "forward", "inverse")):
         came = type(value).__name__
-    else:
-        return
-    raise ValueError(f"{name}: expected a scalar map, got {came}")
+        raise ValueError(f"{name}: expected a scalar map, got {came}")
+    if parameters and not value.n_params:
+        raise ValueError(f"{name}: expected one with parameters, got {value}")
+    ends = [
+        getattr(value, end, constraints.real) for end in ("domain", "codomain")
+    ]
+    real = type(constraints.real)
+    if whole_line and not all(isinstance(end, real) for end in ends):
+        raise ValueError(
+            f"{name}: expected a map of the whole line onto the whole line, "
+            f"but {value} leads from {ends[0]} to {ends[1]}"
+        )
 
 
 def as_sizes(
@@ -182,7 +195,7 @@ class InverseMap(ScalarMap):
         self,
         scalar_map: ScalarMap,  # The map to turn round
     ):
-        check_scalar_map(scalar_map, "scalar_map")
+        require_scalar_map(scalar_map, "scalar_map")
         self.scalar_map = scalar_map
         self.n_params = scalar_map.n_params
         self.reference = scalar_map.reference
@@ -706,7 +719,7 @@ class Elementwise(Bijection):
         *rest, dim = self.event_shape
         maps = maps if isinstance(maps, Mapping) else {(0, dim): maps}
         for m in maps.values():
-            check_scalar_map(m, "maps")
+            require_scalar_map(m, "maps")
         self.lengths, self.maps = _fill(maps, dim)
         if context_dim and not any(m.n_params for m in self.maps):
             raise ValueError(
