@@ -26,8 +26,9 @@ from flowcourse.core import (
 from flowcourse.elementwise import (
     AffineMap,
     InverseMap,
+    ScalarMap,
     build,
-    check_scalar_map,
+    require_scalar_map,
 )
 from .kernels_sequential import fixed_point, incremental
 from .linear import read_order
@@ -101,6 +102,7 @@ class MADE(nn.Module):
         self,
         dim: int,  # Number of coordinates
         n_params: int = 1,  # Outputs for each coordinate
+        *,
         # Widths of the hidden layers, best at least `dim`
         hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features, seen by every unit
@@ -190,7 +192,8 @@ class Autoregressive(Bijection):
     def __init__(
         self,
         dim: int,  # Size of the event
-        scalar_map=AffineMap(),  # Moves one coordinate
+        scalar_map: ScalarMap = AffineMap(),  # Moves one coordinate
+        *,
         context_dim: int = 0,  # Number of context features
         # How forward works: "incremental", "fixed-point" or "loop"
         sampling: str = "incremental",
@@ -199,11 +202,7 @@ class Autoregressive(Bijection):
         **network,  # hidden, order, degrees and activation of the MADE
     ):
         super().__init__(as_int(dim, "dim", 1), context_dim)
-        check_scalar_map(scalar_map, "scalar_map")
-        if not scalar_map.n_params:
-            raise ValueError(
-                f"scalar_map: expected one with parameters, got {scalar_map}"
-            )
+        require_scalar_map(scalar_map, "scalar_map", parameters=True)
         ways = ("incremental", "fixed-point", "loop")
         if not isinstance(sampling, str) or sampling not in ways:
             raise ValueError(
@@ -286,26 +285,35 @@ def read_orders(
 
 # %% ../nbs/09-masked-flows.ipynb #48275778
 class MAF(Compose):
-    """Autoregressive layers whose density is one pass: `inverse` is cheap, `forward` sequential."""
+    """Autoregressive layers `x_i = h(z_i; m_i(x_<i))`: masked autoregressive flow.
+
+    Papamakarios et al. 2017. A density is one pass of each network, and a sample `dim` steps that
+    wait for each other. Layers narrower than `dim - 1` leave out degrees.
+
+        >>> MAF(3).forward_cost, MAF(3).inverse_cost
+        ('D passes', 'one pass')
+    """
 
     def __init__(
         self,
         dim: int,  # Size of the event
         layers: int = 5,  # Number of autoregressive layers
+        *,
         # Widths of each network's hidden layers
         hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
-        scalar_map=AffineMap(),  # Moves one coordinate
-        # In turn; None: from first to last, then back
+        scalar_map: ScalarMap = AffineMap(),  # Moves one coordinate
+        # One after another; None: from first to last, then back
         orders: list[Tensor] | None = None,
-        **options,  # sampling, tolerance, degrees and activation of each layer
+        # sampling, tolerance, degrees and activation of each layer
+        **options,
     ):
         super().__init__(
             *(
                 Autoregressive(
                     dim,
                     scalar_map,
-                    context_dim,
+                    context_dim=context_dim,
                     hidden=hidden,
                     order=order,
                     **options,
@@ -316,17 +324,25 @@ class MAF(Compose):
 
 
 class IAF(Compose):
-    """Autoregressive layers whose samples are one pass: `forward` is cheap, `inverse` sequential."""
+    """Autoregressive layers `x_i = h(z_i; m_i(z_<i))`: inverse autoregressive flow.
+
+    Kingma et al. 2016, algorithm 1. A sample and its density are one pass of each network, and the
+    density of a given point `dim` steps that wait for each other.
+
+        >>> IAF(3).forward_cost, IAF(3).inverse_cost
+        ('one pass', 'D passes')
+    """
 
     def __init__(
         self,
         dim: int,  # Size of the event
         layers: int = 5,  # Number of autoregressive layers
+        *,
         # Widths of each network's hidden layers
         hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features
-        scalar_map=AffineMap(),  # Moves one coordinate
-        # In turn; None: from first to last, then back
+        scalar_map: ScalarMap = AffineMap(),  # Moves one coordinate
+        # One after another; None: from first to last, then back
         orders: list[Tensor] | None = None,
         # sampling (of inverse), tolerance, degrees and activation of each layer
         **options,
@@ -338,7 +354,7 @@ class IAF(Compose):
                     Autoregressive(
                         dim,
                         turned,
-                        context_dim,
+                        context_dim=context_dim,
                         hidden=hidden,
                         order=order,
                         **options,
