@@ -19,6 +19,7 @@ from flowcourse.autoregressive import (
     IAF,
     MADE,
     MAF,
+    NAF,
     Autoregressive,
     MaskedLinear,
 )
@@ -29,6 +30,7 @@ from flowcourse.elementwise import (
     InverseMap,
     ScalarMap,
 )
+from flowcourse.monotone import DeepSigmoidalMap
 from flowcourse.testing import check_bijection
 
 WAYS = ("incremental", "fixed-point", "loop")
@@ -162,6 +164,27 @@ def test_stacks_hand_their_options_on():
         assert all(layer.units.net is not None for layer in m.layers)
 
 
+def test_a_neural_autoregressive_flow_is_one_of_deep_sigmoidal_maps():
+    torch.manual_seed(0)
+    f = NAF(3, 2, hidden=(8,), context_dim=2, units=4, sampling="loop")
+    torch.manual_seed(0)
+    plain = MAF(
+        3,
+        2,
+        hidden=(8,),
+        context_dim=2,
+        scalar_map=InverseMap(DeepSigmoidalMap(4)),
+    )
+    plain.load_state_dict(f.state_dict())
+    z, context = noise(5, 3), noise(5, 2, seed=1)
+    f, plain = f.double(), plain.double()
+    x, _ = f(z, context)
+    assert_close(plain(z, context)[0], x)
+    assert_close(f.inverse(x, context)[0], z)
+    layers = [m for m in f.modules() if isinstance(m, Autoregressive)]
+    assert [m.sampling for m in layers] == ["loop"] * 2
+
+
 def test_degrees_are_spread_over_all_that_there_are():
     for context_dim, wanted in ((0, [1, 1, 2, 2]), (3, [0, 0, 1, 2])):
         made = MADE(3, hidden=(4,), context_dim=context_dim)
@@ -169,7 +192,7 @@ def test_degrees_are_spread_over_all_that_there_are():
 
 
 LAYERS = (MADE, Autoregressive, BlockAutoregressive)
-STACKS = (MAF, IAF, BNAF)
+STACKS = (MAF, IAF, NAF, BNAF)
 NO_ORDERS = [
     [0, 0, 1],
     torch.arange(4),
