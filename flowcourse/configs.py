@@ -253,16 +253,16 @@ class FlowConfig(Config):
                 partition = partial(partition, generator=generator)
             return Couplings(
                 self.dim,
-                scalar_map,
                 self.layers,
-                self.hidden,
+                scalar_map=scalar_map,
+                hidden=self.hidden,
                 partition=partition,
                 dropout=self.dropout,
             )
         return MAF(
             self.dim,
             self.layers,
-            self.hidden,
+            hidden=self.hidden,
             scalar_map=scalar_map,
             activation=lambda: nn.Sequential(
                 nn.SiLU(), nn.Dropout(self.dropout)
@@ -305,7 +305,7 @@ def posteriors(
     return {
         "gaussian": lambda: None,
         "planar": lambda: Planar(dim, length, **linear),
-        "nice": lambda: NICE(dim, length, (dim,), partition=partition),
+        "nice": lambda: NICE(dim, length, hidden=(dim,), partition=partition),
         "sylvester": lambda: Sylvester(
             dim,
             min(dim, 16),
@@ -314,14 +314,16 @@ def posteriors(
             reflections=8,
             **linear,
         ),
-        "iaf": lambda: IAF(dim, length, (8 * dim,), context_dim),
+        "iaf": lambda: IAF(
+            dim, length, hidden=(8 * dim,), context_dim=context_dim
+        ),
         "spline": lambda: Couplings(
             dim,
-            RationalQuadraticSplineMap(8),
             length,
-            (4 * dim,),
-            context_dim,
-            partition,
+            scalar_map=RationalQuadraticSplineMap(8),
+            hidden=(4 * dim,),
+            context_dim=context_dim,
+            partition=partition,
         ),
     }
 

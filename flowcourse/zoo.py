@@ -328,7 +328,10 @@ def couple(
 ) -> Coupling:  # With a small conditioner
     """A small coupling layer."""
     return Coupling(
-        partition(dim), scalar_map, partial(conditioner, **small), context_dim
+        partition(dim),
+        scalar_map,
+        conditioner=partial(conditioner, **small),
+        context_dim=context_dim,
     )
 
 
@@ -365,11 +368,15 @@ coupling_rows = {
         reference="Dinh et al. 2017, fig. 3",
     ),
     "nice": coupling_row(
-        lambda dim, context_dim: NICE(dim, 2, (8,), context_dim),
+        lambda dim, context_dim: NICE(
+            dim, 2, hidden=(8,), context_dim=context_dim
+        ),
         reference="Dinh et al. 2015, sec. 3.2 and 3.3",
     ),
     "realnvp": coupling_row(
-        lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim),
+        lambda dim, context_dim: RealNVP(
+            dim, 2, hidden=(8,), context_dim=context_dim
+        ),
         reference="Dinh et al. 2017",
     ),
 }
@@ -391,7 +398,9 @@ def autoregress(
     **options,  # Passed on to `Autoregressive`
 ) -> Autoregressive:  # With a small network
     """A small autoregressive layer."""
-    return Autoregressive(dim, scalar_map, context_dim, **small, **options)
+    return Autoregressive(
+        dim, scalar_map, context_dim=context_dim, **small, **options
+    )
 
 
 def inwards(
@@ -407,11 +416,15 @@ autoregressive_row = partial(
 )
 autoregressive_rows = {
     "maf": autoregressive_row(
-        lambda dim, context_dim: MAF(dim, 2, (8,), context_dim),
+        lambda dim, context_dim: MAF(
+            dim, 2, hidden=(8,), context_dim=context_dim
+        ),
         reference="Papamakarios et al. 2017",
     ),
     "iaf": autoregressive_row(
-        lambda dim, context_dim: IAF(dim, 2, (8,), context_dim),
+        lambda dim, context_dim: IAF(
+            dim, 2, hidden=(8,), context_dim=context_dim
+        ),
         reference="Kingma et al. 2016, alg. 1",
         exempt={
             (
@@ -439,12 +452,14 @@ autoregressive_rows = {
     ),
     "block-autoregressive": autoregressive_row(
         lambda dim, context_dim: BlockAutoregressive(
-            dim, (3, 3), context_dim, inwards(dim)
+            dim, hidden=(3, 3), context_dim=context_dim, order=inwards(dim)
         ),
         reference="De Cao et al. 2019, sec. 3",
     ),
     "bnaf": autoregressive_row(
-        lambda dim, context_dim: BNAF(dim, 2, (4,), context_dim),
+        lambda dim, context_dim: BNAF(
+            dim, 2, hidden=(4,), context_dim=context_dim
+        ),
         reference="De Cao et al. 2019, sec. 3",
     ),
 }

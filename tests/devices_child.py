@@ -121,7 +121,7 @@ def trains():
     from flowcourse.coupling import RealNVP
     from flowcourse.training import MaximumLikelihood, fit
 
-    flow = Flow(RealNVP(2, 2, (8,)))
+    flow = Flow(RealNVP(2, 2, hidden=(8,)))
     x = torch.randn(64, 2)
     fit(
         MaximumLikelihood(flow),

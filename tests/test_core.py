@@ -128,14 +128,14 @@ def test_a_base_honours_its_generator_and_leaves_the_global_one_alone(name):
 
 @pytest.mark.parametrize("name", bases())
 def test_a_base_moves_copies_and_pickles_with_the_flow(name):
-    flow = Flow(RealNVP(2, 2, (4,)), bases()[name])
+    flow = Flow(RealNVP(2, 2, hidden=(4,)), bases()[name])
     x = flow.sample(4)
     for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         assert torch.equal(twin.log_prob(x), flow.log_prob(x))
     buffer = io.BytesIO()
     torch.save(flow.state_dict(), buffer)
     buffer.seek(0)
-    fresh = Flow(RealNVP(2, 2, (4,)), bases()[name])
+    fresh = Flow(RealNVP(2, 2, hidden=(4,)), bases()[name])
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh.log_prob(x), flow.log_prob(x))
     double = copy.deepcopy(flow).double()
@@ -274,7 +274,7 @@ def StandardNormalTorch():
 
 
 def test_compose_runs_in_generative_order_and_adds_the_ladjs():
-    f, g = RealNVP(3, 1, (4,)), Counted(3)
+    f, g = RealNVP(3, 1, hidden=(4,)), Counted(3)
     z = torch.randn(5, 3)
     y, first = f(z)
     x, second = g(y)
@@ -386,7 +386,7 @@ def test_log_prob_computes_one_inverse():
 
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_a_flow_is_a_torch_distribution(context_dim, scramble):
-    flow = scramble(Flow(RealNVP(3, 2, (4,), context_dim)))
+    flow = scramble(Flow(RealNVP(3, 2, hidden=(4,), context_dim=context_dim)))
     context = torch.randn(5, 2) if context_dim else None
     batch = (5,) if context_dim else ()
     d = flow(context)
@@ -420,7 +420,7 @@ def test_a_flow_is_a_torch_distribution(context_dim, scramble):
 def test_transformed_distribution_accepts_the_transform(
     module, cache_size, scramble
 ):
-    flow = scramble(Flow(RealNVP(2, 2, (4,), 1)))
+    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,), context_dim=1)))
     context = torch.randn(5, 1)
     base = module.Independent(module.Normal(torch.zeros(2), torch.ones(2)), 1)
     transform = flow.bijection.as_transform(context, cache_size)
@@ -457,7 +457,7 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
         with pyro.plate("rows", len(x)):
             return pyro.sample("x", flow(), obs=x)
 
-    flow = scramble(Flow(RealNVP(2, 2, (4,))), 0.1)
+    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,))), 0.1)
     trace = pyro.poutine.trace(model).get_trace(data)
     trace.compute_log_prob()
     assert_close(trace.nodes["x"]["log_prob"], flow.log_prob(data))
@@ -479,7 +479,7 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
     # zero is the optimum
     assert sum(losses[-20:]) / 20 < 0.1 < sum(losses[:20]) / 20
 
-    conditional = Flow(RealNVP(2, 2, (4,), context_dim=3))
+    conditional = Flow(RealNVP(2, 2, hidden=(4,), context_dim=3))
     with pyro.plate("outer", 4, dim=-2), pyro.plate("inner", 5, dim=-1):
         assert pyro.sample("y", conditional(torch.randn(5, 3))).shape == (
             4,
@@ -493,7 +493,9 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
 
 
 def test_rsample_and_log_prob_agree_with_log_prob_and_carry_gradients(scramble):
-    flow = scramble(Flow(RealNVP(2, 2, (4,)), DiagonalGaussian(2))).double()
+    flow = scramble(
+        Flow(RealNVP(2, 2, hidden=(4,)), DiagonalGaussian(2))
+    ).double()
     x, log_prob = flow.rsample_and_log_prob(
         9, generator=torch.Generator().manual_seed(0)
     )
@@ -590,7 +592,7 @@ def test_function_transforms(row, shape, context_dim, scramble):
 
 
 def test_the_dtype_and_device_are_the_bases(scramble):
-    flow = scramble(Flow(RealNVP(2, 2, (4,)))).double()
+    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,)))).double()
     assert flow.sample(3).dtype == torch.float64
     assert isinstance(flow.base, Base) and flow.base.loc.dtype == torch.float64
 
@@ -598,7 +600,8 @@ def test_the_dtype_and_device_are_the_bases(scramble):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_flow_moves_to_the_gpu():
     flow = Flow(
-        RealNVP(2, 2, (4,)), D.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        RealNVP(2, 2, hidden=(4,)),
+        D.MultivariateNormal(torch.zeros(2), torch.eye(2)),
     ).cuda()
     x = flow.sample(5, generator=torch.Generator().manual_seed(0))
     assert x.is_cuda and flow.log_prob(x).is_cuda

@@ -314,9 +314,9 @@ def test_integers_of_any_library_are_read(kind):
     two, three = kind(2), kind(3)
     assert type(as_int(three, "n")) is int and as_int(three, "n") == 3
     assert as_shape(three, "n") == (3,) and as_shape([three, 2], "n") == (3, 2)
-    f = RealNVP(2, 2, (4,), 3)
+    f = RealNVP(2, 2, hidden=(4,), context_dim=3)
     flow, c = Flow(f), torch.zeros(4, 3)
-    assert Flow(RealNVP(2, 2, (4,))).sample(three).shape == (3, 2)
+    assert Flow(RealNVP(2, 2, hidden=(4,))).sample(three).shape == (3, 2)
     assert flow.sample((three, two), c).shape == (3, 2, 4, 2)
     assert flow.rsample_and_log_prob(three, c)[1].shape == (3, 4)
     assert flow(c).sample((three,)).shape == flow(c).sample(three).shape
@@ -451,7 +451,7 @@ def test_a_kept_pair_is_not_given_again_after_an_update(name, grad):
 
 
 def test_a_kept_pair_hangs_on_points_context_and_mode():
-    f = RealNVP(2, 2, (4,), context_dim=1)
+    f = RealNVP(2, 2, hidden=(4,), context_dim=1)
     with torch.no_grad():
         for p in f.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -486,8 +486,8 @@ def test_a_transform_with_a_kept_pair_can_be_copied():
 
 # --- mistakes ----------------------------------------------------------------
 
-f = RealNVP(2, 2, (4,))
-flow, flow_c = Flow(f), Flow(RealNVP(2, 2, (4,), context_dim=3))
+f = RealNVP(2, 2, hidden=(4,))
+flow, flow_c = Flow(f), Flow(RealNVP(2, 2, hidden=(4,), context_dim=3))
 g = torch.Generator()
 x, c = torch.zeros(5, 2), torch.zeros(4, 3)
 

@@ -19,7 +19,7 @@ from flowcourse.training import MaximumLikelihood, fit, load_checkpoint
 
 def learn(data, **options):
     return fit(
-        MaximumLikelihood(Flow(RealNVP(2, 2, (4,)))),
+        MaximumLikelihood(Flow(RealNVP(2, 2, hidden=(4,)))),
         data,
         steps=2,
         progress=False,
