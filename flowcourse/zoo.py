@@ -317,6 +317,7 @@ from flowcourse.coupling import (
     random_half,
     residual,
 )
+from .splines import NSF
 
 # %% ../nbs/lib-zoo.ipynb #674e84e8
 def couple(
@@ -379,6 +380,13 @@ coupling_rows = {
         ),
         reference="Dinh et al. 2017",
     ),
+    "nsf": coupling_row(
+        lambda dim, context_dim: NSF(
+            dim, 2, hidden=(8,), context_dim=context_dim, bins=4
+        ),
+        lesson="07-splines",
+        reference="Durkan et al. 2019, RQ-NSF (C)",
+    ),
 }
 
 # %% ../nbs/lib-zoo.ipynb #98c422c3
@@ -386,6 +394,7 @@ from flowcourse.autoregressive import (
     BNAF,
     IAF,
     MAF,
+    NAF,
     Autoregressive,
     BlockAutoregressive,
 )
@@ -434,6 +443,16 @@ autoregressive_rows = {
             ): "ten steps back, of slopes up to e^3 each, are "
             "curved on scales below the checker's steps of 1e-6; "
             "tests/test_autoregressive.py compares with the implicit derivative"
+        },
+    ),
+    "naf": autoregressive_row(
+        lambda dim, context_dim: NAF(
+            dim, 2, hidden=(8,), context_dim=context_dim, units=3
+        ),
+        reference="Huang et al. 2018",
+        exempt={
+            "identity": "starts near the identity and not on it, because "
+            "equal parts never separate"
         },
     ),
     "autoregressive-ordered": autoregressive_row(
