@@ -320,7 +320,11 @@ def rqs_ours(dim, layers, hidden, bins, **_):
     scalar_map = RationalQuadraticSplineMap(bins, BOUND)
     return Ours(
         Couplings(
-            dim, scalar_map, layers, (hidden, hidden), conditioner=conditioner
+            dim,
+            layers,
+            scalar_map=scalar_map,
+            hidden=(hidden, hidden),
+            conditioner=conditioner,
         )
     )
 
@@ -414,7 +418,7 @@ def nvp_ours(dim, layers, hidden, **_):
         RealNVP(
             dim,
             layers,
-            (hidden, hidden),
+            hidden=(hidden, hidden),
             conditioner=partial(mlp, activation=nn.ReLU),
         )
     )
@@ -496,7 +500,7 @@ def maf_ours(dim, layers, hidden, scalar_map=None, **_):
         MAF(
             dim,
             layers,
-            (hidden, hidden),
+            hidden=(hidden, hidden),
             scalar_map=scalar_map,
             activation=nn.ReLU,
         )

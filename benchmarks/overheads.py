@@ -74,7 +74,7 @@ def trainer(quick: bool) -> tuple[Callable, Callable]:
 
     def objective():
         torch.manual_seed(0)
-        return MaximumLikelihood(Flow(RealNVP(16, 8, (width, width))))
+        return MaximumLikelihood(Flow(RealNVP(16, 8, hidden=(width, width))))
 
     def loop(loss):
         optimizer = torch.optim.Adam(loss.parameters(), lr=1e-7, fused=True)

@@ -41,6 +41,7 @@ class BlockLayer(nn.Module):
         dim: int,  # Number of coordinates
         n_in: int,  # Inputs for each coordinate
         n_out: int,  # Units for each coordinate
+        *,
         # Number of context features, which decide shift, scale and bend
         context_dim: int = 0,
         # Slopes of the activations lie between 1 - bend and 1 + bend
@@ -119,6 +120,7 @@ class BlockAutoregressive(Bijection):
     def __init__(
         self,
         dim: int,  # Size of the event
+        *,
         # Units for each coordinate in the hidden layers
         hidden: tuple[int, ...] = (8, 8),
         context_dim: int = 0,  # Number of context features
@@ -134,10 +136,12 @@ class BlockAutoregressive(Bijection):
         self.register_buffer("place", self.order.argsort())
         hidden = as_shape(hidden, "hidden")
         self.layers = nn.ModuleList(
-            BlockLayer(dim, n_in, n_out, context_dim, bend)
+            BlockLayer(dim, n_in, n_out, context_dim=context_dim, bend=bend)
             for n_in, n_out in zip([1, *hidden], hidden)
         )
-        self.layers.append(BlockLayer(dim, hidden[-1], 1, context_dim))
+        self.layers.append(
+            BlockLayer(dim, hidden[-1], 1, context_dim=context_dim)
+        )
 
     def _run(self, way, points, context):
         dim = points.shape[-1]
@@ -225,23 +229,37 @@ def _steepness(settings):
 
 # %% ../nbs/lib-bnaf.ipynb #15fcf768
 class BNAF(Compose):
-    """Block autoregressive networks, one after another, whose order is turned round in between."""
+    """Block autoregressive networks, one after another, with the order reversed in between.
+
+    De Cao et al. 2019, section 3. A density is one pass of each network, and a sample a numerical
+    root for each coordinate. The slopes of a network are bounded from both sides.
+
+        >>> BNAF(3).forward_cost, BNAF(3).inverse_cost
+        ('numerical', 'one pass')
+    """
 
     def __init__(
         self,
         dim: int,  # Size of the event
         layers: int = 2,  # Number of networks
+        *,
         # Units for each coordinate in the hidden layers
         hidden: tuple[int, ...] = (8, 8),
         context_dim: int = 0,  # Number of context features
-        # In turn; None: from first to last, then back
+        # One after another; None: from first to last, then back
         orders: list[Tensor] | None = None,
         # Slopes of the activations lie between 1 - bend and 1 + bend
         bend: float = 0.9,
     ):
         super().__init__(
             *(
-                BlockAutoregressive(dim, hidden, context_dim, order, bend)
+                BlockAutoregressive(
+                    dim,
+                    hidden=hidden,
+                    context_dim=context_dim,
+                    order=order,
+                    bend=bend,
+                )
                 for order in read_orders(orders, dim, layers)
             )
         )

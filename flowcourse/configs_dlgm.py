@@ -53,7 +53,7 @@ def posteriors(
     return {
         "gaussian": lambda: None,
         "planar": lambda: Planar(dim, length, **linear),
-        "nice": lambda: NICE(dim, length, (dim,), partition=partition),
+        "nice": lambda: NICE(dim, length, hidden=(dim,), partition=partition),
         "sylvester": lambda: Sylvester(
             dim,
             length,
@@ -62,14 +62,14 @@ def posteriors(
             reflections=8,
             **linear,
         ),
-        "iaf": lambda: IAF(dim, length, (8 * dim,), context_dim),
+        "iaf": lambda: IAF(dim, length, hidden=(8 * dim,), context_dim=context_dim),
         "spline": lambda: Couplings(
             dim,
-            RationalQuadraticSplineMap(8),
-            length,
-            (4 * dim,),
-            context_dim,
-            partition,
+            scalar_map=RationalQuadraticSplineMap(8),
+            layers=length,
+            hidden=(4 * dim,),
+            context_dim=context_dim,
+            partition=partition,
         ),
     }
 

@@ -135,16 +135,16 @@ class FlowConfig(Config):
                 partition = partial(partition, generator=generator)
             return Couplings(
                 self.dim,
-                scalar_map,
-                self.layers,
-                self.hidden,
+                scalar_map=scalar_map,
+                layers=self.layers,
+                hidden=self.hidden,
                 partition=partition,
                 dropout=self.dropout,
             )
         return MAF(
             self.dim,
             self.layers,
-            self.hidden,
+            hidden=self.hidden,
             scalar_map=scalar_map,
             activation=lambda: nn.Sequential(
                 nn.SiLU(), nn.Dropout(self.dropout)

@@ -23,7 +23,7 @@ def small_autoregressive(
     **options,  # Passed on to `Autoregressive`
 ) -> Autoregressive:  # With a small network
     """A small autoregressive layer."""
-    return Autoregressive(dim, scalar_map, context_dim, **SMALL, **options)
+    return Autoregressive(dim, scalar_map, context_dim=context_dim, **SMALL, **options)
 
 # %% ../nbs/lib-zoo-masked-flows.ipynb #b06d0bde
 def _inwards(dim):
@@ -42,14 +42,22 @@ _slow = partial(_row, forward_cost="D passes")
 _block = partial(_row, module="bnaf", forward_cost="numerical")
 rows = {
     "maf": _slow(
-        lambda dim, context_dim: MAF(dim, 2, (8,), context_dim),
+        partial(MAF, layers=2, hidden=(8,)),
         reference="Papamakarios et al. 2017",
     ),
     "iaf": _row(
-        lambda dim, context_dim: IAF(dim, 2, (8,), context_dim),
+        partial(IAF, layers=2, hidden=(8,)),
         reference="Kingma et al. 2016, alg. 1",
         inverse_cost="D passes",
         exempt={("gradients", torch.float64, 3.0): _STEEP},
+    ),
+    "naf": _slow(
+        partial(NAF, layers=2, hidden=(8,), units=3),
+        reference="Huang et al. 2018",
+        exempt={
+            "identity": "starts near the identity and not on it, because "
+            "equal parts never separate"
+        },
     ),
     "autoregressive-ordered": _slow(
         lambda dim, context_dim: small_autoregressive(
@@ -67,12 +75,12 @@ rows = {
     ),
     "block-autoregressive": _block(
         lambda dim, context_dim: BlockAutoregressive(
-            dim, (3, 3), context_dim, _inwards(dim)
+            dim, hidden=(3, 3), context_dim=context_dim, order=_inwards(dim)
         ),
         reference="De Cao et al. 2019, sec. 3",
     ),
     "bnaf": _block(
-        lambda dim, context_dim: BNAF(dim, 2, (4,), context_dim),
+        partial(BNAF, layers=2, hidden=(4,)),
         reference="De Cao et al. 2019, sec. 3",
     ),
 }

@@ -22,6 +22,7 @@ from flowcourse.coupling import (
     random_half,
     residual,
 )
+from .splines import NSF
 from .elementwise import AffineMap, mlp
 from .zoo import SMALL, Row
 
@@ -35,7 +36,7 @@ def small_coupling(
 ) -> Coupling:  # With a small conditioner
     """A small coupling layer."""
     return Coupling(
-        partition(dim), scalar_map, partial(conditioner, **SMALL), context_dim
+        partition(dim), scalar_map, conditioner=partial(conditioner, **SMALL), context_dim=context_dim
     )
 
 # %% ../nbs/lib-zoo-coupling.ipynb #7b621756
@@ -69,11 +70,16 @@ rows = {
         reference="Dinh et al. 2017, fig. 3",
     ),
     "nice": _row(
-        lambda dim, context_dim: NICE(dim, 2, (8,), context_dim),
+        partial(NICE, layers=2, hidden=(8,)),
         reference="Dinh et al. 2015, sec. 3.2 and 3.3",
     ),
     "realnvp": _row(
-        lambda dim, context_dim: RealNVP(dim, 2, (8,), context_dim),
+        partial(RealNVP, layers=2, hidden=(8,)),
         reference="Dinh et al. 2017",
+    ),
+    "nsf": _row(
+        partial(NSF, layers=2, hidden=(8,), bins=4),
+        module="splines",
+        reference="Durkan et al. 2019, RQ-NSF (C)",
     ),
 }

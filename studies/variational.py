@@ -40,11 +40,11 @@ FAMILIES = {
     "planar": partial(Planar, 2, 16),
     "radial": partial(Radial, 2, 16),
     "Sylvester": partial(Sylvester, 2, 8),
-    "RealNVP": partial(RealNVP, 2, 8, (32, 32)),
+    "RealNVP": partial(RealNVP, 2, 8, hidden=(32, 32)),
     "spline": partial(
-        Couplings, 2, RationalQuadraticSplineMap(8, 5.0), 4, (32, 32)
+        Couplings, 2, scalar_map=RationalQuadraticSplineMap(8, 5.0), layers=4, hidden=(32, 32)
     ),
-    "IAF": partial(IAF, 2, 6, (32, 32)),
+    "IAF": partial(IAF, 2, 6, hidden=(32, 32)),
 }
 LENGTHS = {"planar": Planar, "NICE": partial(NICE, hidden=(32,))}
 PAPER = ("U1", "U2", "U3", "U4")

@@ -122,7 +122,7 @@ def trains():
     from flowcourse.objectives import MaximumLikelihood
     from flowcourse.trainer import fit
 
-    flow = Flow(RealNVP(2, 2, (8,)))
+    flow = Flow(RealNVP(2, 2, hidden=(8,)))
     x = torch.randn(64, 2)
     fit(
         MaximumLikelihood(flow),

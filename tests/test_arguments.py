@@ -36,9 +36,9 @@ def test_integers_of_any_library_are_read(kind):
     two, three = kind(2), kind(3)
     assert type(as_int(three, "n")) is int and as_int(three, "n") == 3
     assert as_shape(three, "n") == (3,) and as_shape([three, 2], "n") == (3, 2)
-    f = RealNVP(2, 2, (4,), 3)
+    f = RealNVP(2, 2, hidden=(4,), context_dim=3)
     flow, c = Flow(f), torch.zeros(4, 3)
-    assert Flow(RealNVP(2, 2, (4,))).sample(three).shape == (3, 2)
+    assert Flow(RealNVP(2, 2, hidden=(4,))).sample(three).shape == (3, 2)
     assert flow.sample((three, two), c).shape == (3, 2, 4, 2)
     assert flow.rsample_and_log_prob(three, c)[1].shape == (3, 4)
     assert flow(c).sample((three,)).shape == flow(c).sample(three).shape

@@ -19,6 +19,7 @@ from flowcourse.autoregressive import (
     IAF,
     MADE,
     MAF,
+    NAF,
     Autoregressive,
     MaskedLinear,
 )
@@ -29,6 +30,7 @@ from flowcourse.elementwise import (
     InverseMap,
     ScalarMap,
 )
+from flowcourse.monotone import DeepSigmoidalMap
 from flowcourse.testing import check_bijection
 
 WAYS = ("incremental", "fixed-point", "loop")
@@ -58,7 +60,9 @@ def test_no_output_sees_its_own_or_a_later_coordinate(dim, context_dim, seed):
 @pytest.mark.parametrize("context_dim", [0, 3])
 def test_every_output_sees_all_that_it_may(context_dim):
     order = shuffled(7)
-    net = perturbed(MADE(7, 2, (24, 24), context_dim, order))
+    net = perturbed(
+        MADE(7, 2, hidden=(24, 24), context_dim=context_dim, order=order)
+    )
     context = noise(context_dim) if context_dim else None
     slopes = torch.func.jacrev(net)(noise(7), context)
     place = order.argsort()
@@ -72,7 +76,7 @@ def test_every_output_sees_all_that_it_may(context_dim):
 @pytest.mark.parametrize("make_flow", [MAF, IAF, BNAF])
 def test_the_jacobian_of_a_layer_is_triangular_in_its_order(make_flow):
     order = shuffled(4)
-    f = perturbed(make_flow(4, 1, (8,), orders=[order]))
+    f = perturbed(make_flow(4, 1, hidden=(8,), orders=[order]))
     for direction in (f.forward, f.inverse):
         jacobian = torch.func.jacrev(lambda t: direction(t)[0])(noise(4))[
             order
@@ -135,7 +139,7 @@ def test_arguments_that_are_wrong_are_refused_by_name(wrong, said):
 def test_stacks_hand_their_options_on():
     options = dict(sampling="loop", tolerance=0.5, activation=nn.Tanh)
     for make in (MAF, IAF):
-        f = make(4, 3, (5, 7), 2, **options)
+        f = make(4, 3, hidden=(5, 7), context_dim=2, **options)
         layers = [m for m in f.modules() if isinstance(m, Autoregressive)]
         assert [m.made.order.tolist() for m in layers] == [
             [0, 1, 2, 3],
@@ -148,7 +152,7 @@ def test_stacks_hand_their_options_on():
             assert isinstance(m.made.activation, nn.Tanh)
         f = make(4, 1, degrees=[[1, 2, 3]])
         assert [len(m.bias) for m in f.modules() if isinstance(m, MaskedLinear)] == [3, 8]  # fmt: skip
-    f = BNAF(3, 3, (5, 7), 2, bend=0.25)
+    f = BNAF(3, 3, hidden=(5, 7), context_dim=2, bend=0.25)
     assert [m.order.tolist() for m in f.bijections] == [
         [0, 1, 2],
         [2, 1, 0],
@@ -160,6 +164,27 @@ def test_stacks_hand_their_options_on():
         assert all(layer.units.net is not None for layer in m.layers)
 
 
+def test_a_neural_autoregressive_flow_is_one_of_deep_sigmoidal_maps():
+    torch.manual_seed(0)
+    f = NAF(3, 2, hidden=(8,), context_dim=2, units=4, sampling="loop")
+    torch.manual_seed(0)
+    plain = MAF(
+        3,
+        2,
+        hidden=(8,),
+        context_dim=2,
+        scalar_map=InverseMap(DeepSigmoidalMap(4)),
+    )
+    plain.load_state_dict(f.state_dict())
+    z, context = noise(5, 3), noise(5, 2, seed=1)
+    f, plain = f.double(), plain.double()
+    x, _ = f(z, context)
+    assert_close(plain(z, context)[0], x)
+    assert_close(f.inverse(x, context)[0], z)
+    layers = [m for m in f.modules() if isinstance(m, Autoregressive)]
+    assert [m.sampling for m in layers] == ["loop"] * 2
+
+
 def test_degrees_are_spread_over_all_that_there_are():
     for context_dim, wanted in ((0, [1, 1, 2, 2]), (3, [0, 0, 1, 2])):
         made = MADE(3, hidden=(4,), context_dim=context_dim)
@@ -167,7 +192,7 @@ def test_degrees_are_spread_over_all_that_there_are():
 
 
 LAYERS = (MADE, Autoregressive, BlockAutoregressive)
-STACKS = (MAF, IAF, BNAF)
+STACKS = (MAF, IAF, NAF, BNAF)
 NO_ORDERS = [
     [0, 0, 1],
     torch.arange(4),
@@ -255,13 +280,15 @@ def test_a_scalar_map_needs_no_base_class():
 @pytest.mark.parametrize(
     "create",
     [
-        lambda: MAF(4, 2, (8,), 2),
-        lambda: MAF(1, 2, (8,), orders=[torch.tensor([0], device="cpu")]),
-        lambda: IAF(4, 2, (8,), 2, orders=[[2, 0, 3, 1]]),
+        lambda: MAF(4, 2, hidden=(8,), context_dim=2),
+        lambda: MAF(
+            1, 2, hidden=(8,), orders=[torch.tensor([0], device="cpu")]
+        ),
+        lambda: IAF(4, 2, hidden=(8,), context_dim=2, orders=[[2, 0, 3, 1]]),
         lambda: Autoregressive(4, degrees=[[1, 3, 2]], sampling="fixed-point"),
         lambda: Autoregressive(4, context_dim=2, sampling="loop"),
-        lambda: BNAF(3, 2, (4,), 2),
-        lambda: BlockAutoregressive(3, (4,), order=[1, 2, 0]),
+        lambda: BNAF(3, 2, hidden=(4,), context_dim=2),
+        lambda: BlockAutoregressive(3, hidden=(4,), order=[1, 2, 0]),
     ],
 )
 def test_a_flow_lives_on_the_default_device_and_works_beside_another(create):
@@ -272,7 +299,7 @@ def test_a_flow_lives_on_the_default_device_and_works_beside_another(create):
 
 
 def test_maf_and_iaf_are_dual_with_one_set_of_weights():
-    maf = perturbed(MAF(6, 1, (20,)))
+    maf = perturbed(MAF(6, 1, hidden=(20,)))
     iaf = Inverse(
         Autoregressive(6, InverseMap(AffineMap()), hidden=(20,))
     ).double()
@@ -315,7 +342,15 @@ def test_pyro_agrees_given_the_same_weights(context_dim):
         scalar_map=AffineMap(1e6),
         orders=[order],
     )
-    made = MADE(dim, 2, None, context_dim, order, degrees, nn.ReLU)
+    made = MADE(
+        dim,
+        2,
+        hidden=None,
+        context_dim=context_dim,
+        order=order,
+        degrees=degrees,
+        activation=nn.ReLU,
+    )
     f.bijections[0].bijection.made = made
     with torch.no_grad():
         for i, (mine, theirs) in enumerate(zip(made.layers, net.layers)):
@@ -368,7 +403,7 @@ def test_a_state_dict_restores_random_orders_and_degrees():
 
 def test_autocast_keeps_the_dtype_and_the_block_networks_exact():
     z = noise(8, 4).float()
-    for f in (MAF(4, 2, (16,)), IAF(4, 2, (16,)), BNAF(4)):
+    for f in (MAF(4, 2, hidden=(16,)), IAF(4, 2, hidden=(16,)), BNAF(4)):
         f = perturbed(f).float()
         with torch.autocast("cpu", torch.bfloat16):
             x, ladj = f(z)
@@ -380,7 +415,7 @@ def test_autocast_keeps_the_dtype_and_the_block_networks_exact():
 
 
 def test_samples_carry_gradients_to_every_weight_that_a_mask_allows():
-    flow = Flow(perturbed(MAF(4, 2, (8, 8)))).double()
+    flow = Flow(perturbed(MAF(4, 2, hidden=(8, 8)))).double()
     x, log_prob = flow.rsample_and_log_prob(
         64, generator=torch.Generator().manual_seed(0)
     )
@@ -394,7 +429,7 @@ def test_the_way_back_of_an_iaf_has_the_implicit_derivative_where_parameters_are
     """Such layers enlarge rounding by up to 1e12, so single points say little and most must agree."""
     errors = []
     for seed in range(20):
-        f, z = perturbed(IAF(5, 2, (8,)), 3.0, seed), noise(5, seed=seed)
+        f, z = perturbed(IAF(5, 2, hidden=(8,)), 3.0, seed), noise(5, seed=seed)
         x, _ = f(z)
         there = torch.func.jacrev(lambda t, f=f: f(t)[0])(z)
         back = torch.func.jacrev(lambda t, f=f: f.inverse(t)[0])(x)
@@ -411,7 +446,10 @@ def test_the_way_back_of_an_iaf_has_the_implicit_derivative_where_parameters_are
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_contexts_that_are_shared_are_broadcast(direction):
     context, points = noise(3, 2), noise(4, 3, 5)
-    for f in (one_layer(5, 2), perturbed(BlockAutoregressive(5, (4,), 2))):
+    for f in (
+        one_layer(5, 2),
+        perturbed(BlockAutoregressive(5, hidden=(4,), context_dim=2)),
+    ):
         whole = getattr(f, direction)(points, context)
         one = getattr(f, direction)(points[1, 2], context[2])
         assert_close(whole[0][1, 2], one[0])

@@ -89,14 +89,14 @@ def test_a_base_honours_its_generator_and_leaves_the_global_one_alone(name):
 
 @pytest.mark.parametrize("name", bases())
 def test_a_base_moves_copies_and_pickles_with_the_flow(name):
-    flow = Flow(RealNVP(2, 2, (4,)), bases()[name])
+    flow = Flow(RealNVP(2, 2, hidden=(4,)), bases()[name])
     x = flow.sample(4)
     for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         assert torch.equal(twin.log_prob(x), flow.log_prob(x))
     buffer = io.BytesIO()
     torch.save(flow.state_dict(), buffer)
     buffer.seek(0)
-    fresh = Flow(RealNVP(2, 2, (4,)), bases()[name])
+    fresh = Flow(RealNVP(2, 2, hidden=(4,)), bases()[name])
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh.log_prob(x), flow.log_prob(x))
     double = copy.deepcopy(flow).double()

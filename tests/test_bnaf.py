@@ -39,7 +39,7 @@ def test_what_a_block_layer_makes_of_raw_numbers_of_any_size():
 
 
 def test_the_steepness_of_a_block_network_is_a_bound():
-    f = perturbed(BlockAutoregressive(3, (4, 4), bend=0.8), 2.0)
+    f = perturbed(BlockAutoregressive(3, hidden=(4, 4), bend=0.8), 2.0)
     settings = [layer.settings(None, torch.float64) for layer in f.layers]
     least, most = _steepness(settings)
     x = 10 * noise(500, 3)
@@ -55,7 +55,9 @@ def test_the_steepness_of_a_block_network_is_a_bound():
 
 
 def test_block_networks_work_under_vmap_and_compile():
-    f = perturbed(BlockAutoregressive(2, (3,), 2, shuffled(2)))
+    f = perturbed(
+        BlockAutoregressive(2, hidden=(3,), context_dim=2, order=shuffled(2))
+    )
     z, context = noise(3, 2), noise(3, 2, seed=1)
     for direction in (f.forward, f.inverse):
         wanted = direction(z, context)
@@ -67,7 +69,7 @@ def test_block_networks_work_under_vmap_and_compile():
         )(z[0])
         assert_close(second, second.T)
         assert second.any()
-    f, z = perturbed(BlockAutoregressive(1, (2,))), noise(3, 1)
+    f, z = perturbed(BlockAutoregressive(1, hidden=(2,))), noise(3, 1)
     for direction in (f.forward, f.inverse):
         got = torch.compile(direction, backend="aot_eager", fullgraph=True)(z)
         for a, b in zip(got, direction(z)):
@@ -77,7 +79,9 @@ def test_block_networks_work_under_vmap_and_compile():
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_block_networks_are_onto_and_have_mass_one(scale, context_dim):
-    flow = Flow(perturbed(BNAF(2, 2, (6,), context_dim), scale)).double()
+    flow = Flow(
+        perturbed(BNAF(2, 2, hidden=(6,), context_dim=context_dim), scale)
+    ).double()
     context = noise(context_dim) if context_dim else None
     mass = total_mass(
         lambda x: flow.log_prob(x, context), 2, dtype=torch.float64
@@ -93,7 +97,7 @@ def test_block_networks_are_onto_and_have_mass_one(scale, context_dim):
 
 def test_a_block_network_starts_at_the_identity_with_units_that_differ():
     torch.manual_seed(0)
-    f = BlockAutoregressive(3, (8, 8)).double()
+    f = BlockAutoregressive(3, hidden=(8, 8)).double()
     x = noise(500, 3)
     z, ladj = f.inverse(x)
     assert_close(z, x, rtol=1e-6, atol=1e-6)
@@ -113,7 +117,7 @@ def test_a_block_network_starts_at_the_identity_with_units_that_differ():
 
 def test_a_bounded_network_would_not_be_onto():
     """What the leak is for: without it the same network misses most of the plane."""
-    f = BlockAutoregressive(1, (8,)).double()
+    f = BlockAutoregressive(1, hidden=(8,)).double()
     assert f.inverse(torch.tensor([[1e9]]).double())[0] > 1e6
     squashed = nn.Sequential(
         nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)

@@ -46,7 +46,7 @@ class Flatten(Bijection):
 
 
 def test_compose_runs_in_generative_order_and_adds_the_ladjs():
-    f, g = RealNVP(3, 1, (4,)), Counted(3)
+    f, g = RealNVP(3, 1, hidden=(4,)), Counted(3)
     z = torch.randn(5, 3)
     y, first = f(z)
     x, second = g(y)
@@ -79,7 +79,7 @@ def test_log_prob_computes_one_inverse():
 
 
 def test_rsample_and_log_prob_agree_with_log_prob_and_carry_gradients(scramble):
-    flow = scramble(Flow(RealNVP(2, 2, (4,)), DiagonalGaussian(2))).double()
+    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,)), DiagonalGaussian(2))).double()
     x, log_prob = flow.rsample_and_log_prob(
         9, generator=torch.Generator().manual_seed(0)
     )
@@ -95,7 +95,7 @@ def test_rsample_and_log_prob_agree_with_log_prob_and_carry_gradients(scramble):
 
 
 def test_the_dtype_and_device_are_the_bases(scramble):
-    flow = scramble(Flow(RealNVP(2, 2, (4,)))).double()
+    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,)))).double()
     assert flow.sample(3).dtype == torch.float64
     assert isinstance(flow.base, Base) and flow.base.loc.dtype == torch.float64
 
@@ -103,7 +103,7 @@ def test_the_dtype_and_device_are_the_bases(scramble):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_flow_moves_to_the_gpu():
     flow = Flow(
-        RealNVP(2, 2, (4,)), D.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        RealNVP(2, 2, hidden=(4,)), D.MultivariateNormal(torch.zeros(2), torch.eye(2))
     ).cuda()
     x = flow.sample(5, generator=torch.Generator().manual_seed(0))
     assert x.is_cuda and flow.log_prob(x).is_cuda
@@ -285,8 +285,8 @@ class NoDensity(Base):
     pass
 
 
-f = RealNVP(2, 2, (4,))
-flow, flow_c = Flow(f), Flow(RealNVP(2, 2, (4,), context_dim=3))
+f = RealNVP(2, 2, hidden=(4,))
+flow, flow_c = Flow(f), Flow(RealNVP(2, 2, hidden=(4,), context_dim=3))
 g = torch.Generator()
 x, c = torch.zeros(5, 2), torch.zeros(4, 3)
 MISTAKES = {

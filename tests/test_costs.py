@@ -50,16 +50,16 @@ FLOWS = {  # a flow, and its calls for loss and gradient, log_prob and sample
         None,
         234,
     ),
-    "RealNVP": (lambda: RealNVP(4, 8, (8, 8)), 288, 105, 92),
+    "RealNVP": (lambda: RealNVP(4, 8, hidden=(8, 8)), 288, 105, 92),
     "spline coupling": (
-        lambda: Couplings(4, spline(), 8, (8, 8)),
+        lambda: Couplings(4, 8, scalar_map=spline(), hidden=(8, 8)),
         1544,
         569,
         476,
     ),
-    "MAF": (lambda: MAF(4, 5, (8, 8)), 217, 85, 335),
+    "MAF": (lambda: MAF(4, 5, hidden=(8, 8)), 217, 85, 335),
     "spline autoregressive": (
-        lambda: MAF(4, 5, (8, 8), scalar_map=spline()),
+        lambda: MAF(4, 5, hidden=(8, 8), scalar_map=spline()),
         1004,
         375,
         1295,
@@ -119,11 +119,11 @@ def test_a_step_of_the_trainer_adds_few_calls():
         optimizer.step()
 
     def trained(steps):
-        flow = Flow(RealNVP(4, 8, (8, 8)))
+        flow = Flow(RealNVP(4, 8, hidden=(8, 8)))
         options = dict(steps=steps, batch_size=6, clip=5.0, progress=False)
         return calls(lambda: fit(MaximumLikelihood(flow), x, **options))
 
-    flow = Flow(RealNVP(4, 8, (8, 8)))
+    flow = Flow(RealNVP(4, 8, hidden=(8, 8)))
     optimizer = torch.optim.Adam(flow.parameters(), fused=True)
     step(flow, optimizer)  # makes the optimiser's state
     bare = calls(lambda: step(flow, optimizer))

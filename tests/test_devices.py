@@ -55,7 +55,7 @@ def test_it_works_on_an_emulated_default_device(failed, name):
 
 
 def test_fit_trains_what_lies_on_the_cpu_beside_another_default_device():
-    flow, x = Flow(RealNVP(2, 2, (8,))), torch.randn(64, 2)
+    flow, x = Flow(RealNVP(2, 2, hidden=(8,))), torch.randn(64, 2)
     with torch.device("meta"):
         fit(
             MaximumLikelihood(flow),

@@ -24,7 +24,7 @@ inf, nan = math.inf, math.nan
 
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_a_flow_is_a_torch_distribution(context_dim, scramble):
-    flow = scramble(Flow(RealNVP(3, 2, (4,), context_dim)))
+    flow = scramble(Flow(RealNVP(3, 2, hidden=(4,), context_dim=context_dim)))
     context = torch.randn(5, 2) if context_dim else None
     batch = (5,) if context_dim else ()
     d = flow(context)
@@ -71,7 +71,7 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
         with pyro.plate("rows", len(x)):
             return pyro.sample("x", flow(), obs=x)
 
-    flow = scramble(Flow(RealNVP(2, 2, (4,))), 0.1)
+    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,))), 0.1)
     trace = pyro.poutine.trace(model).get_trace(data)
     trace.compute_log_prob()
     assert_close(trace.nodes["x"]["log_prob"], flow.log_prob(data))
@@ -93,7 +93,7 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
     # zero is the optimum
     assert sum(losses[-20:]) / 20 < 0.1 < sum(losses[:20]) / 20
 
-    conditional = Flow(RealNVP(2, 2, (4,), context_dim=3))
+    conditional = Flow(RealNVP(2, 2, hidden=(4,), context_dim=3))
     with pyro.plate("outer", 4, dim=-2), pyro.plate("inner", 5, dim=-1):
         assert pyro.sample("y", conditional(torch.randn(5, 3))).shape == (
             4,
@@ -111,7 +111,7 @@ def test_a_flow_works_in_pyro_models_plates_and_guides(scramble):
 def test_transformed_distribution_accepts_the_transform(
     module, cache_size, scramble
 ):
-    flow = scramble(Flow(RealNVP(2, 2, (4,), 1)))
+    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,), context_dim=1)))
     context = torch.randn(5, 1)
     base = module.Independent(module.Normal(torch.zeros(2), torch.ones(2)), 1)
     transform = flow.bijection.as_transform(context, cache_size)
@@ -225,7 +225,7 @@ def test_a_kept_pair_is_not_given_again_after_an_update(name, grad):
 
 
 def test_a_kept_pair_hangs_on_points_context_and_mode():
-    f = RealNVP(2, 2, (4,), context_dim=1)
+    f = RealNVP(2, 2, hidden=(4,), context_dim=1)
     with torch.no_grad():
         for p in f.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -260,8 +260,8 @@ def test_a_transform_with_a_kept_pair_can_be_copied():
 
 # --- mistakes ----------------------------------------------------------------
 
-f = RealNVP(2, 2, (4,))
-flow, flow_c = Flow(f), Flow(RealNVP(2, 2, (4,), context_dim=3))
+f = RealNVP(2, 2, hidden=(4,))
+flow, flow_c = Flow(f), Flow(RealNVP(2, 2, hidden=(4,), context_dim=3))
 x, c = torch.zeros(5, 2), torch.zeros(4, 3)
 MISTAKES = {
     "no sample of a distribution": (

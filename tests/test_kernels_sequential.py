@@ -118,7 +118,9 @@ def test_in_float32_no_way_is_further_off_than_twice_the_loop(
     for seed in range(2):
         torch.manual_seed(seed)
         f = perturbed(
-            MAF(16, layers, (64, 64), scalar_map=scalar_maps[name]), scale, seed
+            MAF(16, layers, hidden=(64, 64), scalar_map=scalar_maps[name]),
+            scale,
+            seed,
         )
         f = f.float().double()  # weights that float32 has as well
         z = noise(1000, 16, seed=seed).float()
@@ -245,7 +247,7 @@ def test_passes_are_what_the_classes_declare():
 
 @pytest.mark.parametrize("context_dim", [0, 4])
 def test_incremental_sampling_does_the_arithmetic_of_one_pass(context_dim):
-    f = MAF(32, 2, (64, 64), context_dim)
+    f = MAF(32, 2, hidden=(64, 64), context_dim=context_dim)
     z, context = (
         torch.randn(16, 32),
         torch.randn(16, context_dim) if context_dim else None,

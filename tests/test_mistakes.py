@@ -22,7 +22,7 @@ from flowcourse.trainer import fit
 
 def learn(data, **options):
     return fit(
-        MaximumLikelihood(Flow(RealNVP(2, 2, (4,)))),
+        MaximumLikelihood(Flow(RealNVP(2, 2, hidden=(4,)))),
         data,
         steps=2,
         progress=False,

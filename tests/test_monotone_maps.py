@@ -546,7 +546,12 @@ def test_deep_sigmoidal_maps_of_other_sizes(units, layers):
 
 @pytest.mark.parametrize("scalar_map", SMALL, ids=repr)
 def test_the_contract_turned_round_in_a_coupling(scalar_map):
-    f = Coupling(half(3), InverseMap(scalar_map), torch.nn.Linear, 1)
+    f = Coupling(
+        half(3),
+        InverseMap(scalar_map),
+        conditioner=torch.nn.Linear,
+        context_dim=1,
+    )
     exempt = {
         "identity": "random weights",
         ("gradients", torch.float64, 3.0): "too sharp",

@@ -10,11 +10,9 @@ import torch
 from torch.distributions import biject_to
 from torch.testing import assert_close
 
-from flowcourse.bases import Uniform
-from flowcourse.core import Flow
-from flowcourse.coupling import Coupling, half
+from flowcourse.core import Flow, Uniform
+from flowcourse.coupling import Coupling, Couplings, half
 from flowcourse.elementwise import Elementwise
-from flowcourse.quadrature import total_mass
 from flowcourse.spline_maps import (
     CubicSplineMap,
     QuadraticSplineMap,
@@ -22,11 +20,12 @@ from flowcourse.spline_maps import (
     spline_maps,
 )
 from flowcourse.splines import (
+    NSF,
     LinearSplineMap,
     RationalQuadraticSplineMap,
     wrap,
 )
-from flowcourse.testing import check_bijection
+from flowcourse.testing import check_bijection, total_mass
 
 KINDS = [
     LinearSplineMap,
@@ -632,6 +631,36 @@ def test_far_points_stay_numbers_and_so_do_their_derivatives(scalar_map, way):
                 second = torch.func.hessian(value, (0, 1))(*at)
                 for slope in (*found, *sum(second, ())):
                     assert slope.isfinite().all()
+
+
+def test_a_neural_spline_flow_is_a_stack_of_spline_couplings(scramble):
+    f = NSF(5, 3, hidden=(8,), context_dim=2, bins=4, bound=2.0, partition=half)
+    assert len(f.bijections) == 3
+    for layer in f.bijections:
+        assert repr(layer.scalar_map) == repr(
+            RationalQuadraticSplineMap(4, 2.0)
+        )
+        assert layer.context_dim == 2 and layer.mask.sum() in (2, 3)
+    z, context = torch.randn(6, 5), torch.randn(6, 2)
+    assert_close(f(z, context)[0], z)
+    f = scramble(f).double()
+    z, context = z.double(), context.double()
+    x, ladj = f(z, context)
+    plain = Couplings(
+        5,
+        3,
+        hidden=(8,),
+        context_dim=2,
+        scalar_map=RationalQuadraticSplineMap(4, 2.0),
+        partition=half,
+    ).double()
+    plain.load_state_dict(f.state_dict())
+    assert_close(plain(z, context), (x, ladj), rtol=0, atol=0)
+    back, ladj_back = f.inverse(x, context)
+    assert_close(back, z)
+    assert_close(ladj_back, -ladj)
+    image = NSF((2, 4, 4), 2, hidden=(4,))
+    assert_close(image(torch.ones(1, 2, 4, 4))[0], torch.ones(1, 2, 4, 4))
 
 
 def test_a_repr_says_what_it_is():

@@ -701,7 +701,7 @@ def gradients(objective, noise):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Planar(2, 3), lambda: IAF(2, 2, (8,))]
+    "make", [lambda: Planar(2, 3), lambda: IAF(2, 2, hidden=(8,))]
 )
 def test_path_gradient_is_unbiased(make):
     torch.manual_seed(0)
@@ -723,7 +723,9 @@ def test_path_gradient_is_unbiased(make):
 
 def test_path_gradient_vanishes_where_the_flow_is_the_target():
     torch.manual_seed(0)
-    flow = shaken(Flow(RealNVP(2, 2, (8,)), DiagonalGaussian(2)).double(), 0.5)
+    flow = shaken(
+        Flow(RealNVP(2, 2, hidden=(8,)), DiagonalGaussian(2)).double(), 0.5
+    )
     target = copy.deepcopy(flow).requires_grad_(False).log_prob
     draws = noise(50, 2)
     assert gradients(ReverseKL(flow, target), draws).abs().max() > 1e-2
@@ -735,7 +737,7 @@ def test_path_gradient_vanishes_where_the_flow_is_the_target():
 def test_path_gradient_trains_resumes_and_compiles(tmp_path):
     def run(steps, **options):
         torch.manual_seed(0)
-        flow = Flow(RealNVP(2, 4, (16,)), DiagonalGaussian(2))
+        flow = Flow(RealNVP(2, 4, hidden=(16,)), DiagonalGaussian(2))
         objective = ReverseKL(
             flow, energies["U1"].log_density, Annealing(0.1, 40), path=True
         )
