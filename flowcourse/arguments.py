@@ -15,6 +15,7 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 # %% ../nbs/lib-arguments.ipynb #521abf0c
 def as_int(
@@ -216,18 +217,31 @@ def require_function(
 
 # %% ../nbs/lib-arguments.ipynb #ce0b0393
 def require_scalar_map(
-    value,  # What came
+    value: object,  # What came
     name: str,  # The argument's name, for the error
+    *,
+    parameters: bool = False,  # Whether it must have some
+    # Whether it must lead from the whole line to the whole line
+    whole_line: bool = False,
 ):
-    """Raise a `ValueError` unless `value` is a scalar map, and no class of one."""
-    parts = ("n_params", "forward", "inverse")
+    """Refuse what is no scalar map of the kind that is needed, or a class where an instance is meant."""
     if isinstance(value, type):
         came = f"the class {value.__name__}; call it to make one"
-    elif not all(hasattr(value, part) for part in parts):
+        raise ValueError(f"{name}: expected a scalar map, got {came}")
+    if not all(hasattr(value, p) for p in ("n_params", "forward", "inverse")):
         came = type(value).__name__
-    else:
-        return
-    raise ValueError(f"{name}: expected a scalar map, got {came}")
+        raise ValueError(f"{name}: expected a scalar map, got {came}")
+    if parameters and not value.n_params:
+        raise ValueError(f"{name}: expected one with parameters, got {value}")
+    ends = [
+        getattr(value, end, constraints.real) for end in ("domain", "codomain")
+    ]
+    real = type(constraints.real)
+    if whole_line and not all(isinstance(end, real) for end in ends):
+        raise ValueError(
+            f"{name}: expected a map of the whole line onto the whole line, "
+            f"but {value} leads from {ends[0]} to {ends[1]}"
+        )
 
 
 def call_maker(

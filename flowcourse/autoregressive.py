@@ -15,24 +15,18 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from flowcourse.core import (
-    Bijection,
-    Compose,
-    Inverse,
+from flowcourse.arguments import (
     as_float,
     as_int,
+    as_permutation,
     as_shape,
-)
-from flowcourse.elementwise import (
-    AffineMap,
-    InverseMap,
-    ScalarMap,
-    build,
+    make_module,
     require_scalar_map,
 )
+from .core import Bijection, Compose, Inverse
+from .elementwise import AffineMap, InverseMap, ScalarMap
 from .kernels_sequential import fixed_point, incremental
-from .linear import read_order
-from .monotone import DeepSigmoidalMap
+from .monotone_maps import DeepSigmoidalMap
 
 # %% ../nbs/09-masked-flows.ipynb #0be82bb1
 def _read_degrees(degrees, dim):
@@ -127,7 +121,7 @@ class MADE(nn.Module):
                 for width in as_shape(hidden, "hidden")
             ]
         degrees = _read_degrees(degrees, dim)
-        order = read_order(range(dim) if order is None else order, dim)
+        order = as_permutation(range(dim) if order is None else order, dim)
         self._count(order, degrees)
         self.register_buffer("order", torch.tensor(order))
         place = self.order.argsort()  # of each coordinate
@@ -147,7 +141,7 @@ class MADE(nn.Module):
         self.from_context = (
             nn.Linear(context_dim, width, bias=False) if context_dim else None
         )
-        self.activation = build(activation, "activation")
+        self.activation = make_module(activation, "activation")
 
     def _count(self, order, degrees):
         "The order, and how many units of each layer have each degree, as plain numbers."

@@ -11,8 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .core import as_float, as_int, as_shape
-from .elementwise import build
+from .arguments import as_float, as_int, as_shape, make_module
 
 # %% ../nbs/lib-conditioners.ipynb #5a907572
 class ResidualBlock(nn.Module):
@@ -60,8 +59,8 @@ def residual(
     width, *_ = as_shape(hidden, "hidden")
     dropout = as_float(dropout, "dropout", 0, 1)
     drop = [nn.Dropout(dropout)] if dropout else []
-    bend = partial(build, activation, "activation")
-    layer = partial(build, layer, "layer")
+    bend = partial(make_module, activation, "activation")
+    layer = partial(make_module, layer, "layer")
     blocks = [
         ResidualBlock(
             bend(), layer(width, inner), bend(), *drop, layer(inner, width)
@@ -105,7 +104,7 @@ def convnet(
     layers = []
     for a, b in zip(widths, widths[1:]):
         drop = [nn.Dropout(dropout)] if dropout else []
-        bend = build(activation, "activation")
+        bend = make_module(activation, "activation")
         layers += [convolution(a, b, kernel), bend, *drop]
     return nn.Sequential(
         *layers, _start_at_zero(convolution(widths[-1], n_out, kernel))

@@ -62,7 +62,9 @@ def posteriors(
             reflections=8,
             **linear,
         ),
-        "iaf": lambda: IAF(dim, length, hidden=(8 * dim,), context_dim=context_dim),
+        "iaf": lambda: IAF(
+            dim, length, hidden=(8 * dim,), context_dim=context_dim
+        ),
         "spline": lambda: Couplings(
             dim,
             scalar_map=RationalQuadraticSplineMap(8),

@@ -13,17 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .conditioners import convnet
-from .core import Bijection, Compose, as_int, as_shape
-from flowcourse.elementwise import (
-    AdditiveMap,
-    AffineMap,
-    ScalarMap,
-    build,
-    made,
-    mlp,
+from flowcourse.arguments import (
+    as_int,
+    as_shape,
+    call_maker,
+    make_module,
     require_scalar_map,
 )
+from .conditioners import convnet
+from .core import Bijection, Compose
+from .elementwise import AdditiveMap, AffineMap, ScalarMap, mlp
 from .linear import Diagonal
 
 # %% ../nbs/06-coupling.ipynb #1aaacd56
@@ -161,7 +160,7 @@ class Coupling(Bijection):
             (self.n_kept, self.n_moved) if self.by_line else [len(mask)] * 2
         )
         self.n_made = self.n_out * scalar_map.n_params
-        self.conditioner = build(
+        self.conditioner = make_module(
             conditioner, "conditioner", n_in + self.context_dim, self.n_made
         )
 
@@ -330,7 +329,9 @@ class Couplings(Compose):
             if i % 2:
                 masks.append(~masks[-1])
                 continue
-            masks.append(_as_mask(made(partition, "partition", "a mask", size)))
+            masks.append(
+                _as_mask(call_maker(partition, "partition", "a mask", size))
+            )
             if masks[-1].shape != shape:
                 raise ValueError(
                     f"partition: expected masks of shape {shape}, "
@@ -447,4 +448,6 @@ class NICE(Compose):
             conditioner=conditioner,
             dropout=dropout,
         )
-        super().__init__(Diagonal(dim, context_dim=context_dim, bias=False), couplings)
+        super().__init__(
+            Diagonal(dim, context_dim=context_dim, bias=False), couplings
+        )

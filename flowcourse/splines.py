@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .core import as_float, as_int
+from .arguments import as_float, as_int
 from .coupling import Couplings
-from .elementwise import ScalarMap, bounded, interior
+from .elementwise import ScalarMap
 from flowcourse.kernels_splines import (
     rational_quadratic,
     rational_quadratic_root,
 )
+from .numerics import bounded, interior
 
 # %% ../nbs/07-splines.ipynb #wrap0707
 def wrap(

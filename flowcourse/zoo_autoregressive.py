@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .autoregressive import IAF, MAF, Autoregressive
+from .autoregressive import IAF, MAF, NAF, Autoregressive
 from .bnaf import BNAF, BlockAutoregressive
 from .elementwise import AffineMap
 from .zoo import SMALL, Row
@@ -23,7 +23,9 @@ def small_autoregressive(
     **options,  # Passed on to `Autoregressive`
 ) -> Autoregressive:  # With a small network
     """A small autoregressive layer."""
-    return Autoregressive(dim, scalar_map, context_dim=context_dim, **SMALL, **options)
+    return Autoregressive(
+        dim, scalar_map, context_dim=context_dim, **SMALL, **options
+    )
 
 # %% ../nbs/lib-zoo-masked-flows.ipynb #b06d0bde
 def _inwards(dim):

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from .conditioners import convnet, residual
 from flowcourse.coupling import (
     NICE,
     Coupling,
@@ -17,13 +18,11 @@ from flowcourse.coupling import (
     alternating,
     channel,
     checkerboard,
-    convnet,
     half,
     random_half,
-    residual,
 )
-from .splines import NSF
 from .elementwise import AffineMap, mlp
+from .splines import NSF
 from .zoo import SMALL, Row
 
 # %% ../nbs/lib-zoo-coupling.ipynb #2f1848af
@@ -36,7 +35,10 @@ def small_coupling(
 ) -> Coupling:  # With a small conditioner
     """A small coupling layer."""
     return Coupling(
-        partition(dim), scalar_map, conditioner=partial(conditioner, **SMALL), context_dim=context_dim
+        partition(dim),
+        scalar_map,
+        conditioner=partial(conditioner, **SMALL),
+        context_dim=context_dim,
     )
 
 # %% ../nbs/lib-zoo-coupling.ipynb #7b621756

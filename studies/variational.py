@@ -42,7 +42,11 @@ FAMILIES = {
     "Sylvester": partial(Sylvester, 2, 8),
     "RealNVP": partial(RealNVP, 2, 8, hidden=(32, 32)),
     "spline": partial(
-        Couplings, 2, scalar_map=RationalQuadraticSplineMap(8, 5.0), layers=4, hidden=(32, 32)
+        Couplings,
+        2,
+        scalar_map=RationalQuadraticSplineMap(8, 5.0),
+        layers=4,
+        hidden=(32, 32),
     ),
     "IAF": partial(IAF, 2, 6, hidden=(32, 32)),
 }

@@ -30,7 +30,7 @@ from flowcourse.elementwise import (
     InverseMap,
     ScalarMap,
 )
-from flowcourse.monotone import DeepSigmoidalMap
+from flowcourse.monotone_maps import DeepSigmoidalMap
 from flowcourse.testing import check_bijection
 
 WAYS = ("incremental", "fixed-point", "loop")

@@ -79,7 +79,9 @@ def test_log_prob_computes_one_inverse():
 
 
 def test_rsample_and_log_prob_agree_with_log_prob_and_carry_gradients(scramble):
-    flow = scramble(Flow(RealNVP(2, 2, hidden=(4,)), DiagonalGaussian(2))).double()
+    flow = scramble(
+        Flow(RealNVP(2, 2, hidden=(4,)), DiagonalGaussian(2))
+    ).double()
     x, log_prob = flow.rsample_and_log_prob(
         9, generator=torch.Generator().manual_seed(0)
     )
@@ -103,7 +105,8 @@ def test_the_dtype_and_device_are_the_bases(scramble):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_flow_moves_to_the_gpu():
     flow = Flow(
-        RealNVP(2, 2, hidden=(4,)), D.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        RealNVP(2, 2, hidden=(4,)),
+        D.MultivariateNormal(torch.zeros(2), torch.eye(2)),
     ).cuda()
     x = flow.sample(5, generator=torch.Generator().manual_seed(0))
     assert x.is_cuda and flow.log_prob(x).is_cuda

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from flowcourse.core import Compose, Flow
 from flowcourse.coupling import Coupling, half
 from flowcourse.elementwise import Elementwise, InverseMap, PReLUMap
+from flowcourse.quadrature import total_mass
 from flowcourse.scalar_maps import (
     ELUMap,
     ExpMap,

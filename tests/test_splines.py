@@ -10,9 +10,11 @@ import torch
 from torch.distributions import biject_to
 from torch.testing import assert_close
 
-from flowcourse.core import Flow, Uniform
+from flowcourse.bases import Uniform
+from flowcourse.core import Flow
 from flowcourse.coupling import Coupling, Couplings, half
 from flowcourse.elementwise import Elementwise
+from flowcourse.quadrature import total_mass
 from flowcourse.spline_maps import (
     CubicSplineMap,
     QuadraticSplineMap,
@@ -25,7 +27,7 @@ from flowcourse.splines import (
     RationalQuadraticSplineMap,
     wrap,
 )
-from flowcourse.testing import check_bijection, total_mass
+from flowcourse.testing import check_bijection
 
 KINDS = [
     LinearSplineMap,
