@@ -172,7 +172,7 @@ def test_free_energy_equals_the_hand_formula(annealing):
     log_q0 = Normal(mean, log_scale.exp()).log_prob(z0).sum(-1)
     z, ladj = z0, 0.0
     planar = model.posterior.bijection.bijections[1]
-    for w, u, b in zip(*(t.unbind(1) for t in planar._per_layer(features)[:3])):
+    for w, u, b in zip(*(t.unbind(1) for t in planar.parameters_of(features))):
         slope = 1 - ((w * z).sum(-1) + b).tanh().square()
         ladj = ladj + (1 + slope * (w * u).sum(-1)).log()
         z = z + u * ((w * z).sum(-1) + b).tanh().unsqueeze(-1)
