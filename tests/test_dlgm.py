@@ -3,8 +3,6 @@
 import functools
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +29,7 @@ from flowcourse.dlgm import (
 )
 from flowcourse.objectives import Annealing
 from flowcourse.planar import Planar
+from flowcourse.runs import record
 from flowcourse.trainer import fit
 
 
@@ -474,9 +473,6 @@ def test_command_line_trains_judges_and_records(tmp_path, capsys):
     assert "active units: " in capsys.readouterr().out
     for name in ("samples", "reconstructions", "interpolations"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-    from record import record
 
     found = record(out)
     assert found["result"] == result and len(found["loss"]) == 1
