@@ -86,7 +86,9 @@ class _Block(torch.autograd.Function):
     "A block of planar layers, with the chain rule written out."
 
     @staticmethod
-    def forward(z, w, u, b, unit):
+    def forward(
+        z: Tensor, w: Tensor, u: Tensor, b: Tensor, unit: "Unit"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         a = F.linear(z, w, b) if w.dim() == 2 else times(z, w.mT) + b
         # row j: what layer j adds to those after it
         products = (u @ w.mT).triu(1)
@@ -166,7 +168,7 @@ def planar_block(
     return run_kernel(_Block, plain_block, z, w, u, b, unit)[:2]
 
 # %% ../nbs/lib-kernels-planar.ipynb #b5050026
-def last_digits(
+def newton_step(
     z: Tensor,  # Nearly the point that goes to `x`, shape `(*batch, d)`
     a: Tensor,  # Nearly its activations, shape `(*batch, n)`
     x: Tensor,  # Where the point should go

@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .arguments import as_float, as_int, require_instance
+from flowcourse.arguments import (
+    as_float,
+    as_int,
+    require_context,
+    require_instance,
+)
 from .core import Bijection
 from .elementwise import Conditional
 from flowcourse.kernels_planar import (
-    last_digits,
+    newton_step,
     plain_block,
     planar_block,
     substitute_back,
@@ -41,6 +46,10 @@ class Unit:
     bounded one also sets `low` and `high`, between which its root is sought; one
     without bounds defines `solve`. `log_slope` has a default, which is right, but
     cancels where `m` is near -1: a sum of positive terms keeps float32's digits.
+
+        >>> f = Planar(2, 8, unit=LeakyUnit(0.2))
+        >>> f.unit, f.inverse_cost
+        (LeakyUnit(slope=0.2), 'one pass')
     """
 
     max_slope: float  # the largest slope of h
@@ -100,13 +109,16 @@ class TanhUnit(Unit):
     max_slope = 1.0
     low, high = -1.0, 1.0
 
-    def __call__(self, a):
+    def __call__(self, a: Tensor) -> Tensor:
+        """`tanh(a)`."""
         return a.tanh()
 
-    def slope(self, a):
+    def slope(self, a: Tensor) -> Tensor:
+        """`1 - tanh(a)²`."""
         return 1 - self(a).square()
 
-    def log_slope(self, a, log_steepest):
+    def log_slope(self, a: Tensor, log_steepest: Tensor) -> Tensor:
+        """`log(tanh(a)² + sech(a)² (1 + m))`, which cancels nothing."""
         steepest = log_steepest + 2 * math.log(2)
         # farther out the unit is flat to the last digit
         near = F.hardtanh(a, -40.0, 40.0)
@@ -121,18 +133,21 @@ class LogisticUnit(TanhUnit):
     max_slope = 0.25
     low, high = 0.0, 1.0
 
-    def __call__(self, a):
+    def __call__(self, a: Tensor) -> Tensor:
+        """`sigmoid(a)`."""
         return a.sigmoid()
 
-    def slope(self, a):
+    def slope(self, a: Tensor) -> Tensor:
+        """`sigmoid(a) sigmoid(-a)`."""
         return a.sigmoid() * (-a).sigmoid()
 
-    def log_slope(self, a, log_steepest):
+    def log_slope(self, a: Tensor, log_steepest: Tensor) -> Tensor:
+        """That of tanh, at half of `a`."""
         return super().log_slope(a / 2, log_steepest)
 
 # %% ../nbs/05-planar.ipynb #e7eaa77d
 class LeakyUnit(Unit):
-    """The hidden unit that is `a` above zero and `slope a` below."""
+    """The hidden unit that is `a` above zero and `slope a` below (leaky ReLU)."""
 
     # more than the true 1, so that no half of space is squeezed by more than 5
     max_slope = 1.25
@@ -148,13 +163,16 @@ class LeakyUnit(Unit):
                 f"slope: expected a number between 0 and 1, got {slope}"
             )
 
-    def __call__(self, a):
+    def __call__(self, a: Tensor) -> Tensor:
+        """`a`, or `slope a` below zero."""
         return F.leaky_relu(a, self._below)
 
-    def slope(self, a):
+    def slope(self, a: Tensor) -> Tensor:
+        """One, or `slope` below zero."""
         return torch.where(a < 0, self._below, torch.ones_like(a))
 
-    def solve(self, y, gain, log_steepest):
+    def solve(self, y: Tensor, gain: Tensor, log_steepest: Tensor) -> Tensor:
+        """The root in closed form."""
         # both pieces go through zero, so `a` has the sign of `y`
         return y * (-self.log_slope(y, log_steepest)).exp()
 
@@ -163,16 +181,20 @@ class LeakyUnit(Unit):
 
 # %% ../nbs/05-planar.ipynb #5d7e212c
 class Planar(Bijection):
-    """A stack of layers `x = z + û h(w'z + b)`, each bending space along one direction.
+    """A planar flow: layers `x = z + û h(w'z + b)`, each bending space along one direction.
+
+    With `a = w'z + b`, a layer adds `log(1 + h'(a) w'û)` to the ladj; `û` is `u`,
+    moved along `w` until `w'û > -1 / max h'`, so that the layer inverts. Without
+    context one set of parameters serves all points; with context, each point has
+    its own, from a network of it, as in an amortised posterior.
 
     Rezende and Mohamed 2015, equations 10 to 12 and appendix A.1. Forward is one
-    pass, inverse one scalar root per layer. It starts at the identity, with
-    `u = 0`; `offset=0` is the paper's m.
+    pass, O(layers dim) a point, inverse one scalar root per layer, in float64.
+    It starts at the identity, with `u = 0`; `offset=0` is the paper's m. A layer
+    bends space once, so many are needed.
 
-    Without context the parameters are one set for all points; with context, one
-    set for each, from a network of it, as in an amortised posterior.
-
-        >>> x, ladj = Planar(2, 8).forward(torch.randn(5, 2))
+        >>> f = Planar(2, 8, context_dim=3)
+        >>> x, ladj = f(torch.randn(5, 2), torch.randn(5, 3))
         >>> x.shape, ladj.shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
@@ -209,6 +231,22 @@ class Planar(Bijection):
     def inverse_cost(self) -> str:
         """The unit decides."""
         return self.unit.inverse_cost
+
+    def parameters_of(
+        self,
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # w and û `(*batch, layers, dim)`, b
+        """The layers' `w`, `û` and `b`: one set for all points, or one for each row of a context.
+
+        These are what the layers compute with: `û`, not the free `u`.
+
+            >>> w, u, b = Planar(2, 8).parameters_of()
+            >>> w.shape, u.shape, b.shape
+            (torch.Size([8, 2]), torch.Size([8, 2]), torch.Size([8]))
+        """
+        require_context(context, self, self.context_dim)
+        return self._per_layer(context)[:3]
 
     def _per_layer(self, context=None, dtype=None):
         "Of each layer w, û, b, w'û and log(1 + max h' w'û)."
@@ -258,7 +296,7 @@ class Planar(Bijection):
             ahead = partial(
                 plain_block, w=w, u=u, b=b, unit=self.unit, products=products
             )
-            x, a = last_digits(
+            x, a = newton_step(
                 z, a, x, ahead, w, u, products, self.unit, root[1]
             )
             ladj = ladj - self.unit.log_slope(a, root[1]).sum(-1)
@@ -269,12 +307,17 @@ class Planar(Bijection):
 
 # %% ../nbs/05-planar.ipynb #b9f9c4af
 class Radial(Bijection):
-    """A stack of layers `x = z + β (z - z0) / (α + |z - z0|)`, each blowing up or drawing in around a point.
+    """A radial flow: layers `x = z + β (z - z0) / (α + r)`, each blowing up or drawing in around a point.
 
-    Rezende and Mohamed 2015, equation 14 and appendix A.2. One pass in both
-    directions. It starts at the identity, with `β = 0`.
+    With r the distance of z from z0, lengths across the ray scale by `s = 1 + β / (α + r)`,
+    along it by `s - β r / (α + r)²`; the ladj is `(dim - 1) log s` plus the logarithm of
+    the latter. `α > 0` and `α + β > 0`, so that a layer inverts.
 
-        >>> x, ladj = Radial(2, 8).forward(torch.randn(5, 2))
+    Rezende and Mohamed 2015, equation 14 and appendix A.2. One pass in both directions,
+    O(layers dim) a point: the inverse is the root of a quadratic. It starts at the
+    identity, with `β = 0`. A layer moves points along rays only.
+
+        >>> x, ladj = Radial(2, 8)(torch.randn(5, 2))
         >>> x.shape, ladj.shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
@@ -369,13 +412,18 @@ def _reflect(
 
 # %% ../nbs/05-planar.ipynb #f36c3fd4
 class Sylvester(Bijection):
-    """A stack of layers `x = z + QR h(R̃Q'z + b)`: planar with several hidden units at once.
+    """A Sylvester flow: layers `x = z + QR h(R̃Q'z + b)`, planar with several hidden units at once.
 
-    Van den Berg et al. 2018, theorems 1 and 2, sections 3 and 4; the variant says
-    how Q is made. Forward is one pass, inverse one scalar root per hidden unit. It
-    starts at the identity, with `R = 0`.
+    With `a = R̃Q'z + b`, a layer adds `Σ_i log(1 + h'(a_i) r̃_ii r_ii)` to the ladj;
+    Q has orthonormal columns, R and R̃ are upper triangular, with `r̃_ii r_ii >
+    -1 / max h'`. The variant says how Q is made: by QR ("orthogonal"), of Householder
+    reflections, or the identity and the reversal of coordinates in turn ("triangular").
 
-        >>> x, ladj = Sylvester(4, 2, units=3).forward(torch.randn(5, 4))
+    Van den Berg et al. 2018, theorems 1 and 2, sections 3 and 4. Forward is one pass,
+    O(dim units) a point and layer, and O(dim units²) a layer to make Q; inverse one
+    scalar root per hidden unit. It starts at the identity, with `R = 0`.
+
+        >>> x, ladj = Sylvester(4, 2, units=3)(torch.randn(5, 4))
         >>> x.shape, ladj.shape
         (torch.Size([5, 4]), torch.Size([5]))
     """
@@ -493,7 +541,7 @@ class Sylvester(Bijection):
             z = x - times(times(self.unit(a), r.mT), q.mT)
             w, u = r_inner @ q.mT, (q @ r).mT
             ahead = partial(self._ahead, q=q, r=r, r_inner=r_inner, b=b)
-            x, a = last_digits(
+            x, a = newton_step(
                 z, a, x, ahead, w, u, products, self.unit, root[1]
             )
             ladj = ladj - self.unit.log_slope(a, root[1]).sum(-1)

@@ -3,8 +3,6 @@
 import functools
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +29,7 @@ from flowcourse.dlgm import (
 )
 from flowcourse.objectives import Annealing
 from flowcourse.planar import Planar
+from flowcourse.runs import record
 from flowcourse.trainer import fit
 
 
@@ -172,7 +171,7 @@ def test_free_energy_equals_the_hand_formula(annealing):
     log_q0 = Normal(mean, log_scale.exp()).log_prob(z0).sum(-1)
     z, ladj = z0, 0.0
     planar = model.posterior.bijection.bijections[1]
-    for w, u, b in zip(*(t.unbind(1) for t in planar._per_layer(features)[:3])):
+    for w, u, b in zip(*(t.unbind(1) for t in planar.parameters_of(features))):
         slope = 1 - ((w * z).sum(-1) + b).tanh().square()
         ladj = ladj + (1 + slope * (w * u).sum(-1)).log()
         z = z + u * ((w * z).sum(-1) + b).tanh().unsqueeze(-1)
@@ -474,9 +473,6 @@ def test_command_line_trains_judges_and_records(tmp_path, capsys):
     assert "active units: " in capsys.readouterr().out
     for name in ("samples", "reconstructions", "interpolations"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-    from record import record
 
     found = record(out)
     assert found["result"] == result and len(found["loss"]) == 1

@@ -2,6 +2,7 @@
 
 import re
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import nbformat
@@ -69,6 +70,13 @@ def test_each_module_of_checkers_belongs_to_a_lesson():
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_the_solutions_export_the_checkers(lesson):
     assert page(module_of(lesson).__name__) == lesson + SOLUTIONS
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_checker_says_that_it_returns_a_verdict(lesson):
+    module = module_of(lesson)
+    for name in module.__all__:
+        assert signature(getattr(module, name)).return_annotation is bool
 
 
 @pytest.mark.parametrize("lesson", LESSONS)

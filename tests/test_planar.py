@@ -151,6 +151,21 @@ def test_the_ladj_is_finite_for_any_w_and_u(unit):
             assert slopes.isfinite().all()
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_parameters_of_a_context_are_those_that_the_layers_use(context_dim):
+    f = perturbed(Planar(3, 2, context_dim=context_dim))
+    z, features = noise(5, 3), noise(5, 2, seed=1)
+    context = features if context_dim else None
+    w, u, b = f.parameters_of(context)
+    x = z
+    for k in range(2):
+        a = (w[..., k, :] * x).sum(-1) + b[..., k]
+        x = x + u[..., k, :] * a.tanh().unsqueeze(-1)
+    assert_close(x, f(z, context)[0])
+    with pytest.raises(ValueError, match=r"^context: Planar expects"):
+        f.parameters_of(None if context_dim else features)
+
+
 def test_u_hat_stays_bounded_as_w_vanishes_and_the_paper_s_does_not():
     u = torch.tensor([3.0, -4.0])
     for norm in (1.0, 1e-3, 1e-8, 1e-15, 1e-30):
@@ -206,7 +221,7 @@ def test_every_option_is_used():
         Sylvester(3, 2, **hidden),
     ):
         assert f.raw.net[0].out_features == 5
-    w, u, b, *_ = Planar(3, 7, block=3)._per_layer()
+    w, u, b = Planar(3, 7, block=3).parameters_of()
     parts = Planar(3, 7, block=3)._blocks(w, u, b)
     assert [len(b) for _, _, b in parts] == [3, 3, 1]
     reflected = Sylvester(3, units=2, variant="householder", reflections=7)

@@ -7,8 +7,10 @@ __all__ = ['check_square', 'check_affine', 'check_prediction', 'check_chain', 'c
 
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #3dc5d820
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..bases import Uniform
 from ..core import Bijection, Flow, StandardNormal
@@ -24,7 +26,8 @@ from flowcourse.exercises.common import (
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #f21994d8
 @exercise(1)
 def check_square(
-    answer,  # From `x` to the log-density of the square of a uniform number
+    # From `x` to the log-density of the square of a uniform number
+    answer: Callable[..., Tensor],
 ):
     """Check the log-density of `x = z**2`."""
     x = torch.tensor([[0.01, 0.2, 0.5], [0.7, 0.9, 1.0]])
@@ -169,7 +172,8 @@ class _DoublePlusOne(Bijection):
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #9eb3910c
 @exercise(4)
 def check_chain(
-    answer,  # From `x`, a list of bijections and a base to the log-density
+    # From `x`, a list of bijections and a base to the log-density
+    answer: Callable[..., Tensor],
 ):
     """Check the repaired log-density of a chain."""
     maps, base, x = (
@@ -210,7 +214,8 @@ class _OffSinh(_Sinh):
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #f4193e59
 @exercise(5)
 def check_ladj_gap(
-    answer,  # From a bijection and base points to the largest gap
+    # From a bijection and base points to the largest gap
+    answer: Callable[..., Tensor],
 ):
     """Check the measurement of whether two `ladj` cancel."""
     f, z = _OffSinh(2), fixed_noise(8, 2)

@@ -10,6 +10,8 @@ __all__ = ['exercise', 'agrees', 'compare', 'instead', 'fixed_noise', 'compare_p
 import contextlib
 import functools
 import io
+from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -35,8 +37,11 @@ def _number(find_hint, n):
 def exercise(
     # Number within the lesson: 2 for exercise 6.2, on the page `06-...`
     n: int,
-):  # A decorator for a function that returns a hint, or None where the answer is right
-    """Make a checker: print the verdict, return whether the answer is right, and never raise."""
+) -> Callable[[Callable[..., str | None]], Callable[..., bool]]:  # A decorator
+    """Make a checker of a function that returns a hint, or None where the answer is right.
+
+    A checker prints the verdict, returns whether the answer is right, and never raises.
+    """
 
     def decorate(find_hint):
         @functools.wraps(find_hint)
@@ -53,6 +58,8 @@ def exercise(
             print(f"{_number(find_hint, n)}: {hint or 'correct'}")
             return hint is None
 
+        of_hint = signature(find_hint)
+        check.__signature__ = of_hint.replace(return_annotation=bool)
         return check
 
     return decorate
@@ -78,7 +85,15 @@ def compare(
     slips: dict[str, Tensor | float] | None = None,
     tol: float = 1e-4,  # Largest difference, relative to 1 + size
 ) -> str | None:  # A hint, or None where `got` is right
-    """Compare a result with the right one and with those of likely mistakes."""
+    """Compare a result with the right one and with those of likely mistakes.
+
+    The first mistake whose result was given is named:
+
+        >>> compare("the sum", torch.tensor(-3.0), 3.0, {"wrong sign": -3.0})
+        'the sum: wrong sign'
+        >>> compare("the sum", torch.tensor(4.0), 3.0)
+        'the sum is 4 where 3 is right'
+    """
     if not isinstance(got, (Tensor, float, int)):
         return f"{name} should be a tensor, got {type(got).__name__}"
     got, want = (
@@ -113,11 +128,11 @@ def fixed_noise(
 # %% ../../nbs/lib-exercises.ipynb #de5f3b72
 def compare_pair(
     call: str,  # Which call returned it, for the hint
-    got,  # What the learner's map returned
+    got: object,  # What the learner's map returned
     point: Tensor,  # The right point
     ladj: Tensor,  # The right ladj
-    point_slips: dict | None = None,  # As in `compare`
-    ladj_slips: dict | None = None,  # As in `compare`
+    point_slips: dict[str, Tensor] | None = None,  # As in `compare`
+    ladj_slips: dict[str, Tensor] | None = None,  # As in `compare`
 ) -> str | None:  # A hint, or None where both are right
     """Compare what one direction of a bijection returned."""
     if not (isinstance(got, tuple) and len(got) == 2):
@@ -159,8 +174,8 @@ def missing_direction(
 
 # %% ../../nbs/lib-exercises.ipynb #7102e390
 def told(
-    check,  # A checker
-    *answers,  # The answers to check
+    check: Callable[..., bool],  # A checker
+    *answers: object,  # The answers to check
 ) -> str:  # The line that it prints
     """Catch a checker's verdict."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -169,7 +184,7 @@ def told(
 
 # %% ../../nbs/lib-exercises.ipynb #dfedf98c
 def is_nan(
-    answer,  # Anything that a learner may return
+    answer: object,  # Anything that a learner may return
 ) -> bool:  # Whether it is a number, or a tensor of them, with a nan
     """Whether a learner's number is none."""
     return isinstance(answer, (Tensor, float)) and bool(

@@ -7,6 +7,7 @@ __all__ = ['check_reach', 'check_couple_inverse', 'check_repair', 'check_densest
 
 # %% ../../nbs/06-coupling-solutions.ipynb #713d0d72
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def _check_net(d):
 # %% ../../nbs/06-coupling-solutions.ipynb #39d28b00
 @exercise(2)
 def check_couple_inverse(
-    answer,  # From `x` and `net` to `(z, ladj)`
+    # From `x` and `net` to `(z, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the inverse of an affine coupling whose second half passes through."""
     net, x = _check_net(3), fixed_noise(4, 5, 6)
@@ -94,7 +96,8 @@ def check_couple_inverse(
 # %% ../../nbs/06-coupling-solutions.ipynb #dbc44871
 @exercise(3)
 def check_repair(
-    answer,  # From `z` and `net` to `(x, ladj)`
+    # From `z` and `net` to `(x, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the repaired coupling."""
     net, z = _check_net(2), fixed_noise(7, 4)
@@ -173,7 +176,8 @@ def _image_net(channels):
 # %% ../../nbs/06-coupling-solutions.ipynb #7bd888ac
 @exercise(5)
 def check_couple_image(
-    answer,  # From `z`, `net` and `mask` to `(x, ladj)`
+    # From `z`, `net` and `mask` to `(x, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check an affine coupling of images under a mask."""
     net, z = _image_net(2), fixed_noise(3, 2, 4, 5)
@@ -224,7 +228,7 @@ def check_couple_image(
 # %% ../../nbs/06-coupling-solutions.ipynb #757358b0
 @exercise(6)
 def check_partition(
-    answer,  # From `x` to a mask
+    answer: Callable[..., Tensor],  # From `x` to a mask
 ):
     """Check a partition that cuts every pair of correlated columns."""
     generator = torch.Generator().manual_seed(3)

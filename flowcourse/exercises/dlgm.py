@@ -7,15 +7,18 @@ __all__ = ['check_planar_head', 'check_log_evidence', 'check_gap', 'check_free_e
 
 # %% ../../nbs/15-dlgm-solutions.ipynb #0c3f0d54
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .common import agrees, compare, exercise, fixed_noise
 
 # %% ../../nbs/15-dlgm-solutions.ipynb #3f9814b0
 @exercise(1)
 def check_planar_head(
-    answer,  # From features, latent size and layers to a number of parameters
+    # From features, latent size and layers to a number of parameters
+    answer: Callable[..., int],
 ):
     """Check the size of the linear heads of amortised planar layers."""
     for features, dim, length in ((400, 40, 10), (7, 3, 5)):
@@ -48,7 +51,7 @@ def check_planar_head(
 @exercise(2)
 def check_log_evidence(
     # From log-weights of shape `(samples, n)` to estimates of shape `(n,)`
-    answer,
+    answer: Callable[..., Tensor],
 ):
     """Check the logarithm of a mean of weights, for weights far below what a float holds."""
     for name, log_w in (
@@ -81,7 +84,8 @@ def check_log_evidence(
 # %% ../../nbs/15-dlgm-solutions.ipynb #525a0902
 @exercise(3)
 def check_gap(
-    answer,  # From the posterior's mean and width to the gap, for q = N(0, 1)
+    # From the posterior's mean and width to the gap, for q = N(0, 1)
+    answer: Callable[..., Tensor],
 ):
     """Check the free energy's gap between two Gaussians."""
     mean, width = fixed_noise(6), (0.7 * fixed_noise(2, 6)[1]).exp()
@@ -148,7 +152,8 @@ def _free_energy(
 
 @exercise(4)
 def check_free_energy(
-    answer,  # From images, noise, encoder, decoder and beta to free energies
+    # From images, noise, encoder, decoder and beta to free energies
+    answer: Callable[..., Tensor],
 ):
     """Check an annealed free energy of each image."""
     x, noise, encode, decode, _ = _latent_problem()
@@ -183,7 +188,8 @@ def check_free_energy(
 # %% ../../nbs/15-dlgm-solutions.ipynb #0d44dcef
 @exercise(5)
 def check_latent_step(
-    answer,  # From images, noise, encoder and decoder to a loss
+    # From images, noise, encoder and decoder to a loss
+    answer: Callable[..., Tensor],
 ):
     """Check value and gradients of a mean free energy."""
     x, noise, encode, decode, weights = _latent_problem()

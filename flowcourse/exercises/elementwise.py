@@ -7,8 +7,10 @@ __all__ = ['check_mass_inside', 'check_sigmoid', 'check_exponential', 'check_bat
 
 # %% ../../nbs/03-elementwise-solutions.ipynb #4df10c9d
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..elementwise import Elementwise
@@ -45,7 +47,7 @@ def check_mass_inside(
 # %% ../../nbs/03-elementwise-solutions.ipynb #27328ba9
 @exercise(2)
 def check_sigmoid(
-    answer,  # From `z` to `(x, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],  # From `z` to `(x, ladj)`
 ):
     """Check the sigmoid of vectors, in the middle and far out."""
     z = fixed_noise(4, 3)
@@ -81,7 +83,8 @@ def check_sigmoid(
 # %% ../../nbs/03-elementwise-solutions.ipynb #ae302baf
 @exercise(3)
 def check_exponential(
-    answer,  # From `z` and `rate` to `(x, log_slope)`
+    # From `z` and `rate` to `(x, log_slope)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the map from normal to exponential numbers."""
     z, rate = fixed_noise(50).double(), 2.0
@@ -127,7 +130,8 @@ def check_exponential(
 # %% ../../nbs/03-elementwise-solutions.ipynb #e9bc6c19
 @exercise(4)
 def check_batch_norm(
-    answer,  # From `x` and `eps` to `(z, ladj)`
+    # From `x` and `eps` to `(z, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check batch normalisation from data to base and its log-determinant."""
     x, eps = 1 + 0.3 * fixed_noise(6, 3), 0.01
@@ -167,7 +171,8 @@ def check_batch_norm(
 # %% ../../nbs/03-elementwise-solutions.ipynb #3c13ac09
 @exercise(5)
 def check_temper(
-    answer,  # From `x` and `temperature` to `(z, ladj)`
+    # From `x` and `temperature` to `(z, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the repaired logit with a temperature."""
     x, temperature = fixed_noise(5, 2).sigmoid(), 3.0

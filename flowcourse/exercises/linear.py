@@ -7,8 +7,10 @@ __all__ = ['check_signs', 'check_substitution', 'check_determinant_lemma', 'chec
 
 # %% ../../nbs/04-linear-solutions.ipynb #617165e3
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from flowcourse.exercises.common import (
     compare,
@@ -52,7 +54,8 @@ def check_signs(
 # %% ../../nbs/04-linear-solutions.ipynb #c4ddc83f
 @exercise(2)
 def check_substitution(
-    answer,  # From `lower` and `x` to `(z, ladj)`
+    # From `lower` and `x` to `(z, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check a triangular solve."""
     lower = (
@@ -91,7 +94,7 @@ def check_substitution(
 # %% ../../nbs/04-linear-solutions.ipynb #913b5be6
 @exercise(3)
 def check_determinant_lemma(
-    answer,  # From `d`, `u` and `v` to log|det|
+    answer: Callable[..., Tensor],  # From `d`, `u` and `v` to log|det|
 ):
     """Check a log-determinant by the determinant lemma."""
     d = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.5, -0.7]).double()
@@ -126,7 +129,8 @@ def check_determinant_lemma(
 # %% ../../nbs/04-linear-solutions.ipynb #deaf32f7
 @exercise(4)
 def check_pixels(
-    answer,  # From images and a matrix to `(x, ladj)`
+    # From images and a matrix to `(x, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the repaired 1×1 convolution."""
     z, weight = fixed_noise(4, 3, 2, 5).double(), fixed_noise(3, 3).double()
@@ -156,7 +160,8 @@ def check_pixels(
 # %% ../../nbs/04-linear-solutions.ipynb #09a71443
 @exercise(5)
 def check_circulant(
-    answer,  # From `z` and a kernel to `(x, ladj)`
+    # From `z` and a kernel to `(x, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check a periodic convolution on a line, at an even and at an odd length."""
     for n in (8, 7):
@@ -201,7 +206,8 @@ def check_circulant(
 # %% ../../nbs/04-linear-solutions.ipynb #7c1cb6b7
 @exercise(6)
 def check_row_order(
-    answer,  # From an invertible matrix to an order of its rows
+    # From an invertible matrix to an order of its rows
+    answer: Callable[..., Tensor],
 ):
     """Check an order of rows that leaves no leading minor zero."""
     swap, cycle = torch.eye(2)[[1, 0]], torch.eye(4)[[1, 2, 3, 0]]

@@ -7,6 +7,7 @@ __all__ = ['check_pass_counts', 'check_degrees', 'check_iaf_density', 'check_one
 
 # %% ../../nbs/09-masked-flows-solutions.ipynb #0584fda3
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ def check_pass_counts(
 # %% ../../nbs/09-masked-flows-solutions.ipynb #125bdf85
 @exercise(2)
 def check_degrees(
-    answer,  # From `dim` and degrees to two masks
+    # From `dim` and degrees to two masks
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the masks of a network with one hidden layer."""
     for dim, degree in (
@@ -133,7 +135,8 @@ def _in_order(z, net):
 # %% ../../nbs/09-masked-flows-solutions.ipynb #bd1ccebc
 @exercise(3)
 def check_iaf_density(
-    answer,  # From `z` and `net` to `(x, log_density)`
+    # From `z` and `net` to `(x, log_density)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the density of samples of an inverse autoregressive flow."""
     net, z = _masked_net(4), fixed_noise(6, 4)
@@ -169,7 +172,8 @@ def check_iaf_density(
 # %% ../../nbs/09-masked-flows-solutions.ipynb #594e08d4
 @exercise(4)
 def check_one_by_one(
-    answer,  # From `z` and `net` to `(x, ladj)`
+    # From `z` and `net` to `(x, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the plain sampling loop."""
     net, z = _masked_net(5), fixed_noise(4, 5)
@@ -201,7 +205,8 @@ def check_one_by_one(
 # %% ../../nbs/09-masked-flows-solutions.ipynb #05cf753f
 @exercise(5)
 def check_sweeps(
-    answer,  # From `z`, `net` and a number to the guesses
+    # From `z`, `net` and a number to the guesses
+    answer: Callable[..., Tensor],
 ):
     """Check parallel sweeps from zeros."""
     net, z = _masked_net(5), fixed_noise(4, 5)
@@ -239,7 +244,8 @@ def check_sweeps(
 # %% ../../nbs/09-masked-flows-solutions.ipynb #7eb44ef9
 @exercise(6)
 def check_block_slope(
-    answer,  # From `x`, `w`, `b`, `v` and `rho` to `(z, log_slope)`
+    # From `x`, `w`, `b`, `v` and `rho` to `(z, log_slope)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check a block of one coordinate and the logarithm of its slope."""
     w, b, v = fixed_noise(3, 6)

@@ -7,8 +7,10 @@ __all__ = ['check_mass_kept', 'check_tails', 'check_root_derivatives', 'check_la
 
 # %% ../../nbs/08-monotone-solutions.ipynb #32de547d
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..elementwise import Elementwise
 from flowcourse.exercises.common import (
@@ -67,7 +69,8 @@ def check_mass_kept(
 # %% ../../nbs/08-monotone-solutions.ipynb #0a353d26
 @exercise(2)
 def check_tails(
-    answer,  # From `w` and `u` to the log-odds of the mixture
+    # From `w` and `u` to the log-odds of the mixture
+    answer: Callable[..., Tensor],
 ):
     """Check log-odds of a mixture, near zero and far out."""
     w = fixed_noise(4, 3).softmax(-1)
@@ -107,7 +110,8 @@ def check_tails(
 # %% ../../nbs/08-monotone-solutions.ipynb #5d418f34
 @exercise(3)
 def check_root_derivatives(
-    answer,  # From five partial derivatives to the two derivatives of the root
+    # From five partial derivatives to the two derivatives of the root
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the implicit first and second derivative."""
     h_z, h_t, h_zz, h_zt, h_tt = (
@@ -154,7 +158,7 @@ def check_root_derivatives(
 # %% ../../nbs/08-monotone-solutions.ipynb #f1a862e8
 @exercise(4)
 def check_largest_bump(
-    answer,  # From `a` and `d` to the largest height
+    answer: Callable[..., Tensor],  # From `a` and `d` to the largest height
 ):
     """Check the bound on a Gaussian bump."""
     a, d = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 3.0, 0.2])

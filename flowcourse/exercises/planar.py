@@ -8,6 +8,7 @@ __all__ = ['check_uniform_to_exponential', 'check_logistic_bound', 'check_sigmoi
 
 # %% ../../nbs/05-planar-solutions.ipynb #7b8b018c
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from .common import agrees, compare, compare_pair, exercise
 # %% ../../nbs/05-planar-solutions.ipynb #e1c6473b
 @exercise(1)
 def check_uniform_to_exponential(
-    answer,  # From `u` and `rate` to `(x, ladj)`
+    # From `u` and `rate` to `(x, ladj)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the inverse-transform map to an exponential density."""
     u, rate = torch.tensor([0.05, 0.3, 0.8, 0.99]), 2.5
@@ -56,7 +58,7 @@ def check_uniform_to_exponential(
 # %% ../../nbs/05-planar-solutions.ipynb #03e63935
 @exercise(2)
 def check_logistic_bound(
-    answer,  # From `w` and `u` to `û`
+    answer: Callable[..., Tensor],  # From `w` and `u` to `û`
 ):
     """Check the corrected `u` of a planar layer with the logistic unit."""
 
@@ -99,8 +101,10 @@ def check_logistic_bound(
 # %% ../../nbs/05-planar-solutions.ipynb #1f6e76aa
 @exercise(3)
 def check_sigmoid_pair(
-    forward,  # From `z` to `(x, log dx/dz)`
-    inverse,  # From `x` to `(z, log dz/dx)`
+    # From `z` to `(x, log dx/dz)`
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    # From `x` to `(z, log dz/dx)`
+    inverse: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check both directions of the sigmoid, near zero and far out."""
     logsigmoid = torch.nn.functional.logsigmoid
@@ -137,7 +141,7 @@ def check_sigmoid_pair(
 # %% ../../nbs/05-planar-solutions.ipynb #07ace813
 @exercise(4)
 def check_batch_norm_ladj(
-    answer,  # From `v`, `gamma` and `eps` to a number
+    answer: Callable[..., Tensor],  # From `v`, `gamma` and `eps` to a number
 ):
     """Check the log-determinant of batch normalisation, data to base."""
     v, gamma, eps = (
@@ -166,7 +170,7 @@ def check_batch_norm_ladj(
 # %% ../../nbs/05-planar-solutions.ipynb #19041909
 @exercise(5)
 def check_radial_root(
-    answer,  # From `r_out`, `alpha` and `beta` to `r`
+    answer: Callable[..., Tensor],  # From `r_out`, `alpha` and `beta` to `r`
 ):
     """Check the inverse of a radial layer, to the last digits of float32."""
     r = torch.tensor([0.01, 0.01, 3.0, 0.5, 100.0, 0.2])

@@ -7,6 +7,7 @@ __all__ = ['check_bits', 'check_density', 'check_mean_of_long', 'check_no_noise'
 
 # %% ../../nbs/00-quick-start-solutions.ipynb #0af217f3
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from .common import compare, exercise, fixed_noise
 # %% ../../nbs/00-quick-start-solutions.ipynb #acd39198
 @exercise(2)
 def check_bits(
-    answer,  # From `log_prob`, `dim` and `levels` to bits per dimension
+    # From `log_prob`, `dim` and `levels` to bits per dimension
+    answer: Callable[..., Tensor],
 ):
     """Check the conversion of nats into bits per dimension."""
     nats, dim, levels = torch.tensor([88.0, -20.0]), 64, 17
@@ -46,7 +48,7 @@ def check_bits(
 # %% ../../nbs/00-quick-start-solutions.ipynb #3b3b5247
 @exercise(3)
 def check_density(
-    answer,  # From `x` to its log-density
+    answer: Callable[..., Tensor],  # From `x` to its log-density
 ):
     """Check the log-density of `x = 3z + 2` with a standard normal `z`."""
     x = torch.tensor([[-4.0, 0.0, 2.0], [3.0, 5.0, 9.0]])
@@ -83,7 +85,8 @@ def check_density(
 # %% ../../nbs/00-quick-start-solutions.ipynb #f8adcf21
 @exercise(4)
 def check_mean_of_long(
-    answer,  # From draws and a waiting time to a mean duration
+    # From draws and a waiting time to a mean duration
+    answer: Callable[..., Tensor],
 ):
     """Check a conditional mean from draws."""
     duration = torch.tensor([2.0, 4.0, 1.5, 4.5, 5.0])
@@ -109,7 +112,7 @@ def check_mean_of_long(
 # %% ../../nbs/00-quick-start-solutions.ipynb #89124a24
 @exercise(5)
 def check_no_noise(
-    answer,  # From counts and a width to log-densities
+    answer: Callable[..., Tensor],  # From counts and a width to log-densities
 ):
     """Check the density of 17 spikes."""
     n = torch.tensor([0.0, 3.0, 7.5, 16.0, 16.4])
@@ -153,7 +156,8 @@ def check_no_noise(
 # %% ../../nbs/00-quick-start-solutions.ipynb #17d2e353
 @exercise(6)
 def check_class_mixture(
-    answer,  # From `x`, `means`, `covariances` and `weights` to log-densities
+    # From `x`, `means`, `covariances` and `weights` to log-densities
+    answer: Callable[..., Tensor],
 ):
     """Check the log-density of a mixture of Gaussians."""
     x, means = (

@@ -7,8 +7,10 @@ __all__ = ['check_knot_count', 'check_unpiece', 'check_cubic_limit', 'check_sear
 
 # %% ../../nbs/07-splines-solutions.ipynb #da2dd98a
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..elementwise import Elementwise
 from flowcourse.exercises.common import (
@@ -49,7 +51,8 @@ def check_knot_count(
 # %% ../../nbs/07-splines-solutions.ipynb #a4508fae
 @exercise(2)
 def check_unpiece(
-    answer,  # From `v`, `a` and `c` to `(u, log du/dv)`
+    # From `v`, `a` and `c` to `(u, log du/dv)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the inverse of a hyperbola."""
     a = torch.tensor([0.2, 1.0, 4.0, 9.0], dtype=torch.float64)[:, None]
@@ -112,7 +115,8 @@ def check_cubic_limit(
 # %% ../../nbs/07-splines-solutions.ipynb #769e3950
 @exercise(4)
 def check_search(
-    answer,  # From points and knots to the index of a bin
+    # From points and knots to the index of a bin
+    answer: Callable[..., Tensor],
 ):
     """Check the repaired search for bins."""
     knots = fixed_noise(3, 5, 6).double().sort(-1).values

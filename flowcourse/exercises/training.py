@@ -7,6 +7,7 @@ __all__ = ['check_nll', 'check_reverse_kl', 'check_gradient_rise', 'check_count_
 
 # %% ../../nbs/02-training-solutions.ipynb #eb9b3a85
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .common import agrees, compare, exercise, fixed_noise
 # %% ../../nbs/02-training-solutions.ipynb #057b320b
 @exercise(1)
 def check_nll(
-    nll,  # The learner's `nll(x, loc, log_scale)`
+    nll: Callable[..., Tensor],  # The learner's `nll(x, loc, log_scale)`
 ):
     """The loss of a Gaussian: a mean over rows of a sum over coordinates."""
     x, loc, log_scale = (
@@ -79,7 +80,8 @@ class _Stretch(Bijection):
 # %% ../../nbs/02-training-solutions.ipynb #192aa605
 @exercise(2)
 def check_reverse_kl(
-    reverse_kl,  # The learner's `reverse_kl(flow, log_target, z)`
+    # The learner's `reverse_kl(flow, log_target, z)`
+    reverse_kl: Callable[..., Tensor],
 ):
     """No inverse, a minus before the ladj, and gradients through the draws."""
     flow, z = Flow(_Stretch()), fixed_noise(50, 2)
@@ -125,7 +127,8 @@ def check_reverse_kl(
 # %% ../../nbs/02-training-solutions.ipynb #e766c943
 @exercise(3)
 def check_gradient_rise(
-    gradient_rise,  # The learner's `gradient_rise(nats, d)`
+    # The learner's `gradient_rise(nats, d)`
+    gradient_rise: Callable[..., float],
 ):
     """The gradient grows like 1 / width while the loss falls like d log width."""
     for nats, d in ((3.0, 1), (6.0, 3), (5.0, 30)):
@@ -160,7 +163,8 @@ def check_gradient_rise(
 # %% ../../nbs/02-training-solutions.ipynb #48ec1726
 @exercise(4)
 def check_count_noise(
-    count_noise,  # The learner's `count_noise(counts, generator)`
+    # The learner's `count_noise(counts, generator)`
+    count_noise: Callable[..., Tensor],
 ):
     """Uniform on each cell, independent for each entry, and a function of the generator."""
     counts = torch.arange(5000).reshape(1000, 5) % 7
@@ -229,7 +233,8 @@ def _reference_steps(
 
 @exercise(5)
 def check_train_step(
-    train_step,  # The learner's `train_step(flow, optimizer, x, clip)`
+    # The learner's `train_step(flow, optimizer, x, clip)`
+    train_step: Callable[..., tuple[float, float]],
 ):
     """Gradients from zero, clipped before the step, and both numbers from before it."""
     x, clip = fixed_noise(40, 2), 0.5

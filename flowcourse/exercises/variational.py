@@ -7,6 +7,7 @@ __all__ = ['check_walls', 'check_hastings', 'check_weights', 'check_annealing_re
 
 # %% ../../nbs/14-variational-solutions.ipynb #2f75692e
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def check_walls(
 # %% ../../nbs/14-variational-solutions.ipynb #a1fc2711
 @exercise(2)
 def check_hastings(
-    answer,  # From four log-densities to the log-probability of accepting
+    # From four log-densities to the log-probability of accepting
+    answer: Callable[..., Tensor],
 ):
     """Check Hastings' rule."""
     old, new, there, back = 2 * fixed_noise(4, 12).double()
@@ -118,7 +120,8 @@ def check_hastings(
 # %% ../../nbs/14-variational-solutions.ipynb #2485a23d
 @exercise(3)
 def check_weights(
-    answer,  # From log-weights to `(log_z, ess_share)`
+    # From log-weights to `(log_z, ess_share)`
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the logarithm of a mean and the share of useful draws."""
     for name, shift in (("small", 0.0), ("large", 3000.0), ("tiny", -3000.0)):
@@ -174,7 +177,8 @@ def check_weights(
 # %% ../../nbs/14-variational-solutions.ipynb #2ea33a49
 @exercise(4)
 def check_annealing_repair(
-    answer,  # From log q, energies and a step to the loss
+    # From log q, energies and a step to the loss
+    answer: Callable[..., Tensor],
 ):
     """Check the repaired annealed loss."""
     log_q, energy = fixed_noise(2, 9).double()
@@ -230,7 +234,8 @@ def check_annealing_repair(
 # %% ../../nbs/14-variational-solutions.ipynb #9cfd6622
 @exercise(5)
 def check_path_gradient(
-    answer,  # From `m`, `s`, `eps` and `slope` to two derivatives
+    # From `m`, `s`, `eps` and `slope` to two derivatives
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
     """Check the path gradient of a Gaussian."""
     eps = fixed_noise(30).double()
