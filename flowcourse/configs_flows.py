@@ -26,7 +26,7 @@ from flowcourse.data import (
 )
 from .elementwise import InverseMap
 from .experiments import Config, Splits, packaged
-from .toys import toys
+from .toy_densities import toys
 from .training import MaximumLikelihood, _check_choice
 from .zoo_scalar_maps import scalar_maps
 
