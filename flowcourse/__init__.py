@@ -3,10 +3,52 @@
 __version__ = "0.1.0"
 
 from flowcourse import _quiet  # first: what follows takes seconds
-from flowcourse import zoo
+from flowcourse import zoo  # its `rows` are gathered when they are asked for
+from flowcourse.autoregressive import IAF, MAF, NAF
 from flowcourse.bases import DiagonalGaussian, GaussianMixture, Uniform
+from flowcourse.bnaf import BNAF
 from flowcourse.core import Bijection, Compose, Flow, Inverse, StandardNormal
 from flowcourse.coupling import NICE, Coupling, Couplings, RealNVP
+from flowcourse.data import load
 from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
 from flowcourse.objectives import MaximumLikelihood, Objective, ReverseKL
+from flowcourse.planar import Planar, Radial, Sylvester
+from flowcourse.splines import NSF
+from flowcourse.testing import check_bijection
+from flowcourse.toy_densities import toys
 from flowcourse.trainer import Recipe, fit
+
+# The package's own names: no module has one of them.
+__all__ = [
+    "BNAF",
+    "IAF",
+    "MAF",
+    "NAF",
+    "NICE",
+    "NSF",
+    "AdditiveMap",
+    "AffineMap",
+    "Bijection",
+    "Compose",
+    "Coupling",
+    "Couplings",
+    "DiagonalGaussian",
+    "Elementwise",
+    "Flow",
+    "GaussianMixture",
+    "Inverse",
+    "MaximumLikelihood",
+    "Objective",
+    "Planar",
+    "Radial",
+    "RealNVP",
+    "Recipe",
+    "ReverseKL",
+    "StandardNormal",
+    "Sylvester",
+    "Uniform",
+    "check_bijection",
+    "fit",
+    "load",
+    "toys",
+]

@@ -11,6 +11,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.distributions import constraints
 
 # %% ../nbs/lib-arguments.ipynb #521abf0c
 def as_int(
-    value,  # A whole number of Python, numpy or torch
+    value: Any,  # A whole number of Python, numpy or torch
     name: str,  # The argument's name, for the error
     low: int = 0,  # The smallest that is right
 ) -> int:  # The same as Python's
@@ -37,7 +38,7 @@ def as_int(
 
 
 def as_float(
-    value,  # A number of Python, numpy or torch
+    value: Any,  # A number of Python, numpy or torch
     name: str,  # The argument's name, for the error
     low: float = -math.inf,  # The smallest that is right
     high: float = math.inf,  # The largest that is right
@@ -62,7 +63,7 @@ def as_float(
 
 
 def as_shape(
-    value: int | tuple[int, ...],  # One size or several
+    value: Any,  # One size or several
     name: str,  # The argument's name, for the error
 ) -> tuple[int, ...]:  # The same as a tuple
     """Read a shape, and refuse anything that is not made of positive integers."""
@@ -80,7 +81,7 @@ def as_shape(
 
 
 def as_sample_shape(
-    value: int | tuple[int, ...],  # One size or several, zeros among them
+    value: Any,  # One size or several, zeros among them
     name: str = "shape",  # The argument's name, for the error
 ) -> tuple[int, ...]:  # The same as a tuple, `()` too
     """Read a sample or batch shape, and refuse anything that is not made of sizes."""
@@ -126,7 +127,7 @@ def as_permutation(
 
 # %% ../nbs/lib-arguments.ipynb #c9943b9b
 def as_finite(
-    value: float | Tensor,  # A number, or several as a tensor or in lists
+    value: Any,  # A number, or several as a tensor or in lists
     name: str,  # The argument's name, for the error
     # To which it must broadcast; None leaves it as it is
     shape: tuple[int, ...] | None = None,
@@ -161,11 +162,11 @@ def as_finite(
 
 # %% ../nbs/lib-arguments.ipynb #11bbfe2d
 def require_instance(
-    value,  # What came
+    value: object,  # What came
     name: str,  # The argument's name, for the error
     kind: type | tuple[type, ...],  # What it must be one of
     wanted: str,  # The same in words
-):
+) -> None:
     """Raise a `ValueError` unless `value` is of a kind, and say what to write where it is plain."""
     # torch.compile wraps a module, and passes on all that is asked of it
     if _is_a(getattr(value, "_orig_mod", value), kind):
@@ -210,7 +211,7 @@ def what_came(
 def require_function(
     value: Callable,  # What came
     name: str,  # The argument's name, for the error
-):
+) -> None:
     """Raise a `ValueError` unless `value` can be called, and is not a class to make an instance of."""
     if not callable(value) or isinstance(value, type):
         raise ValueError(f"{name}: expected a function, got {value!r}")
@@ -291,7 +292,7 @@ def require_choice(
 class Table(dict):
     """A dictionary that answers an unknown name with the names it knows."""
 
-    def __missing__(self, name):
+    def __missing__(self, name: str) -> NoReturn:
         raise ValueError(
             f"name: expected one of {', '.join(map(repr, self))}, got {name!r}"
         )
@@ -304,7 +305,7 @@ def require_event(
     # What is expected; None leaves the sizes open
     event_shape: tuple[int, ...] | None,
     event_dim: int,  # How many dimensions an event has
-):
+) -> None:
     """Raise a `ValueError` unless `value` holds floating-point events that `owner` can take."""
     who = type(owner).__name__
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -357,7 +358,7 @@ def require_context(
     context: Tensor | None,  # What came
     owner: nn.Module,  # Who asks
     context_dim: int,  # How many features are expected; 0 for none
-):
+) -> None:
     """Raise a `ValueError` unless `context` is there when, and only when, `owner` takes one."""
     if (context is None) != (context_dim == 0):
         came = "none" if context is None else what_came(context)
@@ -376,7 +377,7 @@ def require_numbers(
     # and once perhaps a word with a star for any sizes
     shape: tuple[int | str, ...],
     meta: bool = False,  # Whether a tensor without values will do
-):
+) -> None:
     """Raise a `ValueError` unless `value` is a floating-point tensor of that shape."""
 
     def wanted():
@@ -390,7 +391,8 @@ def require_numbers(
         )
     if value.is_meta and not meta:
         raise ValueError(f"{name}: expected values, got a tensor on meta")
-    sizes, got = list(shape), tuple(value.shape)
+    sizes: list[int | str | None] = list(shape)
+    got = tuple(value.shape)
     for i, size in enumerate(shape):
         if str(size).startswith("*"):
             free = len(got) - len(shape) + 1
@@ -407,7 +409,7 @@ def require_log_density(
     x: Tensor,  # The points that it was given, shape `(*batch, *event)`
     name: str,  # The log-density's name, for the error
     event_dim: int = 1,  # Dimensions of one point
-):
+) -> None:
     """Raise a `ValueError` unless a log-density gave one number for each point."""
     wanted = tuple(x.shape[: x.dim() - event_dim])
     if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
@@ -420,7 +422,7 @@ def require_log_density(
 # %% ../nbs/lib-arguments.ipynb #95bd3e7d
 def require_generator(
     generator: torch.Generator | None,  # What came
-):
+) -> None:
     """Raise a `ValueError` unless `generator` is one of torch's, or none."""
     if generator is not None:
         wanted = "a torch.Generator"
@@ -445,7 +447,7 @@ def place_to_draw(
 
 
 def draw(
-    sampler,  # `torch.randn` or `torch.rand`
+    sampler: Callable[..., Tensor],  # `torch.randn` or `torch.rand`
     shape: tuple[int, ...],  # Shape to draw
     like: Tensor,  # The result has this tensor's dtype and device
     # Source of randomness; None takes torch's global one

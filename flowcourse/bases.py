@@ -8,6 +8,7 @@ __all__ = ['DiagonalGaussian', 'GaussianMixture', 'Uniform', 'TorchBase']
 # %% ../nbs/lib-bases.ipynb #6df9ee64
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,25 @@ from flowcourse.numerics import softplus_inverse
 from flowcourse.supports import density_zero, is_everywhere, moved_inside
 
 # %% ../nbs/lib-bases.ipynb #b2ed2c16
-def _scale(raw):
+def _scale(raw: Tensor) -> Tensor:
     "A scale of its inverse softplus, above zero even where the softplus underflows."
     return F.softplus(raw) + torch.finfo(raw.dtype).tiny
 
 # %% ../nbs/lib-bases.ipynb #0bbae29d
 class DiagonalGaussian(Base):
-    """A trainable Gaussian with independent coordinates and a scale that stays positive."""
+    r"""A trainable Gaussian with independent coordinates and a scale that stays positive.
+
+    $z = \mu + \sigma \epsilon$ with standard normal $\epsilon$, coordinate by
+    coordinate.
+
+    What is stored is the scale's inverse softplus, $\log(e^\sigma - 1)$, so
+    that no step of an optimiser can make $\sigma$ negative. Samples carry
+    gradients (Kingma and Welling 2014, section 2.4).
+
+        >>> base = DiagonalGaussian(2, loc=1.0, scale=0.5)
+        >>> base.log_prob(base.rsample(5)).requires_grad
+        True
+    """
 
     def __init__(
         self,
@@ -56,14 +69,26 @@ class DiagonalGaussian(Base):
             std_normal_log_prob((z - self.loc) / scale) - scale.log()
         )
 
-    def from_noise(self, noise):
+    def from_noise(self, noise: Tensor) -> Tensor:
         """Stretch and shift standard normal numbers."""
         self._check_noise(noise)
         return self.loc + self.scale * noise
 
 # %% ../nbs/lib-bases.ipynb #9288de60
 class GaussianMixture(Base):
-    """A trainable mixture of Gaussians with independent coordinates."""
+    r"""A trainable mixture of Gaussians with independent coordinates.
+
+    $p(z) = \sum_k \pi_k \, \mathcal N(z; \mu_k, \operatorname{diag} \sigma_k^2)$,
+    with means, scales and weights that are learned.
+
+    A density costs one Gaussian for each component, a sample one in all. The
+    choice among the components has no gradient, so it can be trained by
+    `log_prob` but not by differentiating samples.
+
+        >>> base = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]))
+        >>> base.log_prob(base.sample(5)).shape, base.has_rsample
+        (torch.Size([5]), False)
+    """
 
     has_rsample = False  # the choice of a component has no gradient
 
@@ -84,8 +109,10 @@ class GaussianMixture(Base):
         self.loc = nn.Parameter(loc.clone())
         scale = as_finite(scale, "scale", tuple(loc.shape), above=0.0)
         self.raw_scale = nn.Parameter(softplus_inverse(scale).to(loc))
-        weights = [1.0] * len(loc) if weights is None else weights
-        weights = as_finite(weights, "weights", above=0.0)
+        equal = [1.0] * len(loc)
+        weights = as_finite(
+            equal if weights is None else weights, "weights", above=0.0
+        )
         if weights.shape != loc.shape[:1]:
             raise ValueError(
                 f"weights: expected shape ({len(loc)},), got {tuple(weights.shape)}"
@@ -105,12 +132,21 @@ class GaussianMixture(Base):
         )
         return torch.logsumexp(each + self.logits.log_softmax(0), -1)
 
-    def noise(self, shape=(), generator=None):
+    def noise(
+        self,
+        # Sample shape; an int draws that many
+        shape: int | tuple[int, ...] = (),
+        generator: torch.Generator | None = None,  # Source of randomness
+    ) -> tuple[Tensor, Tensor]:  # `(*shape,)` and `(*shape, *event)`
         """A uniform number that will choose the component, and standard normal numbers."""
         u = draw(torch.rand, as_sample_shape(shape), self.loc, generator)
-        return u, super().noise(shape, generator)
+        normal: Any = super().noise(shape, generator)
+        return u, normal
 
-    def from_noise(self, noise):
+    def from_noise(
+        self,
+        noise: tuple[Tensor, ...],  # What `noise` gave
+    ) -> Tensor:  # Points, shape `(*shape, *event)`
         """Choose a component, then stretch and shift."""
         if not isinstance(noise, (tuple, list)) or len(noise) != 2:
             raise ValueError(
@@ -126,7 +162,21 @@ class GaussianMixture(Base):
 
 # %% ../nbs/lib-bases.ipynb #c5fa0250
 class Uniform(Base):
-    """The uniform distribution on a box."""
+    r"""The uniform distribution on a box.
+
+    $p(z) = \prod_i (b_i - a_i)^{-1}$ where every $a_i \le z_i \le b_i$, and
+    zero elsewhere.
+
+    For maps whose `domain` is a box; its corners are not trained. Its ends
+    belong to it.
+
+        >>> base = Uniform(2, low=-1.0, high=1.0)
+        >>> base.log_prob(torch.tensor([[0.5, 0.5], [0.5, 1.5]])).exp()
+        tensor([0.2500, 0.0000])
+    """
+
+    low: Tensor
+    high: Tensor
 
     def __init__(
         self,
@@ -158,19 +208,37 @@ class Uniform(Base):
         each = torch.where(outside, -math.inf, -(self.high - self.low).log())
         return self._sum(each.masked_fill(z.isnan(), math.nan))
 
-    def noise(self, shape=(), generator=None):
+    def noise(
+        self,
+        # Sample shape; an int draws that many
+        shape: int | tuple[int, ...] = (),
+        generator: torch.Generator | None = None,  # Source of randomness
+    ) -> Tensor:  # Shape `(*shape, *event)`
         """Uniform numbers in the unit cube."""
         shape = (*as_sample_shape(shape), *self.event_shape)
         return draw(torch.rand, shape, self.low, generator)
 
-    def from_noise(self, noise):
+    def from_noise(self, noise: Tensor) -> Tensor:
         """Stretch the unit cube over the box."""
         self._check_noise(noise)
         return self.low + (self.high - self.low) * noise
 
 # %% ../nbs/lib-bases.ipynb #c4c6ce01
 class TorchBase(Base):
-    """A distribution of torch or Pyro as a base; its tensors are buffers, so `.to()` moves them."""
+    """A distribution of torch or Pyro as a base; its tensors are buffers, so `.to()` moves them.
+
+    Any distribution whose parameters are tensors will do, with the batch shape
+    `()` and an event of at least one dimension.
+
+    The tensors are fixed, so samples carry no gradient to them. What is made of
+    other distributions by transforms is refused: the transforms belong into the
+    bijection. Points outside of the support have density zero.
+
+        >>> from torch.distributions import Independent, Laplace
+        >>> base = TorchBase(Independent(Laplace(torch.zeros(2), 1.0), 1))
+        >>> base.log_prob(base.sample(5)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -190,11 +258,14 @@ class TorchBase(Base):
             )
         super().__init__(tuple(distribution.event_shape))
         try:
-            self._everywhere = is_everywhere(distribution.support)
+            support = distribution.support
         except NotImplementedError:
+            support = None
+        if support is None:
             raise ValueError(
                 f"base: {type(distribution).__name__} does not say its support"
-            ) from None
+            )
+        self._everywhere = is_everywhere(support)
         self._template = self._take(distribution, "")
 
     def _take(self, distribution, prefix):
@@ -235,17 +306,22 @@ class TorchBase(Base):
     @property
     def support(self) -> constraints.Constraint:
         """The distribution's support."""
-        return self.distribution.support
+        return self._filled(self._template).support
 
     def _log_prob(self, z):
-        distribution = self.distribution
+        distribution = self._filled(self._template)
         if self._everywhere:
             return distribution.log_prob(z)
         z, outside = moved_inside(z, distribution.support)
         log_prob = distribution.log_prob(z)
         return density_zero(log_prob, z, outside, len(self.event_shape))
 
-    def noise(self, shape=(), generator=None):
+    def noise(
+        self,
+        # Sample shape; an int draws that many
+        shape: int | tuple[int, ...] = (),
+        generator: torch.Generator | None = None,  # Source of randomness
+    ) -> Tensor:  # Points, shape `(*shape, *event)`
         """Points themselves: the distribution is fixed, so they carry no gradient."""
         shape = as_sample_shape(shape)
         require_generator(generator)

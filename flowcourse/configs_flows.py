@@ -27,7 +27,7 @@ from flowcourse.data import (
 from .elementwise import InverseMap
 from .experiments import Config, Splits, packaged
 from .objectives import MaximumLikelihood
-from .toys import toys
+from .toy_densities import toys
 from .zoo_scalar_maps import scalar_maps
 
 # %% ../nbs/lib-configs-flows.ipynb #e3128c37

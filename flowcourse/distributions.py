@@ -6,6 +6,9 @@
 __all__ = ['FlowDistribution', 'BijectionTransform']
 
 # %% ../nbs/lib-distributions.ipynb #70a67106
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -21,7 +24,19 @@ from flowcourse.core import COSTS, Bijection, Flow
 
 # %% ../nbs/lib-distributions.ipynb #62d7eb0d
 class FlowDistribution(TorchDistribution):
-    """A `Flow` with its context fixed, as torch and Pyro know distributions."""
+    """A `Flow` with its context fixed, as torch and Pyro know distributions.
+
+    What `flow(context)` gives. The context's batch shape is the distribution's;
+    `expand` repeats the context, and shares all else with the flow: no
+    parameter is copied.
+
+    A `log_prob` is one inverse pass, a sample one forward pass. Whether samples
+    carry gradients (`has_rsample`) is up to the base.
+
+        >>> from flowcourse.coupling import RealNVP
+        >>> FlowDistribution(Flow(RealNVP(2))).sample((5,)).shape
+        torch.Size([5, 2])
+    """
 
     arg_constraints = {}
 
@@ -31,25 +46,24 @@ class FlowDistribution(TorchDistribution):
         # Features, shape `(*batch, context_dim)`
         context: Tensor | None = None,
         # None: the context's batch shape
-        batch_shape: torch.Size | None = None,
+        batch_shape: Sequence[int] | None = None,
         # Check the support; None: torch's default
         validate_args: bool | None = None,
     ):
         require_instance(flow, "flow", Flow, "a Flow")
         require_context(context, flow, flow.context_dim)
-        own = () if context is None else context.shape[:-1]
-        batch_shape = own if batch_shape is None else batch_shape
-        batch_shape = torch.Size(as_sample_shape(batch_shape, "batch_shape"))
-        _check_expansion(torch.Size(own), batch_shape)
+        own = torch.Size(() if context is None else context.shape[:-1])
+        shape = own if batch_shape is None else batch_shape
+        shape = torch.Size(as_sample_shape(shape, "batch_shape"))
+        _check_expansion(own, shape)
         self.flow, self.context = flow, context
         super().__init__(
-            batch_shape,
-            torch.Size(flow.event_shape),
-            validate_args=validate_args,
+            shape, torch.Size(flow.event_shape), validate_args=validate_args
         )
 
+    # an attribute of the class in torch
     @property
-    def has_rsample(self) -> bool:
+    def has_rsample(self) -> bool:  # type: ignore[override]
         """Whether samples carry gradients: the base decides."""
         return self.flow.base.has_rsample
 
@@ -58,7 +72,11 @@ class FlowDistribution(TorchDistribution):
         """The bijection's codomain."""
         return self.flow.bijection.codomain
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(
+        self,
+        batch_shape: Sequence[int],  # An expansion of the present one
+        _instance: Any = None,  # For torch's signature; not used
+    ) -> "FlowDistribution":  # It shares the flow
         """The same distribution with a larger batch shape."""
         batch_shape = torch.Size(as_sample_shape(batch_shape, "batch_shape"))
         _check_expansion(self.batch_shape, batch_shape)
@@ -67,7 +85,10 @@ class FlowDistribution(TorchDistribution):
             context = context.expand(batch_shape + context.shape[-1:])
         return type(self)(self.flow, context, batch_shape, self._validate_args)
 
-    def log_prob(self, value):
+    def log_prob(
+        self,
+        value: Tensor,  # Points, shape `(*sample, *batch, *event)`
+    ) -> Tensor:  # Shape `(*sample, *batch)`
         """Log-density in nats, shape `(*sample, *batch)`; one inverse pass."""
         event = tuple(self.event_shape)
         require_event(value, "value", self.flow, event, len(event))
@@ -85,11 +106,11 @@ class FlowDistribution(TorchDistribution):
             ) from None
         return self.flow.log_prob(value.expand(shape), self.context)
 
-    def rsample(self, sample_shape=torch.Size()):
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Points with gradients, shape `(*sample, *batch, *event)`."""
         return self._points(self.flow.base.rsample, sample_shape)
 
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Points without gradients, shape `(*sample, *batch, *event)`."""
         with torch.no_grad():
             return self._points(self.flow.base.sample, sample_shape)
@@ -113,7 +134,22 @@ def _check_expansion(old, new):
 
 # %% ../nbs/lib-distributions.ipynb #808a2f03
 class BijectionTransform(Transform):
-    """A `Bijection` with a fixed context, as torch and Pyro know transforms."""
+    """A `Bijection` with a fixed context, as torch and Pyro know transforms.
+
+    What `bijection.as_transform(context)` gives: `t(z)` leads from base to
+    data, and `t.log_abs_det_jacobian(z, x)` is the `ladj` of `forward`.
+
+    A call is one pass of the bijection, and the log-determinant another, in the
+    direction that costs less. With `cache_size=1` the second question is
+    answered from the first, for as long as the same tensors are meant and none
+    of them, of the parameters, or of the modes of the modules has changed.
+
+        >>> from flowcourse.coupling import RealNVP
+        >>> t = BijectionTransform(RealNVP(2), cache_size=1)
+        >>> x = t(z := torch.ones(5, 2))
+        >>> t.log_abs_det_jacobian(z, x).shape, t.inv(x) is z
+        (torch.Size([5]), True)
+    """
 
     bijective = True
 
@@ -126,21 +162,23 @@ class BijectionTransform(Transform):
     ):
         require_instance(bijection, "bijection", Bijection, "a bijection")
         require_context(context, bijection, bijection.context_dim)
-        self._kept = None  # z, x, ladj, and what they hang on
+        # z, x, ladj, and what they hang on
+        self._kept: tuple[Any, ...] | None = None
         super().__init__(cache_size=cache_size)
         self.bijection, self.context = bijection, context
 
+    # attributes of the class in torch
     @property
-    def domain(self) -> constraints.Constraint:
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
         """Where base points live."""
         return self.bijection.domain
 
     @property
-    def codomain(self) -> constraints.Constraint:
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
         """Where data points live."""
         return self.bijection.codomain
 
-    def with_cache(self, cache_size=1):
+    def with_cache(self, cache_size: int = 1) -> "BijectionTransform":
         """The same transform with another cache size."""
         return type(self)(self.bijection, self.context, cache_size)
 
@@ -187,7 +225,11 @@ class BijectionTransform(Transform):
     def __getstate__(self):
         return super().__getstate__() | {"_kept": None}
 
-    def log_abs_det_jacobian(self, z, x):
+    def log_abs_det_jacobian(  # type: ignore[override]  # x and y in torch
+        self,
+        z: Tensor,  # Base points, shape `(*batch, *event)`
+        x: Tensor,  # The data points that they lead to
+    ) -> Tensor:  # Shape `(*batch,)`
         """log|det dx/dz| at `z`, in the direction that costs one pass."""
         if self._kept is not None:
             kept_z, kept_x = self._cached_x_y
@@ -198,13 +240,13 @@ class BijectionTransform(Transform):
             return -f.inverse(x, self.context)[1]
         return f.forward(z, self.context)[1]
 
-    def forward_shape(self, shape):
+    def forward_shape(self, shape: tuple[int, ...]) -> torch.Size:
         """Shape after `forward`, the context's batch shape included."""
         return self._shape(
             shape, self.bijection.event_dim, self.bijection.event_shape_out
         )
 
-    def inverse_shape(self, shape):
+    def inverse_shape(self, shape: tuple[int, ...]) -> torch.Size:
         """Shape after `inverse`, the context's batch shape included."""
         return self._shape(
             shape, self.bijection.event_dim_out, self.bijection.event_shape_in

@@ -42,7 +42,13 @@ def _spread(states):
 def effective_sample_size(
     states: Tensor,  # Of several chains, shape `(kept, chains, *d)`
 ) -> Tensor:  # Shape `d`; nan for what never moved or is not finite
-    """How many independent draws would give the mean as exactly as these do."""
+    """How many independent draws would give the mean as exactly as these do.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> states = torch.randn(1000, 4, 1, generator=g)
+    >>> 3500 < effective_sample_size(states).item() < 4500
+    True
+    """
     require_numbers(states, "states", ("kept", "chains", "*d"))
     n = len(states)
     if n < 4 or not states.numel():
@@ -78,7 +84,13 @@ def _normal_scores(x):
 def r_hat(
     states: Tensor,  # Of several chains, shape `(kept, chains, d)`
 ) -> Tensor:  # Shape `(d,)`; 1 if the chains agree, nan if one is not finite
-    """Compare chains with each other and with themselves, halves apart, after ranking."""
+    """Compare chains with each other and with themselves, halves apart, after ranking.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> states = torch.randn(1000, 4, 1, generator=g)
+    >>> r_hat(states).item() < 1.01
+    True
+    """
     require_numbers(states, "states", ("kept", "chains", "d"))
     if len(states) < 4 or states.shape[1] < 2:
         got = tuple(states.shape)
@@ -107,7 +119,11 @@ def ess_share(
     # log p - log q of draws from q, up to a constant, shape `(n,)`
     log_weights: Tensor,
 ) -> float:  # From 1/n to 1; 0 if no draw has weight, nan if one's is unknown
-    """Share of the draws that importance weighting leaves: `(sum w)² / (n sum w²)`."""
+    """Share of the draws that importance weighting leaves: `(sum w)² / (n sum w²)`.
+
+    >>> ess_share(torch.zeros(100)), ess_share(torch.tensor([0.0, -100.0]))
+    (1.0, 0.5)
+    """
     weights = _weights(log_weights)
     squares = weights.square().sum()
     if squares == 0:
@@ -123,6 +139,9 @@ def pareto_k(
 
     Where there is nothing to fit: -inf if no weight stands out, inf if fewer than five do or
     all are zero, nan if one is nan.
+
+        >>> pareto_k(torch.zeros(100))  # all weights equal
+        -inf
     """
     weights = _weights(log_weights).sort().values.cpu()
     n = len(weights)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/lib-supports.ipynb #92e3264d
 import math
+from typing import Any
 
 import torch
 from pyro.distributions import constraints as pyro_constraints
@@ -131,15 +132,16 @@ def moved_inside(
     if isinstance(constraint, constraints.cat):
         dim = constraint.dim
         parts = zip(x.split(constraint.lengths, dim), constraint.cseq)
-        parts = [moved_inside(part, inner) for part, inner in parts]
-        return tuple(torch.cat(part, dim) for part in zip(*parts))
+        moved = [moved_inside(part, inner) for part, inner in parts]
+        places, outside = zip(*moved)
+        return torch.cat(places, dim), torch.cat(outside, dim)
     inside = constraint.check(x)
     inside = inside.reshape(*inside.shape, *[1] * constraint.event_dim)
     inside = inside | x.isnan()
     if not _bounded(constraint):
         return x, ~inside.expand_as(x)
-    low = getattr(constraint, "lower_bound", None)
-    high = getattr(constraint, "upper_bound", None)
+    low: Any = getattr(constraint, "lower_bound", None)
+    high: Any = getattr(constraint, "upper_bound", None)
     if low is None:
         place = high - abs(high) - 1
     elif high is None:

@@ -32,7 +32,7 @@ from flowcourse.metrics import (
     r_hat,
 )
 from .numerics import in_double, safe_norm
-from .toys import Toy
+from .toy_densities import Toy
 
 # %% ../nbs/14-variational.ipynb #wall
 def wall(

@@ -25,7 +25,7 @@ from flowcourse.bases import (
 )
 from flowcourse.core import Bijection, Flow
 from flowcourse.coupling import RealNVP
-from flowcourse.toys import Moons
+from flowcourse.toy_densities import Moons
 
 inf, nan = math.inf, math.nan
 KINDS = [int, np.int64, np.uint8, torch.tensor, np.array]

@@ -10,7 +10,7 @@ from flowcourse import configs_flows as module
 from flowcourse.configs_flows import FlowConfig
 from flowcourse.data import bits_per_dim, from_logit, load, split
 from flowcourse.elementwise import InverseMap
-from flowcourse.toys import toys
+from flowcourse.toy_densities import toys
 
 WRONG = [
     ("data", "mnist", "'old-faithful'"),

@@ -1,14 +1,20 @@
 """The package as a stranger installs it: quick to import, and whole without notebook tools."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+
+import flowcourse
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK_TOOLS = [
@@ -59,6 +65,47 @@ def test_heavy_packages_are_imported_where_they_are_used():
         *NOTEBOOK_TOOLS,
     }
     assert not heavy & set(modules)
+
+
+# what a first program is made of
+TOP = set(
+    """
+    Bijection Compose Inverse Flow StandardNormal DiagonalGaussian
+    GaussianMixture Uniform Elementwise AffineMap AdditiveMap Coupling Couplings
+    NICE RealNVP MAF IAF BNAF Planar Radial Sylvester check_bijection load toys
+    fit Recipe Objective MaximumLikelihood ReverseKL
+    """.split()
+)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The modules of the package by name, but for the command."""
+    names = {m.name for m in pkgutil.iter_modules(flowcourse.__path__)}
+    return {
+        name: import_module(f"flowcourse.{name}")
+        for name in names - {"__main__"}
+    }
+
+
+def test_the_names_at_the_top_are_few_and_public_at_home(modules):
+    assert set(flowcourse.__all__) == TOP
+    for name in TOP:
+        thing = getattr(flowcourse, name)
+        assert any(
+            vars(module).get(name) is thing
+            and name in getattr(module, "__all__", ())
+            for module in modules.values()
+        ), name
+
+
+def test_no_name_at_the_top_shadows_a_module(modules):
+    assert not set(modules) & TOP
+    for name, module in modules.items():
+        assert getattr(flowcourse, name) is module
+    import flowcourse.zoo as z
+
+    assert isinstance(z, ModuleType) and isinstance(z.rows, Mapping)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from flowcourse.plots import (
     show_images,
     use_style,
 )
-from flowcourse.toys import toys
+from flowcourse.toy_densities import toys
 
 
 @pytest.fixture

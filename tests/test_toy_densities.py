@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowcourse.plots import grid_points
-from flowcourse.toys import (
+from flowcourse.toy_densities import (
     EightGaussians,
     Moons,
     Pinwheel,
