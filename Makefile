@@ -31,15 +31,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check_clean
+	$(BIN)/mypy
 
 fast:  # of any environment: make fast BIN=.venv-3.13/bin
-	$(PYTEST) --quiet tests/test_zoo.py -k as_made
+	$(PYTEST) --quiet tests/test_zoo.py tests/test_house.py -k "as_made or house"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --doctest-modules flowcourse
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --nbval-lax --nbval-current-env nbs/01-change-of-variables.ipynb
 
-check: lint fast  ## lint, exported code, the zoo as made and one lesson, in two minutes
+check: lint fast  ## lint, types, exported code, the house, the zoo as made and one lesson, in two minutes
 
 test: lint  ## check notebooks, exported code and tests
-	$(PYTEST) --dist loadfile --nbval-lax --nbval-current-env nbs tests
+	$(PYTEST) --dist loadfile --nbval-lax --nbval-current-env --doctest-modules nbs tests flowcourse
 	$(BIN)/python tools/contract.py 12
 
 test-deep: $(STAMP)  ## check the whole zoo with every set of kernels, for hours
