@@ -26,6 +26,7 @@ course: $(STAMP)  ## run the quick start, build the site, and say what was learn
 
 # small matrices: processes gain more than threads
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical
+DOCTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --doctest-modules flowcourse
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -35,13 +36,14 @@ lint: $(STAMP)
 
 fast:  # of any environment: make fast BIN=.venv-3.13/bin
 	$(PYTEST) --quiet tests/test_zoo.py tests/test_house.py -k "as_made or house"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --doctest-modules flowcourse
+	$(DOCTEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --nbval-lax --nbval-current-env nbs/01-change-of-variables.ipynb
 
 check: lint fast  ## lint, types, exported code, the house, the zoo as made and one lesson, in two minutes
 
 test: lint  ## check notebooks, exported code and tests
-	$(PYTEST) --dist loadfile --nbval-lax --nbval-current-env --doctest-modules nbs tests flowcourse
+	$(PYTEST) --dist loadfile --nbval-lax --nbval-current-env nbs tests
+	$(DOCTEST)
 	$(BIN)/python tools/contract.py 12
 
 test-deep: $(STAMP)  ## check the whole zoo with every set of kernels, for hours
