@@ -28,7 +28,24 @@ from .numerics import bounded, interior, softplus_inverse
 
 # %% ../nbs/03-elementwise.ipynb #72e452ef
 class ScalarMap:
-    """An increasing map of one number; a subclass says `point`, `back` and `log_slope`."""
+    """An increasing map of one number, with the logarithm of its slope.
+
+    A map of your own sets `n_params` and defines `point`, the way `back` and
+    `log_slope`, which is given both ends; `domain` and `codomain` say where it
+    does not take or reach the whole line. `forward` and `inverse` return a point
+    and the log-slope of that very call, and undo rounding onto an end.
+
+    One object serves elementwise, in coupling layers and in autoregressive ones:
+    its raw parameters come along the last axis of `theta`, any numbers at all.
+
+        >>> class Double(ScalarMap):
+        ...     def point(self, z):
+        ...         return 2 * z
+        ...     def log_slope(self, z, x):
+        ...         return torch.full_like(z, math.log(2))
+        >>> Double().forward(torch.ones(2))
+        (tensor([2., 2.]), tensor([0.6931, 0.6931]))
+    """
 
     n_params = 0  # raw parameters for each coordinate; zeros are the identity
     domain = codomain = constraints.real  # their ends are open
@@ -59,6 +76,18 @@ class ScalarMap:
         z = self.back(x, *raw)
         return interior(z, self.domain), -self.log_slope(z, x, *raw)
 
+    def point(self, z: Tensor, *raw: Tensor) -> Tensor:
+        """Base to data, given each raw parameter by itself."""
+        raise NotImplementedError(f"{type(self).__name__} defines no point")
+
+    def back(self, x: Tensor, *raw: Tensor) -> Tensor:
+        """Data to base, given each raw parameter by itself."""
+        raise NotImplementedError(f"{type(self).__name__} defines no back")
+
+    def log_slope(self, z: Tensor, x: Tensor, *raw: Tensor) -> Tensor:
+        """log dx/dz, from whichever end is not rounded."""
+        raise NotImplementedError(f"{type(self).__name__} defines no log_slope")
+
     def __repr__(self) -> str:
         settings = (
             f"{k}={v}"
@@ -69,7 +98,14 @@ class ScalarMap:
 
 # %% ../nbs/03-elementwise.ipynb #d6c29b31
 class InverseMap(ScalarMap):
-    """A scalar map with its two directions exchanged."""
+    """A scalar map with its two directions exchanged.
+
+    It costs nothing: each direction keeps its price, and `domain` and `codomain`
+    change places.
+
+        >>> InverseMap(SigmoidMap()).forward(torch.tensor([0.5]))
+        (tensor([0.]), tensor([1.3863]))
+    """
 
     def __init__(
         self,
@@ -79,10 +115,8 @@ class InverseMap(ScalarMap):
         self.scalar_map = scalar_map
         self.n_params = scalar_map.n_params
         self.reference = scalar_map.reference
-        self.forward_cost, self.inverse_cost = (
-            scalar_map.inverse_cost,
-            scalar_map.forward_cost,
-        )
+        self.forward_cost = scalar_map.inverse_cost
+        self.inverse_cost = scalar_map.forward_cost
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -94,11 +128,15 @@ class InverseMap(ScalarMap):
         """The domain of the map turned round."""
         return self.scalar_map.domain
 
-    def forward(self, z, theta=None):
+    def forward(
+        self, z: Tensor, theta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Base to data: the `inverse` of the map turned round."""
         return self.scalar_map.inverse(z, theta)
 
-    def inverse(self, x, theta=None):
+    def inverse(
+        self, x: Tensor, theta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Data to base: the `forward` of the map turned round."""
         return self.scalar_map.forward(x, theta)
 
@@ -107,42 +145,64 @@ class InverseMap(ScalarMap):
 
 
 class IdentityMap(ScalarMap):
-    """The map `x = z`."""
+    """The identity, `x = z`.
 
-    def point(self, z):
+    It costs nothing in either direction. `Elementwise` puts it between the ranges
+    that have a map.
+
+        >>> IdentityMap().forward(torch.ones(2))
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+
+    def point(self, z: Tensor) -> Tensor:
         """`z` itself."""
         return z
 
-    def back(self, x):
+    def back(self, x: Tensor) -> Tensor:
         """`x` itself."""
         return x
 
-    def log_slope(self, z, x):
+    def log_slope(self, z: Tensor, x: Tensor) -> Tensor:
         """Zero."""
         return torch.zeros_like(z)
 
 # %% ../nbs/03-elementwise.ipynb #a0a522d4
 class AdditiveMap(ScalarMap):
-    """The map `x = z + shift`."""
+    """The shift `x = z + shift` of NICE.
+
+    Dinh et al. 2015, section 3.2. One pass in each direction; the slope is 1, so
+    it cannot stretch.
+
+        >>> AdditiveMap().forward(torch.zeros(2), torch.tensor([[3.0], [4.0]]))
+        (tensor([3., 4.]), tensor([0., 0.]))
+    """
 
     n_params = 1  # shift
     reference = "Dinh et al. 2015, sec. 3.2"
 
-    def point(self, z, shift):
+    def point(self, z: Tensor, shift: Tensor) -> Tensor:
         """Base to data."""
         return z + shift
 
-    def back(self, x, shift):
+    def back(self, x: Tensor, shift: Tensor) -> Tensor:
         """Data to base."""
         return x - shift
 
-    def log_slope(self, z, x, shift):
+    def log_slope(self, z: Tensor, x: Tensor, shift: Tensor) -> Tensor:
         """Zero."""
         return torch.zeros_like(z)
 
 
 class AffineMap(ScalarMap):
-    """The map `x = scale z + shift`, its scale made positive by `exp` or by `softplus`."""
+    """The map `x = scale z + shift` of RealNVP, MAF and IAF, with a positive scale.
+
+    Dinh et al. 2017, eq. 4 and 5; with `softplus`, Durkan et al. 2020 (nflows).
+    One pass in each direction. It cannot bend; without a bound on the raw scale
+    `exp` overflows float32 just below 89.
+
+        >>> AffineMap().forward(torch.ones(2), torch.tensor([[0.0, 3.0]]))
+        (tensor([4., 4.]), tensor([0., 0.]))
+    """
 
     n_params = 2  # raw scale, shift
 
@@ -164,12 +224,9 @@ class AffineMap(ScalarMap):
     @property
     def reference(self) -> str:
         """Where the scale is made positive in this way."""
-        softplus = self.scale == "softplus"
-        return (
-            "Durkan et al. 2020, nflows"
-            if softplus
-            else "Dinh et al. 2017, eq. 4 and 5"
-        )
+        if self.scale == "softplus":
+            return "Durkan et al. 2020, nflows"
+        return "Dinh et al. 2017, eq. 4 and 5"
 
     def _log_slope(self, raw, points, sign):
         "The log-slope of `forward`, times `sign`: 1, or -1 for the way back."
@@ -185,11 +242,9 @@ class AffineMap(ScalarMap):
             raw = raw + math.log(math.e - 1)
             low = raw.clamp(min=-15)  # softplus is exp below, to six digits
             log_slope = sign * (F.softplus(low).log() + (raw - low))
-        return (
-            log_slope
-            if log_slope.shape == points.shape
-            else log_slope.expand_as(points)
-        )
+        if log_slope.shape == points.shape:
+            return log_slope
+        return log_slope.expand_as(points)
 
     def _slope(self, log_slope, points):
         "The slope, never 0 or infinite where `points` are infinite or 0: their product is known."
@@ -201,13 +256,13 @@ class AffineMap(ScalarMap):
             log_slope = torch.where(known, held, log_slope)
         return log_slope.exp()
 
-    def forward(self, z, theta):
+    def forward(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Base to data, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
         log_slope = self._log_slope(raw, z, 1)
         return torch.addcmul(shift, z, self._slope(log_slope, z)), log_slope
 
-    def inverse(self, x, theta):
+    def inverse(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Data to base, coordinate by coordinate."""
         raw, shift = theta.unbind(-1)
         log_slope, y = self._log_slope(raw, x, -1), x - shift
@@ -215,7 +270,14 @@ class AffineMap(ScalarMap):
 
 # %% ../nbs/03-elementwise.ipynb #8ce61c76
 class PReLUMap(ScalarMap):
-    """The map `x = z` above zero and `x = slope z` below, with a fixed or a learned slope."""
+    """The leaky rectifier (PReLU): `x = z` above zero and `x = slope z` below.
+
+    He et al. 2015, eq. 1, with a fixed or a learned slope. One pass in each
+    direction; the density jumps at zero.
+
+        >>> PReLUMap(0.5).forward(torch.tensor([-2.0, 3.0]))
+        (tensor([-1.,  3.]), tensor([-0.6931,  0.0000]))
+    """
 
     reference = "He et al. 2015, eq. 1"
 
@@ -230,47 +292,59 @@ class PReLUMap(ScalarMap):
         self.n_params = int(slope is None)
 
     def _log_slope(self, like, raw=None):
-        fixed = raw is None
-        return (
-            like.new_full((), math.log(self.slope))
-            if fixed
-            else bounded(raw, 3.0)
-        )
+        if raw is None:
+            return like.new_full((), math.log(self.slope))
+        return bounded(raw, 3.0)
 
-    def point(self, z, *raw):
+    def point(self, z: Tensor, *raw: Tensor) -> Tensor:
         """Base to data."""
         return torch.where(z < 0, z * self._log_slope(z, *raw).exp(), z)
 
-    def back(self, x, *raw):
+    def back(self, x: Tensor, *raw: Tensor) -> Tensor:
         """Data to base."""
         return torch.where(x < 0, x * (-self._log_slope(x, *raw)).exp(), x)
 
-    def log_slope(self, z, x, *raw):
+    def log_slope(self, z: Tensor, x: Tensor, *raw: Tensor) -> Tensor:
         """log dx/dz from both ends."""
         return torch.where(z < 0, self._log_slope(z, *raw), torch.zeros_like(z))
 
 # %% ../nbs/03-elementwise.ipynb #50f7b105
 class SoftplusMap(ScalarMap):
-    """The map `x = log(1 + exp(z))`."""
+    """The softplus `x = log(1 + exp(z))`, onto the positive numbers.
+
+    Dugas et al. 2001. One pass in each direction; it ends at zero, so it belongs
+    at the data's end of a flow.
+
+        >>> SoftplusMap().forward(torch.zeros(2))
+        (tensor([0.6931, 0.6931]), tensor([-0.6931, -0.6931]))
+    """
 
     codomain = constraints.positive
     reference = "Dugas et al. 2001"
 
-    def point(self, z):
+    def point(self, z: Tensor) -> Tensor:
         """Base to data."""
         return torch.logaddexp(z, torch.zeros_like(z))
 
-    def back(self, x):
+    def back(self, x: Tensor) -> Tensor:
         """Data to base."""
         return softplus_inverse(x)
 
-    def log_slope(self, z, x):
+    def log_slope(self, z: Tensor, x: Tensor) -> Tensor:
         """log dx/dz from both ends."""
         return F.logsigmoid(z)
 
 # %% ../nbs/03-elementwise.ipynb #1c104658
 class SigmoidMap(ScalarMap):
-    """The map `x = 1 / (1 + exp(-z / temperature))`."""
+    """The logistic function `x = 1 / (1 + exp(-z / temperature))`, onto (0, 1).
+
+    Dinh et al. 2017, section 4.1, where its inverse, the logit, leads from images
+    to the base. One pass in each direction; it saturates: float32 rounds `x` to 1
+    from about `z = 17 temperature` on, and cannot lead back.
+
+        >>> SigmoidMap().forward(torch.zeros(2))
+        (tensor([0.5000, 0.5000]), tensor([-1.3863, -1.3863]))
+    """
 
     codomain = constraints.unit_interval
     reference = "Dinh et al. 2017, sec. 4.1"
@@ -281,15 +355,15 @@ class SigmoidMap(ScalarMap):
     ):
         self.temperature = as_float(temperature, "temperature", 0, strict=True)
 
-    def point(self, z):
+    def point(self, z: Tensor) -> Tensor:
         """Base to data."""
         return (z / self.temperature).sigmoid()
 
-    def back(self, x):
+    def back(self, x: Tensor) -> Tensor:
         """Data to base."""
         return self.temperature * (x.log() - (-x).log1p())
 
-    def log_slope(self, z, x):
+    def log_slope(self, z: Tensor, x: Tensor) -> Tensor:
         """log dx/dz from both ends."""
         u = z / self.temperature
         return F.logsigmoid(u) + F.logsigmoid(-u) - math.log(self.temperature)
@@ -305,7 +379,13 @@ def mlp(
     # Chance that a hidden unit is left out of a training step
     dropout: float = 0.0,
 ) -> nn.Sequential:  # Its last layer starts at zero
-    """A conditioner that starts by returning zeros, so that a coupling starts at the identity."""
+    """A conditioner that starts by returning zeros, so that a coupling starts at the identity.
+
+    Its last layer starts at zero; `dropout` acts in training mode only.
+
+        >>> mlp(3, 4)(torch.ones(5, 3)).abs().max().item()
+        0.0
+    """
     widths = [as_int(n_in, "n_in", 1), *as_sizes(hidden, "hidden")]
     dropout = as_float(dropout, "dropout", 0, 1)
     layers = []
@@ -320,7 +400,15 @@ def mlp(
 
 # %% ../nbs/03-elementwise.ipynb #0c2abc0f
 class Conditional(nn.Module):
-    """Raw parameters of a bijection: free numbers, or what a network makes of the context."""
+    """Raw parameters of a bijection: free numbers, or what a network makes of the context.
+
+    Without context there is one set for all points, with it one for each row, from
+    an `mlp`. Either way they start at `start`. The network is as dear as its
+    layers; for a map of a few numbers it is what costs.
+
+        >>> Conditional((4,), context_dim=2)(torch.ones(5, 2)).shape
+        torch.Size([5, 4])
+    """
 
     def __init__(
         self,
@@ -380,7 +468,19 @@ class Conditional(nn.Module):
 
 # %% ../nbs/03-elementwise.ipynb #38ae603b
 class Elementwise(Bijection):
-    """Each coordinate by itself, through one scalar map or through different ones by range."""
+    r"""Each coordinate by itself, `x_i = h_i(z_i)`, through one scalar map or several by range.
+
+    The Jacobian is diagonal, so `ladj` is $\sum_i \log h_i'(z_i)$. The parameters
+    are free, or a network makes them of the context.
+
+    Kobyzev et al. 2021, section 3.1. A direction costs what the most expensive
+    scalar map costs in it. Coordinates never learn of one another: alternate with
+    linear or coupling layers.
+
+        >>> f = Elementwise(3, {(0, 2): SoftplusMap()})
+        >>> f.forward(torch.zeros(3))[0]
+        tensor([0.6931, 0.6931, 0.0000])
+    """
 
     def __init__(
         self,
@@ -495,10 +595,19 @@ def _fill(maps, dim):
 
 # %% ../nbs/03-elementwise.ipynb #57200b25
 class BatchNorm(Bijection):
-    """Standardise by the batch in training, by running statistics in eval mode, then scale and shift.
+    """Batch normalisation: `(x - mean) / deviation` on the way to the base, then a learned scale and shift.
 
-    A batch with one value for each channel has no variance: running statistics serve it, in
-    training too, and do not learn from it.
+    Mean and deviation are the batch's in training, and running averages in eval
+    mode; `forward`, which samples, always takes the running ones.
+
+    Dinh et al. 2017, section 3.7 and appendix E. One pass in each direction. In
+    train mode it is no bijection of single points: report densities in eval mode. A
+    batch with one value for each channel has no variance: running statistics serve
+    it, in training too, and do not learn from it.
+
+        >>> z, ladj = BatchNorm(2).inverse(3 + 5 * torch.randn(100, 2))
+        >>> bool(z.mean(0).abs().max() < 1e-5)
+        True
     """
 
     def __init__(
@@ -563,10 +672,19 @@ class BatchNorm(Bijection):
 
 
 class ActNorm(BatchNorm):
-    """Standardise by the first batch that `inverse` sees in train mode, then scale and shift.
+    """Activation normalisation (Glow): standardised by the first batch for good, then a learned scale and shift.
 
-    The first with at least two values for each channel, that is; until then it does not
-    standardise.
+    That is the first batch with at least two values for each channel that `inverse`
+    sees in train mode; until then it does not standardise.
+
+    Kingma and Dhariwal 2018, section 3.1. One pass in each direction. Show it a
+    batch before training is spread over processes, each of which would take one of
+    its own.
+
+        >>> f = ActNorm(2)
+        >>> _ = f.inverse(3 + 5 * torch.randn(100, 2))
+        >>> bool(f.initialised)
+        True
     """
 
     def __init__(

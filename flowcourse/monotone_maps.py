@@ -7,8 +7,10 @@ __all__ = ['monotone_maps', 'DeepSigmoidalMap', 'NonlinearSquaredMap', 'SumOfSqu
 
 # %% ../nbs/lib-monotone-maps.ipynb #2df1a4d1
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from flowcourse.arguments import Table, as_float, as_int
 from flowcourse.monotone import (
@@ -25,7 +27,20 @@ from flowcourse.numerics import bounded
 
 # %% ../nbs/lib-monotone-maps.ipynb #db3ca1b1
 class DeepSigmoidalMap(MonotoneMap):
-    """Deep sigmoidal flow (DSF, DDSF): layers of lines, mixtures of their sigmoids, log-odds of these."""
+    """Deep sigmoidal flow (DSF, DDSF, NAF): layers of `logit(W sigmoid(a (U h) + b))`.
+
+    `a` is positive, and the rows of `U` and `W` are positive with sum 1; the last
+    layer is a straight line.
+
+    Huang et al. 2018, the deep dense sigmoidal flow; our raw parameters are bounded.
+    Forward is one pass, O(layers units^2); inverse is numerical. Its two ends have
+    the same slope.
+
+        >>> h = DeepSigmoidalMap(3)
+        >>> x, _ = h.forward(torch.ones(5), torch.zeros(h.n_params))
+        >>> torch.allclose(h.inverse(x, torch.zeros(h.n_params))[0], torch.ones(5))
+        True
+    """
 
     reference = "Huang et al. 2018, deep dense sigmoidal flow"
 
@@ -47,7 +62,7 @@ class DeepSigmoidalMap(MonotoneMap):
         ]
         self.n_params = sum(map(sum, self._sizes))
 
-    def read(self, raw):
+    def read(self, raw: Tensor) -> list[tuple[Tensor | None, ...]]:
         """For each layer slopes, places, and weights of inputs and of mixtures or None."""
         layers, parts = (
             [],
@@ -80,7 +95,7 @@ class DeepSigmoidalMap(MonotoneMap):
             rows = rows + 2 * eye[(...,) + (None,) * (rows.dim() - 2)]
         return rows.softmax(1)
 
-    def point(self, z, *layers):
+    def point(self, z: Tensor, *layers: tuple) -> Tensor:
         """Base to data."""
         h = z.unsqueeze(0)
         for slope, place, inputs, mixtures in layers:
@@ -93,7 +108,7 @@ class DeepSigmoidalMap(MonotoneMap):
             )
         return h.squeeze(0)
 
-    def log_slope(self, z, *layers):
+    def log_slope(self, z: Tensor, *layers: tuple) -> Tensor:
         """log dx/dz, by the chain rule from layer to layer."""
         h, dh = z.unsqueeze(0), 1.0
         for slope, place, inputs, mixtures in layers:
@@ -108,7 +123,7 @@ class DeepSigmoidalMap(MonotoneMap):
                 )
         return dh.squeeze(0).log()
 
-    def bracket(self, x, *layers):
+    def bracket(self, x: Tensor, *layers: tuple) -> tuple[Tensor, Tensor]:
         """A mixture lies between its smallest and largest part, layer by layer back to the input."""
         low = high = x
         for slope, place, *_ in reversed(layers):
@@ -118,14 +133,24 @@ class DeepSigmoidalMap(MonotoneMap):
 
 # %% ../nbs/lib-monotone-maps.ipynb #bcf2ce2d
 class NonlinearSquaredMap(MonotoneMap):
-    """Non-linear squared flow (NLSq): `x = a z + b + c / (1 + (d z + g)^2)`, which bends once."""
+    """Non-linear squared flow (NLSq): `x = a z + b + c / (1 + (d z + g)^2)`, which bends once.
+
+    Ziegler and Rush 2019, section 4.3; `|c|` stops at 95 % of what keeps the slope
+    positive. Forward is one pass; inverse is numerical, since Cardano's formula
+    loses digits. It has one bump and no size to raise.
+
+        >>> h, theta = NonlinearSquaredMap(), torch.zeros(5)
+        >>> x, _ = h.forward(torch.ones(5), theta)
+        >>> torch.allclose(h.inverse(x, theta)[0], torch.ones(5))
+        True
+    """
 
     n_params = 5  # raw log a, b, raw share of the largest c, raw log d, raw g
     reference = "Ziegler and Rush 2019, sec. 4.3"
     # |c| d / a stays below this where the slope is positive
     limit = 8 * math.sqrt(3) / 9
 
-    def read(self, raw):
+    def read(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Logarithm of `a`, `b`, share of the largest `c`, logarithm of `d`, and `g`."""
         a, b, share, d, g = raw
         # At g = 0 the bump is symmetric, and symmetric data would never move
@@ -138,18 +163,42 @@ class NonlinearSquaredMap(MonotoneMap):
             1 + bounded(g, 8.0),
         )
 
-    def point(self, z, a, b, share, d, g):
+    def point(
+        self,
+        z: Tensor,
+        a: Tensor,
+        b: Tensor,
+        share: Tensor,
+        d: Tensor,
+        g: Tensor,
+    ) -> Tensor:
         """Base to data."""
         u = d.exp() * z + g
         return a.exp() * z + b + self._height(a, share, d) / (1 + u * u)
 
-    def log_slope(self, z, a, b, share, d, g):
+    def log_slope(
+        self,
+        z: Tensor,
+        a: Tensor,
+        b: Tensor,
+        share: Tensor,
+        d: Tensor,
+        g: Tensor,
+    ) -> Tensor:
         """log dx/dz."""
         u = d.exp() * z + g
         v = 1 / (1 + u * u)
         return a + (-share * self.limit * 2 * u * v * v).log1p()
 
-    def bracket(self, x, a, b, share, d, g):
+    def bracket(
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        share: Tensor,
+        d: Tensor,
+        g: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """The bump lies between 0 and `c`."""
         c, scale = self._height(a, share, d), (-a).exp()
         return (x - b - c.clamp(min=0)) * scale, (
@@ -162,7 +211,17 @@ class NonlinearSquaredMap(MonotoneMap):
 
 # %% ../nbs/lib-monotone-maps.ipynb #4e78a1b2
 class SumOfSquaresMap(BoxedMap):
-    """Sum-of-squares flow (SOS): the integral of a sum of squared polynomials."""
+    """Sum-of-squares flow (SOS): `x = b + int_0^z (p(t)^2 + q(t)^2 + 0.01) dt` with polynomials `p`, `q`.
+
+    Jaini et al. 2019; our powers are those of `z / bound`, and tangents take over at
+    the ends of the box. Forward is one pass, O(degree^2) for the coefficients;
+    inverse is numerical. The slope stays above 0.01.
+
+        >>> h = SumOfSquaresMap(2)
+        >>> x, _ = h.forward(torch.ones(5), torch.zeros(h.n_params))
+        >>> torch.allclose(h.inverse(x, torch.zeros(h.n_params))[0], torch.ones(5))
+        True
+    """
 
     reference = "Jaini et al. 2019, SOS flows"
     floor = 0.01  # the square of a third, constant polynomial: the least slope
@@ -180,7 +239,7 @@ class SumOfSquaresMap(BoxedMap):
         # coefficients from the constant upwards, shift
         self.n_params = 2 * (degree + 1) + 1
 
-    def read(self, raw):
+    def read(self, raw: Tensor) -> tuple[Sequence[Tensor], ...]:
         """Coefficients of both polynomials in powers of `z / bound`; those of the integral."""
         first, second = bounded(raw[:-1], 2.0).unflatten(0, (2, -1)).unbind(0)
         first = first + column(
@@ -199,11 +258,23 @@ class SumOfSquaresMap(BoxedMap):
         ]
         return first.unbind(0), second.unbind(0), integral
 
-    def inside(self, t, first, second, integral):
+    def inside(
+        self,
+        t: Tensor,
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        integral: Sequence[Tensor],
+    ) -> Tensor:
         """Base to data."""
         return _horner(integral, t / self.bound)
 
-    def slope_inside(self, t, first, second, integral):
+    def slope_inside(
+        self,
+        t: Tensor,
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        integral: Sequence[Tensor],
+    ) -> Tensor:
         """dx/dz, from the squares, which rounding cannot make negative."""
         t = t / self.bound
         return (
@@ -222,7 +293,17 @@ def _horner(coefficients, t):
 
 # %% ../nbs/lib-monotone-maps.ipynb #7622a5ea
 class BernsteinMap(BoxedMap):
-    """Bernstein polynomial flow (BPF): a polynomial with coefficients in increasing order."""
+    """Bernstein polynomial flow (BPF): `x = sum_k a_k b_k,n(u)` with increasing `a_k` and `u` across the box.
+
+    Ramasinghe et al. 2022; our increments are bounded, and tangents take over at
+    the ends of the box. Forward is one pass, O(degree^2) by de Casteljau's means; inverse is
+    numerical. At zeros it is the identity, exactly.
+
+        >>> h = BernsteinMap(8)
+        >>> x, _ = h.forward(torch.ones(5), torch.zeros(h.n_params))
+        >>> torch.allclose(x, torch.ones(5))
+        True
+    """
 
     reference = "Ramasinghe et al. 2022"
 
@@ -235,7 +316,7 @@ class BernsteinMap(BoxedMap):
         self.bound = as_float(bound, "bound", 0.0, strict=True)
         self.n_params = degree + 1  # raw logarithms of the increments, shift
 
-    def read(self, raw):
+    def read(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients, and their increments as slopes."""
         slopes = bounded(raw[:-1], 4.0).exp()
         rise = slopes * (2 * self.bound / self.degree)
@@ -249,11 +330,13 @@ class BernsteinMap(BoxedMap):
             values = torch.lerp(values[:-1], values[1:], u)
         return values.squeeze(0)
 
-    def inside(self, t, coefficients, slopes):
+    def inside(self, t: Tensor, coefficients: Tensor, slopes: Tensor) -> Tensor:
         """Base to data."""
         return self._mean(t, coefficients)
 
-    def slope_inside(self, t, coefficients, slopes):
+    def slope_inside(
+        self, t: Tensor, coefficients: Tensor, slopes: Tensor
+    ) -> Tensor:
         """dx/dz: the same mean, of the increments."""
         return self._mean(t, slopes)
 
