@@ -23,7 +23,7 @@ from flowcourse.arguments import (
     make_module,
     require_scalar_map,
 )
-from .core import Bijection, Compose, Inverse
+from .core import COSTS, Bijection, Compose, Inverse
 from .elementwise import AffineMap, InverseMap, ScalarMap
 from .kernels_sequential import fixed_point, incremental
 from .monotone_maps import DeepSigmoidalMap
@@ -181,9 +181,6 @@ class MADE(nn.Module):
 class Autoregressive(Bijection):
     """Each coordinate moves as a masked network of the data coordinates before it says."""
 
-    # one after another; with "incremental", of one pass' arithmetic
-    forward_cost = "D passes"
-
     def __init__(
         self,
         dim: int,  # Size of the event
@@ -213,6 +210,19 @@ class Autoregressive(Bijection):
         self.made = MADE(
             dim, scalar_map.n_params, context_dim=context_dim, **network
         )
+
+    @property
+    def forward_cost(self) -> str:
+        """D passes, or the cost of the scalar map's `forward` if that is dearer."""
+        return max("D passes", self._cost("forward_cost"), key=COSTS.index)
+
+    @property
+    def inverse_cost(self) -> str:
+        """The cost of the scalar map's `inverse`."""
+        return self._cost("inverse_cost")
+
+    def _cost(self, name):
+        return getattr(self.scalar_map, name, "one pass")
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -370,7 +380,7 @@ class NAF(MAF):
     It starts near the identity and not on it, since equal sigmoids would never separate.
 
         >>> NAF(3).forward_cost, NAF(3).inverse_cost
-        ('D passes', 'one pass')
+        ('numerical', 'one pass')
     """
 
     def __init__(
