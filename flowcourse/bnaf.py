@@ -88,7 +88,7 @@ class BlockLayer(nn.Module):
         )
 
     @staticmethod
-    def apply(
+    def step(
         settings: tuple[Tensor | None, ...],  # From `settings`
         h: Tensor,  # Units of the layer before, shape `(dim, n_in, n)`
         # Their slopes in the coordinate of their block; None skips them
@@ -171,7 +171,7 @@ class BlockAutoregressive(Bijection):
         for layer, setting in zip(self.layers, settings):
             offset = (layer.below * layer.mask) @ h.flatten(0, 1)
             offset = offset.unflatten(0, layer.within.shape[:2])
-            h, slope = layer.apply(setting, h, slope, offset)
+            h, slope = layer.step(setting, h, slope, offset)
         return h.squeeze(1), slope.log().sum((0, 1))
 
     def _roots(self, z, settings):
@@ -194,7 +194,7 @@ class BlockAutoregressive(Bijection):
                 "Units of every layer of this block, and their slopes, at the coordinate `t`."
                 steps = [(t, slope)]
                 for setting, offset in zip(own, offsets):
-                    steps.append(BlockLayer.apply(setting, *steps[-1], offset))
+                    steps.append(BlockLayer.step(setting, *steps[-1], offset))
                 return steps
 
             def excess(t):
