@@ -9,6 +9,7 @@ __all__ = ['MaskedLinear', 'MADE', 'Autoregressive', 'MAF', 'IAF', 'NAF']
 from collections import Counter
 from functools import partial
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from flowcourse.arguments import (
     make_module,
     require_scalar_map,
 )
-from .core import Bijection, Compose, Inverse
+from .core import COSTS, Bijection, Compose, Inverse
 from .elementwise import AffineMap, InverseMap, ScalarMap
 from .kernels_sequential import fixed_point, incremental
 from .monotone_maps import DeepSigmoidalMap
@@ -57,7 +58,16 @@ def _read_degrees(degrees, dim):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer that sees only some of its inputs, unit by unit."""
+    """A linear layer that sees only some of its inputs, unit by unit.
+
+    Weights start as if each unit had no other inputs than those that it sees.
+
+        >>> layer = MaskedLinear(torch.ones(2, 3).tril(-1) > 0)
+        >>> layer(torch.randn(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    mask: Tensor
 
     def __init__(
         self,
@@ -91,7 +101,22 @@ class MaskedLinear(nn.Linear):
 
 
 class MADE(nn.Module):
-    """A network whose outputs for a coordinate see the context and the coordinates before it."""
+    r"""MADE: a masked network, whose outputs for a coordinate see only those before it.
+
+    $\theta_i = m_i(x_{<i}, c)$ for all $i$ at once. A unit of degree $k$ sees
+    the first $k$ coordinates of the order, and every unit sees the context
+    $c$.
+
+    Germain et al. 2015, with context as in Papamakarios et al. 2017. One pass
+    makes the outputs of all coordinates. Hidden layers narrower than `dim - 1`
+    leave out degrees. The last layer starts at zero.
+
+        >>> made = MADE(4, n_params=2, order=[2, 0, 3, 1])
+        >>> made(torch.randn(5, 4)).shape
+        torch.Size([5, 4, 2])
+    """
+
+    order: Tensor
 
     def __init__(
         self,
@@ -102,9 +127,9 @@ class MADE(nn.Module):
         hidden: tuple[int, ...] = (64, 64),
         context_dim: int = 0,  # Number of context features, seen by every unit
         # Coordinates, the first one first; None: 0, 1, 2, ...
-        order: Tensor | None = None,
+        order: Tensor | list[int] | None = None,
         # Of hidden units; None: spread evenly
-        degrees: list[Tensor] | None = None,
+        degrees: list[Tensor] | list[list[int]] | None = None,
         # Smooth, so that the flow has second derivatives
         activation: type[nn.Module] = nn.SiLU,
     ):
@@ -179,10 +204,22 @@ class MADE(nn.Module):
 
 # %% ../nbs/09-masked-flows.ipynb #8bde98ab
 class Autoregressive(Bijection):
-    """Each coordinate moves as a masked network of the data coordinates before it says."""
+    r"""An autoregressive layer: each coordinate moves as the data before it say.
 
-    # one after another; with "incremental", of one pass' arithmetic
-    forward_cost = "D passes"
+    $x_i = h(z_i; m_i(x_{<i}, c))$, with a scalar map $h$, a masked network $m$
+    (`MADE`) and the context $c$. The ladj is the sum of the log-slopes of $h$.
+
+    Papamakarios et al. 2017, section 3. Inverse is one pass of the network,
+    and forward D steps that wait for each other: "incremental" with the
+    arithmetic of one pass, "loop" with that of D, and "fixed-point" by at most
+    D sweeps (Song et al. 2021). Both cost at least what the scalar map costs.
+    Hidden layers narrower than `dim - 1` leave out degrees.
+
+        >>> f = Autoregressive(3, context_dim=2)
+        >>> x, ladj = f.forward(torch.randn(5, 3), torch.randn(5, 2))
+        >>> x.shape, ladj.shape, f.forward_cost
+        (torch.Size([5, 3]), torch.Size([5]), 'D passes')
+    """
 
     def __init__(
         self,
@@ -194,7 +231,7 @@ class Autoregressive(Bijection):
         sampling: str = "incremental",
         # Of "fixed-point", relative; None: rounding, 0: all sweeps
         tolerance: float | None = None,
-        **network,  # hidden, order, degrees and activation of the MADE
+        **network: Any,  # hidden, order, degrees and activation of the MADE
     ):
         super().__init__(as_int(dim, "dim", 1), context_dim)
         require_scalar_map(scalar_map, "scalar_map", parameters=True)
@@ -213,6 +250,19 @@ class Autoregressive(Bijection):
         self.made = MADE(
             dim, scalar_map.n_params, context_dim=context_dim, **network
         )
+
+    @property
+    def forward_cost(self) -> str:
+        """D passes, or the cost of the scalar map's `forward` if that is dearer."""
+        return max("D passes", self._cost("forward_cost"), key=COSTS.index)
+
+    @property
+    def inverse_cost(self) -> str:
+        """The cost of the scalar map's `inverse`."""
+        return self._cost("inverse_cost")
+
+    def _cost(self, name):
+        return getattr(self.scalar_map, name, "one pass")
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -263,7 +313,8 @@ class Autoregressive(Bijection):
 
 # %% ../nbs/09-masked-flows.ipynb #9838a7e1
 def read_orders(
-    orders: list[Tensor] | None,  # One or more; None: there and back
+    # One or more; None: there and back
+    orders: list[Tensor] | list[list[int]] | None,
     dim: int,  # Number of coordinates
     layers: int,  # Number of layers
 ) -> list[list[int]]:  # An order for each layer, those given by turns
@@ -282,13 +333,19 @@ def read_orders(
 
 # %% ../nbs/09-masked-flows.ipynb #48275778
 class MAF(Compose):
-    """Autoregressive layers `x_i = h(z_i; m_i(x_<i))`: masked autoregressive flow.
+    r"""MAF, the masked autoregressive flow: layers that look at data, for quick densities.
 
-    Papamakarios et al. 2017. A density is one pass of each network, and a sample `dim` steps that
-    wait for each other. Layers narrower than `dim - 1` leave out degrees.
+    $x_i = h(z_i; m_i(x_{<i}))$ in each layer, with a scalar map $h$ and a
+    network $m$.
 
-        >>> MAF(3).forward_cost, MAF(3).inverse_cost
-        ('D passes', 'one pass')
+    Papamakarios et al. 2017, section 3. A density is one pass of each network,
+    and a sample D steps that wait for each other, beyond what the scalar map
+    costs. Hidden layers narrower than `dim - 1` leave out degrees.
+
+        >>> f = MAF(3)
+        >>> z, ladj = f.inverse(torch.randn(5, 3))
+        >>> z.shape, f.forward_cost, f.inverse_cost
+        (torch.Size([5, 3]), 'D passes', 'one pass')
     """
 
     def __init__(
@@ -301,9 +358,9 @@ class MAF(Compose):
         context_dim: int = 0,  # Number of context features
         scalar_map: ScalarMap = AffineMap(),  # Moves one coordinate
         # One after another; None: from first to last, then back
-        orders: list[Tensor] | None = None,
+        orders: list[Tensor] | list[list[int]] | None = None,
         # sampling, tolerance, degrees and activation of each layer
-        **options,
+        **options: Any,
     ):
         super().__init__(
             *(
@@ -321,13 +378,20 @@ class MAF(Compose):
 
 
 class IAF(Compose):
-    """Autoregressive layers `x_i = h(z_i; m_i(z_<i))`: inverse autoregressive flow.
+    r"""IAF, the inverse autoregressive flow: layers that look at the base, for quick samples.
 
-    Kingma et al. 2016, algorithm 1. A sample and its density are one pass of each network, and the
-    density of a given point `dim` steps that wait for each other.
+    $x_i = h(z_i; m_i(z_{<i}))$ in each layer, with a scalar map $h$ and a
+    network $m$.
 
-        >>> IAF(3).forward_cost, IAF(3).inverse_cost
-        ('one pass', 'D passes')
+    Kingma et al. 2016, algorithm 1. A sample and its density are one pass of
+    each network, and the density of a given point D steps that wait for each
+    other, beyond what the scalar map costs. Hidden layers narrower than
+    `dim - 1` leave out degrees.
+
+        >>> f = IAF(3)
+        >>> x, ladj = f.forward(torch.randn(5, 3))
+        >>> x.shape, f.forward_cost, f.inverse_cost
+        (torch.Size([5, 3]), 'one pass', 'D passes')
     """
 
     def __init__(
@@ -340,9 +404,9 @@ class IAF(Compose):
         context_dim: int = 0,  # Number of context features
         scalar_map: ScalarMap = AffineMap(),  # Moves one coordinate
         # One after another; None: from first to last, then back
-        orders: list[Tensor] | None = None,
+        orders: list[Tensor] | list[list[int]] | None = None,
         # sampling (of inverse), tolerance, degrees and activation of each layer
-        **options,
+        **options: Any,
     ):
         turned = InverseMap(scalar_map)
         super().__init__(
@@ -363,14 +427,21 @@ class IAF(Compose):
 
 # %% ../nbs/09-masked-flows.ipynb #naf00909
 class NAF(MAF):
-    """Autoregressive layers whose scalar map is a small monotone network: neural autoregressive flow.
+    r"""NAF, the neural autoregressive flow: a MAF with a deep sigmoidal scalar map (DSF).
 
-    Huang et al. 2018, with the deep sigmoidal flow (DSF) from data to base. A density is one pass of
-    each network; a sample takes `dim` steps that wait for each other, each with a numerical root.
-    It starts near the identity and not on it, since equal sigmoids would never separate.
+    $z_i = h(x_i; m_i(x_{<i}))$ in each layer, with $h$ a `DeepSigmoidalMap`:
+    an increasing network of one number, whose weights another network $m$
+    makes.
 
-        >>> NAF(3).forward_cost, NAF(3).inverse_cost
-        ('D passes', 'one pass')
+    Huang et al. 2018, section 3. A density is one pass of each network; a
+    sample takes D steps that wait for each other, each with a numerical root.
+    It starts near the identity and not on it, since equal sigmoids would never
+    separate.
+
+        >>> f = NAF(3, units=4)
+        >>> z, ladj = f.inverse(torch.randn(5, 3))
+        >>> z.shape, f.forward_cost, f.inverse_cost
+        (torch.Size([5, 3]), 'numerical', 'one pass')
     """
 
     def __init__(
@@ -383,9 +454,9 @@ class NAF(MAF):
         context_dim: int = 0,  # Number of context features
         units: int = 8,  # Sigmoids of the scalar map, at least 2
         # One after another; None: from first to last, then back
-        orders: list[Tensor] | None = None,
+        orders: list[Tensor] | list[list[int]] | None = None,
         # sampling, tolerance, degrees and activation of each layer
-        **options,
+        **options: Any,
     ):
         super().__init__(
             dim,

@@ -29,7 +29,13 @@ from .linear import Diagonal
 def half(
     dim: int,  # Size of the event
 ) -> Tensor:  # Boolean, shape `(dim,)`; true passes through
-    """The mask that passes the first half through; of an odd number, the smaller half."""
+    """The mask that passes the first half through.
+
+    Of an odd number, the smaller half.
+
+        >>> half(5)
+        tensor([ True,  True, False, False, False])
+    """
     dim = as_int(dim, "dim", 1)
     # masks are read before they are used: wherever the flow is, on the CPU
     return torch.arange(dim, device="cpu") < dim // 2
@@ -38,7 +44,13 @@ def half(
 def alternating(
     dim: int,  # Size of the event
 ) -> Tensor:  # Boolean, shape `(dim,)`; true passes through
-    """The mask that passes every second coordinate through, the first one included."""
+    """The mask that passes every second coordinate through, the first one included.
+
+    Of an odd number, the larger half.
+
+        >>> alternating(5)
+        tensor([ True, False,  True, False,  True])
+    """
     return torch.arange(as_int(dim, "dim", 1), device="cpu") % 2 == 0
 
 
@@ -46,7 +58,13 @@ def random_half(
     event_shape: int | tuple[int, ...],  # Size of the event, or any other shape
     generator: torch.Generator,  # Source of randomness
 ) -> Tensor:  # Boolean, of the event's shape; true passes through
-    """A mask that passes a random half through; of an odd number, the smaller half."""
+    """A mask that passes a random half through.
+
+    Of an odd number, the smaller half.
+
+        >>> random_half(5, torch.Generator().manual_seed(0)).sum()
+        tensor(2)
+    """
     shape = as_shape(event_shape, "event_shape")
     if not isinstance(generator, torch.Generator):
         raise ValueError(
@@ -61,7 +79,13 @@ def random_half(
 def channel(
     event_shape: tuple[int, int, int],  # Channels, height and width of an image
 ) -> Tensor:  # Boolean, of the event's shape; true passes through
-    """The mask that passes the first half of the channels through."""
+    """The mask that passes the first half of the channels through.
+
+    Of an odd number, the smaller half.
+
+        >>> channel((4, 1, 1)).flatten()
+        tensor([ True,  True, False, False])
+    """
     n, height, width = _image_shape(event_shape)
     return half(n)[:, None, None].expand(n, height, width)
 
@@ -69,7 +93,14 @@ def channel(
 def checkerboard(
     event_shape: tuple[int, int, int],  # Channels, height and width of an image
 ) -> Tensor:  # Boolean, of the event's shape; true passes through
-    """The mask that passes every second pixel through: no two neighbours, the upper left one."""
+    """The mask that passes every second pixel through, the upper left one included.
+
+    Of two neighbours one passes and one moves.
+
+        >>> checkerboard((1, 2, 2))[0]
+        tensor([[ True, False],
+                [False,  True]])
+    """
     n, height, width = _image_shape(event_shape)
     down, right = (torch.arange(n, device="cpu") for n in (height, width))
     place = down[:, None] + right
@@ -130,7 +161,26 @@ _PARTITIONS = {1: alternating, 3: checkerboard}
 
 # %% ../nbs/06-coupling.ipynb #49a635b7
 class Coupling(Bijection):
-    """Entries under the mask pass through and decide, with the context, how the others move."""
+    r"""A coupling layer: what passes through decides how the other entries move.
+
+    $x_a = z_a$ under the mask, and $x_b = h(z_b; m(z_a, c))$, entry by entry,
+    with a scalar map $h$, a network $m$, the conditioner, and the context $c$.
+    The ladj is the sum of the log-slopes of $h$.
+
+    Dinh et al. 2017, equations 4 to 9. Each direction evaluates the network
+    once, and beyond that costs what the scalar map costs. That map has to lead
+    from the whole line to the whole line. One layer never moves $x_a$, so take
+    several with other masks, as `Couplings` does.
+
+        >>> f = Coupling(half(4), context_dim=3)
+        >>> x, ladj = f.forward(torch.randn(5, 4), torch.randn(5, 3))
+        >>> x.shape, ladj.shape
+        (torch.Size([5, 4]), torch.Size([5]))
+    """
+
+    mask: Tensor
+    order: Tensor
+    restore: Tensor
 
     def __init__(
         self,
@@ -294,7 +344,22 @@ def _through(couplings, direction, point, context):
 
 # %% ../nbs/06-coupling.ipynb #673b35a3
 class Couplings(Compose):
-    """Couplings whose partition changes sides from layer to layer."""
+    r"""Coupling layers one after another, whose partition changes sides from layer to layer.
+
+    $x = f_K(\dots f_1(z))$, each $f_k$ a `Coupling` with a network of its own.
+    For every second layer the partition is asked for a new mask; the layer
+    after it passes through what that one moved, so that everything has moved
+    after two.
+
+    Dinh et al. 2017, section 3.5. A direction is one pass of each network, and
+    beyond that costs what the scalar map costs. It starts at the identity if
+    the scalar map does, since the last layer of each network starts at zero.
+
+        >>> from flowcourse.splines import RationalQuadraticSplineMap
+        >>> f = Couplings(4, 2, scalar_map=RationalQuadraticSplineMap(8))
+        >>> f.forward(torch.randn(5, 4))[0].shape
+        torch.Size([5, 4])
+    """
 
     def __init__(
         self,
@@ -371,13 +436,20 @@ class Couplings(Compose):
 
 # %% ../nbs/06-coupling.ipynb #176815ed
 class RealNVP(Couplings):
-    """Affine couplings: `x_b = z_b exp(s(z_a)) + t(z_a)`, and `x_a = z_a` passes through.
+    r"""RealNVP: affine couplings, which shift and scale by what passes through.
 
-    Dinh et al. 2017, equations 4 to 8. Both directions are one pass of each network. A log-scale
-    is squeezed to at most `bound`; between clusters a bridge of density stays.
+    $x_b = z_b \exp(s(z_a)) + t(z_a)$, and $x_a = z_a$ passes through; the ladj
+    of a layer is the sum of $s(z_a)$.
 
-        >>> RealNVP(4, layers=2, context_dim=3).inverse_cost
-        'one pass'
+    Dinh et al. 2017, equations 4 to 8. Both directions are one pass of each
+    network. A log-scale is squeezed to at most `bound`, which keeps float32
+    from overflowing. Given $x_a$ a layer only shifts and scales, so take
+    several; between clusters a bridge of density stays.
+
+        >>> f = RealNVP(4, layers=2, context_dim=3)
+        >>> x, ladj = f.forward(torch.randn(5, 4), torch.randn(5, 3))
+        >>> x.shape, ladj.shape
+        (torch.Size([5, 4]), torch.Size([5]))
     """
 
     def __init__(
@@ -412,13 +484,18 @@ class RealNVP(Couplings):
 
 # %% ../nbs/06-coupling.ipynb #7c1754b2
 class NICE(Compose):
-    """Additive couplings, `x_b = z_b + t(z_a)`, after one scaling of the base.
+    r"""NICE: additive couplings, which shift by what passes through, and one scaling.
 
-    Dinh et al. 2015, sections 3.2 and 3.3. Both directions are one pass of each network. The
-    couplings keep every volume, so that only the scaling raises or lowers a density.
+    $x_b = z_b + t(z_a)$, and $x_a = z_a$ passes through; the base is first
+    stretched, each coordinate by a factor of its own.
 
-        >>> NICE(4, layers=2).event_shape
-        (4,)
+    Dinh et al. 2015, sections 3.2 and 3.3. Both directions are one pass of
+    each network. The couplings keep every volume, so that only the scaling
+    raises or lowers a density, and it is the same everywhere.
+
+        >>> x, ladj = NICE(4, layers=2).forward(torch.randn(5, 4))
+        >>> torch.equal(ladj, ladj[0].expand(5))
+        True
     """
 
     def __init__(

@@ -9,6 +9,7 @@ __all__ = ['spline_maps', 'QuadraticSplineMap', 'CubicSplineMap', 'RationalLinea
 import math
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import Table
@@ -21,17 +22,32 @@ from flowcourse.splines import (
 
 # %% ../nbs/lib-spline-maps.ipynb #qua00707
 class QuadraticSplineMap(SplineMap):
-    """Parabolas whose slopes meet: dx/dz is a polygon."""
+    r"""A quadratic spline: parabolas whose slopes meet, so that dx/dz is a polygon.
+
+    $v = a u + \tfrac12 (b - a) u^2$ in the unit square of a bin, with
+    $a + b = 2$. Widths and slopes are learned, and the slopes are scaled until
+    the area under their polygon is the height of the box.
+
+    Müller et al. 2019, piecewise-quadratic coupling. Both directions are one
+    pass, O(bins) a coordinate: the inverse is the root of a quadratic. With
+    linear tails the two end slopes stay 1, so only the others are scaled, and
+    there are at least 3 bins.
+
+        >>> f = QuadraticSplineMap(5)
+        >>> x, log_slope = f.forward(torch.randn(6), torch.randn(6, f.n_params))
+        >>> x.shape, f.n_params
+        (torch.Size([6]), 9)
+    """
 
     reference = "Müller et al. 2019, piecewise-quadratic coupling"
     # two, between slopes of 1 at both ends, have no freedom left
     least_bins = 3
 
-    def parts(self):
+    def parts(self) -> list[int]:
         """Raw widths, and raw slopes at the knots."""
         return [self.bins, self.n_slopes]
 
-    def knots(self, widths, slopes):
+    def knots(self, widths: Tensor, slopes: Tensor) -> Tensor:
         """Knots in `z` and in `x`, and slopes there."""
         width, slope = self.sizes(widths), self.slopes(slopes)
         area = width * (slope[..., :-1] + slope[..., 1:]) / 2
@@ -54,30 +70,46 @@ class QuadraticSplineMap(SplineMap):
             -2,
         )
 
-    def point(self, u, a, b):
+    def point(self, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The piece in the unit square."""
         return u * (a + (b - a) / 2 * u) * 2 / (a + b)
 
-    def back(self, v, a, b):
+    def back(self, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The root of a quadratic."""
         v = v * (a + b) / 2
         return 2 * v / (a + (a * a + 2 * (b - a) * v).sqrt())
 
-    def log_slope(self, u, a, b):
+    def log_slope(self, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """log dv/du."""
         return ((a + (b - a) * u) * 2 / (a + b)).log()
 
 # %% ../nbs/lib-spline-maps.ipynb #cub00707
 class CubicSplineMap(SplineMap):
-    """Cubic pieces whose slopes follow from the heights of neighbouring bins."""
+    r"""A cubic spline: pieces whose slopes follow from the heights of neighbouring bins.
+
+    $v = a u + (3 - 2a - b) u^2 + (a + b - 2) u^3$ in the unit square of a bin.
+    Widths, heights and the slopes at the two ends are learned; inner slopes
+    are Steffen's.
+
+    Durkan et al. 2019, Cubic-Spline Flows; Steffen 1990. Forward is one pass,
+    O(bins) a coordinate; inverse is a bracketed root, 20 halvings and two
+    Newton steps. The slopes at the ends lie between 0 and 3 times the mean
+    slope of the bin beside them, as in the paper, so they cannot be held at 1:
+    tails are lines of just that slope.
+
+        >>> f = CubicSplineMap(5)
+        >>> x, log_slope = f.forward(torch.randn(6), torch.randn(6, f.n_params))
+        >>> x.shape, f.n_params
+        (torch.Size([6]), 12)
+    """
 
     reference = "Durkan et al. 2019, Cubic-Spline Flows; Steffen 1990"
 
-    def parts(self):
+    def parts(self) -> list[int]:
         """Raw widths and heights, and raw slopes at the two ends."""
         return [2 * self.bins, 0 if self.tails == "circular" else 2]
 
-    def knots(self, sizes, ends):
+    def knots(self, sizes: Tensor, ends: Tensor) -> Tensor:
         """Knots in `z` and in `x`, and slopes there."""
         share = self.sizes(sizes.unflatten(-1, (2, self.bins)))
         width, height = share.unbind(-2)
@@ -101,11 +133,11 @@ class CubicSplineMap(SplineMap):
             slope = torch.cat([first, slope, last], -1)
         return torch.cat([self.places(share), slope.unsqueeze(-2)], -2)
 
-    def point(self, u, a, b):
+    def point(self, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The piece in the unit square."""
         return u * (a + u * (3 - 2 * a - b + u * (a + b - 2)))
 
-    def back(self, v, a, b):
+    def back(self, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """A bracketed root: 20 halvings, then two Newton steps."""
         return monotone_root(
             lambda u: self.point(u, a, b) - v,
@@ -115,7 +147,7 @@ class CubicSplineMap(SplineMap):
             halvings=20,
         )
 
-    def log_slope(self, u, a, b):
+    def log_slope(self, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """log dv/du."""
         return (
             a * (1 - u) * (1 - 3 * u) + 6 * u * (1 - u) + b * u * (3 * u - 2)
@@ -129,17 +161,33 @@ class CubicSplineMap(SplineMap):
 
 # %% ../nbs/lib-spline-maps.ipynb #ral00707
 class RationalLinearSplineMap(SplineMap):
-    """Two hyperbolas in each bin, which meet at a place of their own."""
+    r"""A rational-linear spline (LRS): two hyperbolas in each bin, joined at a learned place.
+
+    $v = \frac{a u}{1 + (\sqrt a \mu - 1) u / m}$ in the unit square of a bin
+    for $u \le m$, with $\mu = m \sqrt a + (1 - m) \sqrt b$, and the same from
+    the other corner above $m$. Widths, heights, slopes and the places $m$ are
+    learned.
+
+    Dolatabadi et al. 2020. Both directions are one pass, O(bins) a coordinate,
+    without a root. Between two knots the slope can be much steeper than at
+    either, so its raw parameters have tighter bounds than those of other
+    splines.
+
+        >>> f = RationalLinearSplineMap(5)
+        >>> x, log_slope = f.forward(torch.randn(6), torch.randn(6, f.n_params))
+        >>> x.shape, f.n_params
+        (torch.Size([6]), 19)
+    """
 
     reference = "Dolatabadi et al. 2020"
     # between two knots the slope can be steeper than at either
     size_bound, slope_bound = 1.0, 1.5
 
-    def parts(self):
+    def parts(self) -> list[int]:
         """Raw widths and heights, slopes at the knots, and where the two pieces of a bin meet."""
         return [2 * self.bins, self.n_slopes, self.bins]
 
-    def knots(self, sizes, slopes, meets):
+    def knots(self, sizes: Tensor, slopes: Tensor, meets: Tensor) -> Tensor:
         """Knots in `z` and in `x`, slopes there, and where the two pieces of the bin meet."""
         places = self.places(self.sizes(sizes.unflatten(-1, (2, self.bins))))
         meet = F.pad(bounded(meets, 2.0).sigmoid(), (0, 1))
@@ -153,7 +201,7 @@ class RationalLinearSplineMap(SplineMap):
         mean = m * p + (1 - m) * other
         return torch.where(left, m, 1 - m), torch.where(left, p, other), mean
 
-    def point(self, u, a, b, m):
+    def point(self, u: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
         """The piece in the unit square."""
         left = u <= m
         reach, p, mean = self._half(left, m, a, b)
@@ -161,7 +209,7 @@ class RationalLinearSplineMap(SplineMap):
         v = reach * p * p * u / (reach + (p * mean - 1) * u)
         return torch.where(left, v, 1 - v)
 
-    def back(self, v, a, b, m):
+    def back(self, v: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
         """The same form with its corners exchanged."""
         p, mean = a.sqrt(), m * a.sqrt() + (1 - m) * b.sqrt()
         left = v * mean <= m * p
@@ -170,7 +218,7 @@ class RationalLinearSplineMap(SplineMap):
         u = reach * v / (reach * p * p - (p * mean - 1) * v)
         return torch.where(left, u, 1 - u)
 
-    def log_slope(self, u, a, b, m):
+    def log_slope(self, u: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
         """log dv/du."""
         left = u <= m
         reach, p, mean = self._half(left, m, a, b)

@@ -29,7 +29,13 @@ def wrap(
     low: float = -math.pi,  # Where the circle is cut
     high: float = math.pi,  # The same point, one turn later
 ) -> Tensor:  # The same points, from `low` on and below `high`
-    """Take full turns away."""
+    """Take full turns away.
+
+    What rounding leaves at the upper end becomes the lower one, the same point.
+
+        >>> wrap(torch.tensor([0.5, 4.0, 7.0]))
+        tensor([ 0.5000, -2.2832,  0.7168])
+    """
     t = t - (high - low) * ((t - low) / (high - low)).floor()
     # either by rounding only
     return torch.where((t < low) | (t >= high), low, t)
@@ -52,7 +58,23 @@ def _as_bound(bound):
 
 
 class SplineMap(ScalarMap):
-    """Pieces of a curve joined in a box; a subclass says `knots` and the piece in the unit square."""
+    r"""The base of all splines: pieces of a curve, joined at knots in a box.
+
+    In the bin of $z$, $x = x_k + h_k\, g((z - z_k) / w_k)$, with width $w_k$,
+    height $h_k$ and a curve $g$ from corner to corner of the unit square. A
+    subclass says the `knots`, the curve as `point`, its inverse `back` and
+    `log_slope`, and in `parts` how many raw parameters of each kind there are.
+
+    Durkan et al. 2019, section 3.1. Both directions find the bin among the
+    knots on their side, O(bins) a coordinate. With tails "linear" and "box" a
+    point outside stays where it is, and with "circular" (Rezende et al. 2020)
+    it is wrapped.
+
+        >>> f = LinearSplineMap(4, bound=2.0)  # a subclass
+        >>> z = torch.tensor([0.5, 9.0])
+        >>> torch.allclose(f.forward(z, torch.zeros(4))[0], z)
+        True
+    """
 
     # of raw sizes of the bins, and of log-slopes at the knots
     size_bound, slope_bound = 1.5, 2.0
@@ -107,17 +129,33 @@ class SplineMap(ScalarMap):
         """Number of slopes at knots that are free."""
         return self.bins + {"linear": -1, "box": 1, "circular": 0}[self.tails]
 
-    def sizes(self, raw):
+    def knots(
+        self,
+        *raw: Tensor,  # Raw parameters, a tensor for each of `parts`
+    ) -> Tensor:  # Rows along axis -2, knots along axis -1
+        """The table of knots: rows of `z`, of `x`, and of what shapes a piece."""
+        raise NotImplementedError(f"{type(self).__name__} defines no knots")
+
+    def sizes(
+        self,
+        raw: Tensor,  # Any real numbers, shape `(*batch, bins)`
+    ) -> Tensor:  # Of the same shape
         """Shares of the bins in the box, which add up to 1."""
         return bounded(raw, self.size_bound).softmax(-1)
 
-    def places(self, share):
+    def places(
+        self,
+        share: Tensor,  # Shares that add up to 1, shape `(*batch, bins)`
+    ) -> Tensor:  # Shape `(*batch, bins + 1)`
         """Where bins of these shares begin and end."""
         low, high = self.ends
         inner = low + (high - low) * share[..., :-1].cumsum(-1)
         return F.pad(F.pad(inner, (1, 0), value=low), (0, 1), value=high)
 
-    def slopes(self, raw):
+    def slopes(
+        self,
+        raw: Tensor,  # Any real numbers, shape `(*batch, n_slopes)`
+    ) -> Tensor:  # Shape `(*batch, bins + 1)`
         """Slopes at all knots from the raw ones of those that are free."""
         slopes = bounded(raw, self.slope_bound).exp()
         if self.tails == "linear":
@@ -158,13 +196,13 @@ class SplineMap(ScalarMap):
         image = z0 + width * u if side else x0 + height * self.point(u, *shape)
         return image, (height / width).log() + self.log_slope(u, *shape)
 
-    def forward(self, z, theta):
+    def forward(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Base to data, coordinate by coordinate."""
         t = self._enter(z)
         x, log_slope = self._in_box(t, theta[..., : sum(self.parts())], 0)
         return self._leave(z, t, x, log_slope, theta)
 
-    def inverse(self, x, theta):
+    def inverse(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Data to base, coordinate by coordinate."""
         if self.tails == "circular":
             x = wrap(x - wrap(theta[..., -1], *self.ends), *self.ends)
@@ -192,54 +230,82 @@ class SplineMap(ScalarMap):
 
 # %% ../nbs/07-splines.ipynb #lin00707
 class LinearSplineMap(SplineMap):
-    """Straight pieces over bins of equal width: the density is a histogram."""
+    r"""A linear spline: straight pieces over equal bins, so that a density is a histogram.
+
+    $x = x_k + h_k (z - z_k) / w$ in the bin of $z$; only the heights $h_k$ are
+    learned.
+
+    Müller et al. 2019, piecewise-linear coupling. Both directions are one
+    pass, O(bins) a coordinate. The density jumps at every knot.
+
+        >>> f = LinearSplineMap(4)
+        >>> x, log_slope = f.forward(torch.randn(5), torch.randn(5, f.n_params))
+        >>> x.shape, f.n_params
+        (torch.Size([5]), 4)
+    """
 
     reference = "Müller et al. 2019, piecewise-linear coupling"
 
-    def parts(self):
+    def parts(self) -> list[int]:
         """Raw heights."""
         return [self.bins]
 
-    def knots(self, heights):
+    def knots(self, heights: Tensor) -> Tensor:
         """Knots in `z` and in `x`."""
         share = self.sizes(heights)
         return self.places(
             torch.stack([torch.full_like(share, 1 / self.bins), share], -2)
         )
 
-    def point(self, u):
+    def point(self, u: Tensor) -> Tensor:
         """The piece in the unit square."""
         return u
 
-    def back(self, v):
+    def back(self, v: Tensor) -> Tensor:
         """Its inverse."""
         return v
 
-    def log_slope(self, u):
+    def log_slope(self, u: Tensor) -> Tensor:
         """log dv/du."""
         return torch.zeros_like(u)
 
 # %% ../nbs/07-splines.ipynb #489a30b7
 class RationalQuadraticSplineMap(SplineMap):
-    """Quotients of parabolas, with widths, heights and slopes all free."""
+    r"""A rational-quadratic spline (RQS, as in NSF): a quotient of parabolas in each bin.
+
+    $v = \frac{u^2 + a u (1 - u)}{1 + (a + b - 2) u (1 - u)}$ in the unit
+    square of a bin, with $a$ and $b$ its slopes at the two ends over its mean
+    slope. Widths, heights and slopes are all learned, and the curve never
+    turns back.
+
+    Durkan et al. 2019, Neural Spline Flows, equations 4 to 8. Both directions
+    are one pass, O(bins) a coordinate: the inverse is the root of a quadratic.
+    Slopes at knots lie between exp(-2) and exp(2). Outside of the box, with
+    linear tails, the map is the identity, so standardise the data first.
+
+        >>> f = RationalQuadraticSplineMap(5)
+        >>> x, log_slope = f.forward(torch.randn(6), torch.randn(6, f.n_params))
+        >>> x.shape, f.n_params
+        (torch.Size([6]), 14)
+    """
 
     reference = "Durkan et al. 2019, Neural Spline Flows, eq. 4 to 8"
 
-    def knots(self, sizes, slopes):
+    def knots(self, sizes: Tensor, slopes: Tensor) -> Tensor:
         """Knots in `z` and in `x`, and slopes there."""
         places = self.places(self.sizes(sizes.unflatten(-1, (2, self.bins))))
         return torch.cat([places, self.slopes(slopes).unsqueeze(-2)], -2)
 
-    def point(self, u, a, b):
+    def point(self, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The piece in the unit square."""
         mixed = u * (1 - u)
         return (u * u + a * mixed) / (1 + (a + b - 2) * mixed)
 
-    def back(self, v, a, b):
+    def back(self, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The root of a quadratic."""
         return rational_quadratic_root(v, a, a + b - 2)
 
-    def log_slope(self, u, a, b):
+    def log_slope(self, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """log dv/du."""
         mixed = u * (1 - u)
         rise = b * u * u + 2 * mixed + a * (1 - u) ** 2
@@ -259,14 +325,21 @@ class RationalQuadraticSplineMap(SplineMap):
 
 # %% ../nbs/07-splines.ipynb #nsf00707
 class NSF(Couplings):
-    """Couplings that move each entry by a rational-quadratic spline (RQS): neural spline flow.
+    r"""NSF, the neural spline flow: couplings by a rational-quadratic spline (RQS).
 
-    Durkan et al. 2019, RQ-NSF (C), equations 4 to 8, without their linear layers. Both directions
-    are one pass of each network. Outside of the box, (-bound, bound), the map is the identity, so
+    $x_b = h(z_b; m(z_a))$ with $h$ a `RationalQuadraticSplineMap`, and
+    $x_a = z_a$ passes through; the sides change from layer to layer.
+
+    Durkan et al. 2019, RQ-NSF (C), equations 4 to 8. Theirs has an invertible
+    linear layer before every coupling, residual conditioners, and a floor
+    under bins and slopes; ours squeezes. Both directions are one pass of each
+    network. Outside of the box, (-bound, bound), the map is the identity, so
     standardise the data first.
 
-        >>> NSF(4, layers=2, bins=5).inverse_cost
-        'one pass'
+        >>> f = NSF(4, layers=2, bins=5)
+        >>> x, ladj = f.forward(torch.randn(6, 4))
+        >>> x.shape, f.inverse_cost
+        (torch.Size([6, 4]), 'one pass')
     """
 
     def __init__(

@@ -53,9 +53,10 @@ rows = {
         inverse_cost="D passes",
         exempt={("gradients", torch.float64, 3.0): _STEEP},
     ),
-    "naf": _slow(
+    "naf": _row(
         partial(NAF, layers=2, hidden=(8,), units=3),
         reference="Huang et al. 2018",
+        forward_cost="numerical",
         exempt={
             "identity": "starts near the identity and not on it, because "
             "equal parts never separate"

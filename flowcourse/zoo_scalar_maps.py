@@ -12,6 +12,7 @@ import torch
 from torch.distributions import constraints
 
 from .arguments import Table
+from .core import COSTS
 from .monotone_maps import monotone_maps
 from .scalar_maps import affine_maps
 from .spline_maps import spline_maps
@@ -61,7 +62,7 @@ def _crossed(name, container):
     scalar_map = scalar_maps[name]
     forward, inverse = scalar_map.forward_cost, scalar_map.inverse_cost
     if container == "autoregressive":
-        forward, inverse = "D passes", forward
+        forward = max("D passes", forward, key=COSTS.index)
     return Row(
         partial(_containers[container], scalar_map=scalar_map),
         family=container,

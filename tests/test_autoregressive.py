@@ -275,6 +275,20 @@ def test_a_scalar_map_needs_no_base_class():
     for way in WAYS:
         assert_close(f.inverse(sample_by(f, way)(z)[0])[0], z)
     assert f.codomain.check(z).all() and f.domain.check(z).all()
+    assert (f.forward_cost, f.inverse_cost) == ("D passes", "one pass")
+
+
+def test_a_direction_costs_the_dearer_of_its_passes_and_of_the_scalar_map():
+    numerical = DeepSigmoidalMap(2)
+    f = Autoregressive(3, numerical, hidden=(4,))
+    assert (f.forward_cost, f.inverse_cost) == ("D passes", "numerical")
+    maf = MAF(3, 1, hidden=(4,), scalar_map=InverseMap(numerical))
+    assert (maf.forward_cost, maf.inverse_cost) == ("numerical", "one pass")
+    iaf = IAF(3, 1, hidden=(4,), scalar_map=numerical)
+    assert (iaf.forward_cost, iaf.inverse_cost) == ("one pass", "numerical")
+    naf = NAF(3, 1, hidden=(4,), units=2)
+    assert (naf.forward_cost, naf.inverse_cost) == ("numerical", "one pass")
+    assert MAF(3, 1, hidden=(4,)).forward_cost == "D passes"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ def test_what_a_block_layer_makes_of_raw_numbers_of_any_size():
     assert_close(weights[..., 0], torch.full((2, 4), most))
 
 
+def test_a_function_is_applied_to_every_module():
+    f, seen = BNAF(2, 1, hidden=(3,)), []
+    f.apply(seen.append)
+    assert set(seen) == {*f.modules()}
+
+
 def test_the_steepness_of_a_block_network_is_a_bound():
     f = perturbed(BlockAutoregressive(3, hidden=(4, 4), bend=0.8), 2.0)
     settings = [layer.settings(None, torch.float64) for layer in f.layers]

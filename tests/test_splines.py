@@ -25,6 +25,7 @@ from flowcourse.splines import (
     NSF,
     LinearSplineMap,
     RationalQuadraticSplineMap,
+    SplineMap,
     wrap,
 )
 from flowcourse.testing import check_bijection
@@ -587,6 +588,14 @@ def test_a_coupling_of_splines_takes_a_context(kind):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+def test_a_spline_of_ones_own_says_what_it_lacks():
+    class Mine(SplineMap):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Mine defines no knots"):
+        Mine(4).forward(torch.zeros(2), torch.zeros(11))
 
 
 def test_settings_may_be_numbers_of_numpy_and_pairs_may_be_lists():
