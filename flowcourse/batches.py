@@ -12,16 +12,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .arguments import as_float, what_came
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 # %% ../nbs/lib-batches.ipynb #8f7dcd32
 def _parts(rows):
@@ -93,7 +90,11 @@ def _hint(part):
 def describe(
     rows: Tensor | tuple[Tensor, ...] | None,  # As an objective takes them
 ) -> str:  # In words
-    """Shapes and types of the rows of a training."""
+    """Shapes and types of the rows of a training.
+
+    >>> describe((torch.zeros(4, 2), torch.arange(4)))
+    '(4, 2) float32, (4,) int64'
+    """
     if rows is None:
         return "none"
     return ", ".join(
@@ -137,7 +138,7 @@ def _shuffled(n, generator):
 
 # %% ../nbs/lib-batches.ipynb #d6d8087e
 @dataclass
-class Data:
+class Dataset:
     """Rows with their weights, and where they stood in what the caller gave."""
 
     name: str  # The argument they came in
@@ -151,17 +152,19 @@ class Data:
     def keep(
         self,
         index: Tensor,  # Numbers of rows, or one truth value for each
-    ) -> "Data":  # Those rows
+    ) -> "Dataset":  # Those rows
         """Some of the rows, in an order of their own."""
         places = torch.arange(len(self), device="cpu")
         places = places if self.places is None else self.places
         weights = _rows(self.weights, index)
-        return Data(self.name, _rows(self.rows, index), weights, places[index])
+        return Dataset(
+            self.name, _rows(self.rows, index), weights, places[index]
+        )
 
     def weighed(
         self,
         dtype: torch.dtype,  # Of the weights
-    ) -> "Data":  # The rows that count
+    ) -> "Dataset":  # The rows that count
         """Without the rows of weight zero, and with weights whose mean is 1."""
         if self.weights is None:
             return self
@@ -191,7 +194,7 @@ def hold_out(
     validation: Tensor | tuple[Tensor, ...] | float | None,
     seed: int,  # Which rows a fraction takes follows from it
     dtype: torch.dtype,  # Of the weights
-) -> tuple[Data | None, Data | None]:  # To train on; held out
+) -> tuple[Dataset | None, Dataset | None]:  # To train on; held out
     """Check the data of a run, and part them into rows to train on and rows held out."""
     if data is None:
         for name, value in (("validation", validation), ("weights", weights)):
@@ -201,11 +204,11 @@ def hold_out(
                 )
         return None, None
     _require_rows(data, "data")
-    train, held_out = Data("data", _detached(data)), None
+    train, held_out = Dataset("data", _detached(data)), None
     fraction = isinstance(validation, Real | np.generic)
     if validation is not None and not fraction:
         _require_rows(validation, "validation", like=data)
-        held_out = Data("validation", _detached(validation))
+        held_out = Dataset("validation", _detached(validation))
     if isinstance(weights, tuple):
         if held_out is None or len(weights) != 2:
             raise ValueError(
@@ -282,18 +285,18 @@ class Batches:
 
     def __init__(
         self,
-        draw: Callable,  # The objective's
-        train: Data | None,  # Rows to train on
-        held_out: Data | None,  # Rows to validate on
+        draw: Callable[..., Any],  # The objective's
+        train: Dataset | None,  # Rows to train on
+        held_out: Dataset | None,  # Rows to validate on
         size: int,  # Rows in a step, over all processes together
         seed: int,  # All order and noise follows from it
-        accelerator: "Accelerator",  # Which process this is, on which device
+        rank: int,  # Which process this is
+        world: int,  # How many there are
+        device: torch.device,  # Where the batches go
     ):
         self.draw, self.train, self.held_out = draw, train, held_out
         self.size, self.seed = size, seed
-        self.rank = accelerator.process_index
-        self.world = accelerator.num_processes
-        self.device = accelerator.device
+        self.rank, self.world, self.device = rank, world, device
         self.order = None, None  # an epoch, and its order of rows
 
     def of_step(

@@ -10,16 +10,16 @@ import glob
 import hashlib
 import io
 import os
-import secrets
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from .arguments import what_came
+from .files import save_bytes
 
 # %% ../nbs/lib-checkpoint.ipynb #3b1b0812
 class CheckpointError(ValueError):
@@ -40,7 +40,13 @@ def save_checkpoint(
     # Tensors, numbers, strings, and lists and dictionaries of them
     state: dict,
 ) -> None:
-    """Write a checkpoint so that a crash at any moment leaves a good one on disk."""
+    """Write a checkpoint so that a crash at any moment leaves a good one on disk.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_checkpoint(Path(folder, "run.pt"), {"step": 7})
+    ...     load_checkpoint(Path(folder, "run.pt"))
+    {'step': 7}
+    """
     path = Path(path)
     try:
         payload = _pack(state)
@@ -50,24 +56,14 @@ def save_checkpoint(
             "state: expected tensors and plain values, which can be read back, "
             f"got {type(value).__module__}.{type(value).__qualname__} at {name}"
         ) from None
-    # two runs never write to one name
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    kept = _previous(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            _read_payload(path)
-            os.replace(path, _previous(path))
-        except CheckpointError:
-            # there was none, or it is damaged: do not put it in the place of a
-            # good one
-            pass
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        _read_payload(path)
+    except CheckpointError:
+        # there was none, or it is damaged: do not put it in the place of a
+        # good one
+        kept = None
+    save_bytes(path, _MAGIC + hashlib.sha256(payload).digest() + payload, kept)
 
 
 def _pack(state):
@@ -97,16 +93,6 @@ def _unreadable(name, value):
         except ValueError:
             return _unreadable(f"{name}[{key!r}]", part)
     return name, value
-
-
-def _sync_folder(folder):
-    """Make the new names in a folder survive a power cut, where the system can."""
-    with suppress(OSError):  # Windows and some network folders cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 # %% ../nbs/lib-checkpoint.ipynb #4e6ace9d
 def load_checkpoint(
@@ -167,7 +153,7 @@ def _read_payload(path):
 def locked(
     path: str | Path,  # What only one run may write; the lock lies beside it
     name: str = "checkpoint",  # The argument's name, for the error
-):
+) -> Iterator[None]:
     """Keep other runs from a file until the end of the block, or of the process."""
     from filelock import FileLock, Timeout
 
@@ -210,10 +196,10 @@ def reserved(
             raise ValueError(
                 f"checkpoint: {path} exists; resume=True goes on from it, or choose another path"
             )
-        yield path, there if resume == "auto" else resume
+        yield path, bool(there if resume == "auto" else resume)
 
 
-def _writable(path):
+def _writable(path) -> Path:
     """Find out now, not at the first checkpoint, that the file cannot be written."""
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"checkpoint: expected a path, got {what_came(path)}")

@@ -78,7 +78,13 @@ def posteriors(
 # %% ../nbs/lib-configs-dlgm.ipynb #42228396
 @dataclass(frozen=True)
 class DLGMConfig(Config):
-    """A deep latent Gaussian model of binary digits, with a flow as posterior."""
+    """A deep latent Gaussian model (VAE) of binary digits, with a flow as posterior.
+
+    The models of Rezende and Mohamed 2015, section 6, and posteriors that the paper did not have.
+
+        >>> DLGMConfig(posterior="iaf", length=2).about
+        'deep latent Gaussian model of mnist, iaf posterior and 2 layers'
+    """
 
     # Steep planar layers give gradients a hundred times the usual, so it clips
     recipe: Recipe = Recipe(

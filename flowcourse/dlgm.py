@@ -413,7 +413,12 @@ def reconstruct(
     x: Tensor,  # Images, shape `(n, pixels)`
     generator: torch.Generator | None = None,  # Source of randomness
 ) -> Tensor:  # Chance of ink in each pixel, shape `(n, pixels)`
-    """Decode a latent drawn from the posterior of each image."""
+    """Decode a latent drawn from the posterior of each image.
+
+    >>> model = DLGM(pixels=12, latent_dim=3, features=8)
+    >>> reconstruct(model, torch.zeros(5, 12)).shape
+    torch.Size([5, 12])
+    """
     _require_images(model, x)
     return model.decoder(
         model.infer(x, model.prior.noise((len(x),), generator))[0]
@@ -429,7 +434,12 @@ def interpolate(
     samples: int = 100,  # Latents to a posterior mean
     generator: torch.Generator | None = None,  # Source of randomness
 ) -> Tensor:  # Chance of ink in each pixel, shape `(n, steps, pixels)`
-    """Decode the points on the line from one posterior mean to another."""
+    """Decode the points on the line from one posterior mean to another.
+
+    >>> model = DLGM(pixels=12, latent_dim=3, features=8)
+    >>> interpolate(model, torch.zeros(5, 12), torch.ones(5, 12), 4).shape
+    torch.Size([5, 4, 12])
+    """
     _require_images(model, first, "first")
     _require_images(model, last, "last")
     if first.shape != last.shape:

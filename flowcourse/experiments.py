@@ -9,6 +9,7 @@ __all__ = ['Splits', 'Config']
 import dataclasses
 from dataclasses import dataclass, fields
 from typing import (
+    Any,
     ClassVar,
     Literal,
     NamedTuple,
@@ -39,7 +40,12 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """An experiment."""
+    """An experiment: settings, data, a model and a judge.
+
+    >>> from flowcourse.configs import configs
+    >>> configs["realnvp.faithful"].replace(steps=10, layers=2).recipe.steps
+    10
+    """
 
     # How it is trained
     recipe: Recipe = Recipe(schedule="cosine", validate_every=50)
@@ -68,7 +74,7 @@ class Config:
 
     def replace(
         self,
-        **settings,  # By name, the recipe's among them
+        **settings: Any,  # By name, the recipe's among them
     ) -> "Config":  # The same experiment otherwise
         """The experiment with something changed."""
         known = self.settings()

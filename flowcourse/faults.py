@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .batches import Batch, Data
+from .batches import Batch, Dataset
 from .core import Compose, Flow
 from .objectives import MaximumLikelihood, Objective, ReverseKL
 
@@ -31,7 +31,7 @@ class Fault(NamedTuple):
 def find_fault(
     objective: Objective,  # In eval mode afterwards
     batch: Batch,  # What it was given
-    data: Data | None,  # Where the batch is from
+    data: Dataset | None,  # Where the batch is from
 ) -> Fault | None:  # None if it cannot be told
     """Which row of the data, or what else, made a loss NaN or infinite."""
     objective.eval()

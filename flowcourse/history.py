@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/lib-history.ipynb #4343ec95
 def _floats():
@@ -20,8 +21,9 @@ def _floats():
 class History:
     """What happened in a run of `fit`: one entry per step, one per validation, wall times apart.
 
-    history = fit(objective, x, validation=0.1)
-    history.best_step, history.best_validation
+    >>> history = History(validation_step=[10, 20], validation_loss=[2.5, 3.0])
+    >>> history.best_step, history.best_validation
+    (10, 2.5)
     """
 
     loss: list[float] = _floats()  # Mean over the global batch, before the step
@@ -81,19 +83,17 @@ class History:
         path: str | Path,  # A file that `save` wrote
     ) -> "History":  # The same history
         """Read a history back."""
-        plain = json.loads(Path(path).read_text())
-        return cls(
-            **{
-                key: [float(v) if isinstance(v, str) else v for v in values]
-                for key, values in plain.items()
-            }
-        )
+        columns: dict[str, list] = {
+            key: [float(v) if isinstance(v, str) else v for v in values]
+            for key, values in json.loads(Path(path).read_text()).items()
+        }
+        return cls(**columns)
 
     def plot(
         self,
         # Two `Axes`, for the loss and for the gradient norm; None makes them
-        axes=None,
-    ):  # The two `Axes`
+        axes: Any = None,
+    ) -> Any:  # The two `Axes`
         """Draw the loss with validation, and the gradient norm."""
         if axes is None:
             import matplotlib.pyplot as plt

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .arguments import what_came
-from .batches import Data, fingerprint
+from .batches import Dataset, fingerprint
 from .checkpoint import CheckpointError
 from .recipe import Recipe
 
@@ -41,8 +41,8 @@ def read_identity(
 def describe_run(
     objective: nn.Module,  # The loss with its model
     recipe: Recipe,  # The settings
-    train: Data | None,  # Rows to train on
-    held_out: Data | None,  # Rows to validate on
+    train: Dataset | None,  # Rows to train on
+    held_out: Dataset | None,  # Rows to validate on
     identity: dict,  # What the caller says, as `read_identity` gives it
 ) -> dict:  # A part of the state in a checkpoint
     """What makes an experiment this one, in plain values."""
@@ -66,7 +66,7 @@ def require_same_run(
     was: dict,  # Its state
     now: dict,  # As `describe_run` gives it
     stacklevel: int,  # Whose line a warning shows: 2 for the caller's
-):
+) -> None:
     """Raise a `CheckpointError` for another experiment; what a checkpoint does not say is not compared."""
     for name, value in now["recipe"].items():
         old = was["recipe"].get(name, "none" if name == "weights" else None)

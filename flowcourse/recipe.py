@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -34,7 +34,11 @@ def learning_rate_factor(
     schedule: str = "constant",  # `"constant"` or `"cosine"`
     warmup: int = 0,  # Steps over which the rate rises linearly from 0
 ) -> float:  # Between 0 and 1
-    """What the learning rate is multiplied by: a function of the step, with nothing to save."""
+    """What the learning rate is multiplied by: a function of the step, with nothing to save.
+
+    >>> [learning_rate_factor(step, 10, warmup=3) for step in range(4)]
+    [0.25, 0.5, 0.75, 1.0]
+    """
     require_choice(schedule, "schedule", SCHEDULES)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -49,10 +53,13 @@ def learning_rate_factor(
 class Recipe:
     """The settings of a training, checked once; `fit` takes them by name or together.
 
-    Numbers of numpy and torch become Python's own, so that a checkpoint holds plain values.
+    Numbers of numpy and torch become Python's own, so that a checkpoint holds plain values. The learning rate
+    is a function of the step: `warmup` steps in which it rises, then constant or half a cosine (Loshchilov
+    and Hutter 2017, equation 5). `ema` doubles the memory for weights; `amp` speeds up GPUs, at lower precision.
 
-        recipe = Recipe(steps=2000, lr=3e-3, schedule="cosine")
-        history = fit(objective, x, recipe, seed=1)
+        >>> recipe = Recipe(epochs=3, lr=3e-3, schedule="cosine")
+        >>> recipe.for_rows(4000).steps  # 32 batches of at most 128 in an epoch
+        96
     """
 
     steps: int = 1000  # Optimiser steps in the whole run
@@ -124,7 +131,8 @@ class Recipe:
         parameters: Iterable[torch.Tensor],  # What it is to change
     ) -> torch.optim.Optimizer:  # With the first learning rate
         """The optimiser of a run, or an error that names what cannot make one."""
-        make = OPTIMIZERS.get(self.optimizer, self.optimizer)
+        make: Any = OPTIMIZERS.get(self.optimizer, self.optimizer)
+        made: Any
         try:
             made = make(parameters, lr=self.lr, weight_decay=self.weight_decay)
         except TypeError as error:

@@ -12,22 +12,23 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import require_choice
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 # %% ../nbs/lib-runtime.ipynb #a42761e0
 def require_device(
     device: str | torch.device,  # What came
     amp: str = "no",  # Mixed precision wanted there
 ) -> torch.device:  # The same, known to be there
-    """Raise a `ValueError` unless a device is present and can compute in this precision."""
+    """Raise a `ValueError` unless a device is present and can compute in this precision.
+
+    >>> require_device("cpu", amp="bf16")
+    device(type='cpu')
+    """
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -46,7 +47,7 @@ def accelerated(
     device: torch.device,  # Where to compute
     amp: str,  # Mixed precision: `"no"`, `"bf16"` or `"fp16"`
     compile: bool | str,  # True for torch.compile, or the name of its backend
-) -> Iterator["Accelerator"]:
+) -> Iterator[Any]:  # An `Accelerator`; accelerate is imported here only
     """An `Accelerator` for one run; its settings are global, so put back what was there."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState

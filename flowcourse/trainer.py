@@ -12,9 +12,11 @@ import math
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,13 +73,14 @@ def fit(
     compile: bool | str = False,
     device: str | torch.device | None = None,  # None for where the objective is
     # Each called after a step with `(step, objective, history)`
-    callbacks: tuple = (),
+    callbacks: tuple[Callable[[int, Objective, History], object], ...] = (),
     progress: bool = True,  # Show a progress bar
-    **settings,  # Fields of `Recipe`, which replace the recipe's
+    **settings: Any,  # Fields of `Recipe`, which replace the recipe's
 ) -> History:  # Loss, norms and learning rate of each step
-    """Minimise an objective; with validation it ends with the best weights it had.
+    """Train a flow: minimise an objective by Adam or another optimiser, and return the history.
 
-    Settings are `steps`, `epochs`, `batch_size`, `lr`, `optimizer`, `weight_decay`, `schedule`, `warmup`,
+    With validation the objective ends with the best weights that it had; a step costs one evaluation of the
+    objective and its gradient. Settings are `steps`, `epochs`, `batch_size`, `lr`, `optimizer`, `weight_decay`, `schedule`, `warmup`,
     `clip`, `ema`, `patience`, `validate_every`, `seed` and `amp`; `Recipe` says what each means.
 
     With `weights` a row counts as if it stood in the data so many times. The loss of a step is the mean of
@@ -85,9 +88,14 @@ def fit(
     in validation, it is the weighted mean; a smaller batch is right in expectation only, because its
     own weights need not have the mean 1. Rows of weight 0 are left out.
 
-    A part of the objective that is in eval mode stays in it, unless all of the model is.
+    A part of the objective that is in eval mode stays in it, unless all of the model is. A run that goes on
+    from its checkpoint equals, bit for bit, one that was never cut.
 
-        history = fit(MaximumLikelihood(flow), x, validation=0.1, steps=2000, lr=3e-3)
+        >>> from flowcourse import Flow, MaximumLikelihood, RealNVP
+        >>> objective = MaximumLikelihood(Flow(RealNVP(2)))
+        >>> history = fit(objective, torch.randn(64, 2), steps=3, progress=False)
+        >>> len(history.loss)
+        3
     """
     recipe = _read_recipe(recipe, settings)
     _require_objective(objective, weights)
@@ -133,7 +141,9 @@ def fit(
             held_out,
             recipe.batch_size,
             recipe.seed,
-            accelerator,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
         )
         run = _Run(
             objective, recipe, batches, accelerator, checkpoint, provenance
@@ -207,7 +217,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         message: str,  # What happened after which step, and how to go on
         history: History,  # Of the steps done
         signal: signal.Signals = signal.SIGINT,  # Which signal it was
-    ):
+    ) -> None:
         super().__init__(message)
         self.history, self.signal = history, signal
 

@@ -6,6 +6,7 @@ the site, in `tools/nbfilter` for a plain `quarto render`.
 
 import ast
 import re
+from textwrap import dedent
 
 LESSON = re.compile(r"\d\d-")
 LIBRARY = "lib-"
@@ -15,6 +16,8 @@ SHOWN = re.compile(r"^show_doc\((\w+)", re.MULTILINE)
 OPEN = re.compile(
     r'^#\| code-fold: show\n#\| code-summary: "Exported source"\n'
 )
+# an example in a docstring, down to a blank line; the formatter indents only some
+EXAMPLE = re.compile(r"^ *>>> .*(?:\n.*\S.*)*", re.MULTILINE)
 SUBHEADING = re.compile(r"^###(?= )", re.MULTILINE)
 
 
@@ -55,6 +58,18 @@ def fold(
         if id(cell) not in owned:
             order += [*sources.get(id(cell), []), cell]
     return order
+
+
+def enclose(
+    documents,  # The cells that document a name
+):
+    """Make a block of code of each example; bare prompts would be nested quotations."""
+    for cell in documents:
+        for output in cell["outputs"]:
+            text = "".join(output["data"]["text/markdown"])
+            output["data"]["text/markdown"] = EXAMPLE.sub(
+                lambda found: f"```python\n{dedent(found[0])}\n```", text
+            )
 
 
 def lower(
@@ -101,5 +116,6 @@ def after(
         if cell.get("has_sd") and (found := SHOWN.search(text_of(cell)))
     }
     nb["cells"] = fold(nb["cells"], documents)
+    enclose(documents.values())
     if LESSON.match(name):
         lower(nb["cells"], documents.values())
