@@ -9,6 +9,7 @@ __all__ = []
 import copy
 import io
 import pickle
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +77,8 @@ def _scramble(t):
 
 # %% ../nbs/lib-copies.ipynb #abbc8b8a
 def by_pickle(
-    obj,  # Anything that can be pickled
-):  # Its copy
+    obj: Any,  # Whatever can be pickled
+) -> Any:  # Its copy
     """Through pickle and back, classes taken by reference."""
     file = io.BytesIO()
     pickler = _Pickler(file)

@@ -11,12 +11,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import identity_transform
+from torch.distributions.transforms import Transform, identity_transform
+
+from .core import Bijection
 
 # %% ../nbs/lib-probes.ipynb #c4cfa0d8
 def per_row(
@@ -38,7 +40,7 @@ def gap(
 # %% ../nbs/lib-probes.ipynb #6798c63d
 def unconstrained(
     constraint: constraints.Constraint,  # A domain or codomain
-):  # A transform from unconstrained numbers to its points
+) -> Transform:  # From unconstrained numbers to its points
     """The coordinates in which points of a constraint move freely."""
     if isinstance(constraint, constraints.independent):
         return unconstrained(constraint.base_constraint)
@@ -88,7 +90,7 @@ class Pass:
 
     def __init__(
         self,
-        case,  # The `Case` that it belongs to
+        bijection: Bijection,  # A copy in the dtype of the points
         way: str,  # "forward" or "inverse"
         points: Tensor,  # Shape `(n, *event)`
         context: Tensor | None,  # Shape `(n, c)`
@@ -101,9 +103,11 @@ class Pass:
             None if context is None else context.detach().requires_grad_()
         )
         self.points = points.detach().requires_grad_()
-        self.parameters = list(case.bijection.parameters())
+        self.parameters = list(bijection.parameters())
         with torch.enable_grad():  # wherever it is first asked for
-            self.out, self.ladj = case.run(way, self.points, self.context)
+            self.out, self.ladj = getattr(bijection, way)(
+                self.points, self.context
+            )
 
     @property
     def finite(self) -> Tensor:
@@ -204,10 +208,10 @@ def _slope(value, t):
 # %% ../nbs/lib-probes.ipynb #bccaaa15
 @torch.no_grad()
 def perturbed(
-    bijection: nn.Module,  # Copied, never changed
+    bijection: Bijection,  # Copied, never changed
     level: float,  # Standard deviation of the noise
     generator: torch.Generator,  # Of the noise
-) -> nn.Module:  # In eval mode
+) -> Bijection:  # In eval mode
     """A float64 copy with noise on its raw parameters, in numbers that float32 has as well."""
     twin = copy.deepcopy(bijection).eval().double()
     for p in twin.parameters() if level else ():
@@ -223,7 +227,7 @@ class Case:
 
     def __init__(
         self,
-        bijection: nn.Module,  # A copy in the dtype of the points
+        bijection: Bijection,  # A copy in the dtype of the points
         z: Tensor,  # Points of its domain, shape `(n, *event)`
         context: Tensor | None,  # Features for these points, shape `(n, c)`
         level: float,  # Standard deviation of the noise on its parameters
@@ -254,12 +258,10 @@ class Case:
         points: Tensor,  # Shape `(*batch, *event)`
         context: Tensor | None,  # Shape `(*batch, c)`
         # Another map to run, for example a copy; None for the case's own
-        bijection: nn.Module | None = None,
-    ):  # What the map returns, whatever it is
+        bijection: Bijection | None = None,
+    ) -> Any:  # What the map returns, whatever it is
         """One direction of the map."""
-        bijection = bijection or self.bijection
-        run = bijection.forward if way == "forward" else bijection.inverse
-        return run(points, context)
+        return getattr(bijection or self.bijection, way)(points, context)
 
     def randn(
         self,
@@ -274,17 +276,17 @@ class Case:
     @cached_property
     def forward(self) -> Pass:
         """Forward from `z`."""
-        return Pass(self, "forward", self.z, self.context)
+        return Pass(self.bijection, "forward", self.z, self.context)
 
     @cached_property
     def inverse(self) -> Pass:
         """Inverse from points of the codomain."""
         x = self.codomain_points
         context = None if self.context is None else self.context.repeat(2, 1)
-        return Pass(self, "inverse", x, context)
+        return Pass(self.bijection, "inverse", x, context)
 
     @property
-    def passes(self):
+    def passes(self) -> Iterator[Pass]:
         """Both directions; the second is not run before the first is done with."""
         yield self.forward
         yield self.inverse
@@ -305,7 +307,9 @@ class Case:
     @cached_property
     def again(self) -> Pass:
         """Forward from where `inverse` went."""
-        return Pass(self, "forward", self.inverse.out, self.inverse.context)
+        return Pass(
+            self.bijection, "forward", self.inverse.out, self.inverse.context
+        )
 
     @cached_property
     def back(self) -> tuple[Tensor, Tensor]:

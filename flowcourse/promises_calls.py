@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/lib-promises-calls.ipynb #88836570
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from .copies import by_pickle, by_state_dict
 from flowcourse.probes import (
     Broken,
+    Case,
     Measure,
     Promise,
     first_line,
@@ -31,7 +33,7 @@ class Shape(Promise):
     meaning = "both directions return a point and a ladj of the shapes promised"
     essential = True
 
-    def run(self, case):
+    def run(self, case: Case) -> Iterator[Measure]:
         """Both directions once, forward first."""
         z, context = case.z, case.context
         try:
@@ -88,7 +90,7 @@ class Dtype(Promise):
     )
     tolerance = (1e-12, 1e-6)
 
-    def run(self, case):
+    def run(self, case: Case) -> Iterator[Measure]:
         """Both directions under both default dtypes."""
         ambient = torch.get_default_dtype()
         x = case.codomain_points[: len(case.z)]
@@ -131,7 +133,7 @@ class _SameAnswers(Promise):
 
     tolerance = (1e-12, 1e-6)
 
-    def same(self, case, p, values, rows, how):
+    def _same(self, case, p, values, rows, how):
         exact = case.exact.forward if p.way == "forward" else case.exact.inverse
         judged = case.judged(p.way)[rows]
         which = torch.arange(len(p.points), device=p.points.device)[rows]
@@ -165,13 +167,13 @@ class _SameAnswers(Promise):
             )
 
 # %% ../nbs/lib-promises-calls.ipynb #5d0d806d
-class Rows(_SameAnswers):
+class IndependentRows(_SameAnswers):
     """A row alone gives what it gives in a batch."""
 
     name = "rows"
     meaning = "each row is independent of the others"
 
-    def run(self, case):
+    def run(self, case: Case) -> Iterator[Measure]:
         """The first rows, one by one."""
         n = min(len(case.z), 8)
         for p in case.passes:
@@ -184,16 +186,16 @@ class Rows(_SameAnswers):
                     for i in range(n)
                 ]
             values = [torch.cat(v) for v in zip(*alone)]
-            yield from self.same(case, p, values, slice(n), "alone")
+            yield from self._same(case, p, values, slice(n), "alone")
 
 
-class Batch(_SameAnswers):
+class BatchShapes(_SameAnswers):
     """No batch, two dimensions, an expanded or an empty one, several contexts: the same answers."""
 
     name = "batch"
     meaning = "any batch shape gives the same answers"
 
-    def run(self, case):
+    def run(self, case: Case) -> Iterator[Measure]:
         """Both directions in each batch shape."""
         for p in case.passes:
             for how, points, context, batch, rows in self._tries(p):
@@ -206,7 +208,7 @@ class Batch(_SameAnswers):
                     flat = [
                         v.reshape(-1, *v.shape[len(batch) :]) for v in values
                     ]
-                    yield from self.same(case, p, flat, rows, how)
+                    yield from self._same(case, p, flat, rows, how)
 
     def _tries(self, p):
         "Words, points, context, the batch shape expected, and the rows meant."
@@ -240,7 +242,7 @@ class Saved(Promise):
     name = "saved"
     meaning = "state_dict, deepcopy and pickle restore the map"
 
-    def run(self, case):
+    def run(self, case: Case) -> Iterator[Measure]:
         """Both directions of each copy."""
         ways = {
             "deepcopy": lambda f: (copy.deepcopy(f), []),

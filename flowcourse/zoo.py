@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from typing import Any
 
 from torch.distributions import constraints
 
@@ -21,7 +22,11 @@ from .pages import page
 # %% ../nbs/lib-zoo.ipynb #9b0c90d7
 @dataclass(frozen=True)
 class Row:
-    """One kind of bijection."""
+    """A kind of bijection: how to make a small one, what it costs, and where it is taught.
+
+    >>> rows["realnvp"].make(3).event_shape
+    (3,)
+    """
 
     # Makes a small one from a dimension (of an image: its shape) and
     # `context_dim=`
@@ -63,10 +68,11 @@ class Row:
         )
 
 # %% ../nbs/lib-zoo.ipynb #b5849d6e
-SMALL = {"hidden": (8,)}  # networks of the size of a test
+# networks of the size of a test
+SMALL: dict[str, Any] = {"hidden": (8,)}
 
 
-class Rows(Mapping):
+class Rows(Mapping[str, Row]):
     """Rows by name, gathered when they are first asked for."""
 
     def __init__(
@@ -91,7 +97,11 @@ class Rows(Mapping):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, name: str, default: Row | None = None) -> Row | None:
+    def get(
+        self,
+        name: str,  # Of a row
+        default: Any = None,  # What to give where there is none
+    ) -> Any:  # A row, or that
         """The row of a name, or something else."""
         return self._rows.get(name, default)
 
@@ -134,8 +144,8 @@ def _gather():
         name: min(row.lesson for row in part.values())
         for name, part in found.items()
     }
-    every = {}
-    for name in sorted(found, key=first.get):
+    every: dict[str, Row] = {}
+    for name in sorted(found, key=first.__getitem__):
         twice = every.keys() & found[name].keys()
         if twice:
             raise ValueError(f"rows: {name} has {twice}, which exist already")

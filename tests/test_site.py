@@ -578,6 +578,22 @@ def test_exported_sources_are_folded_below_what_they_define(site):
     assert "#what-breaks" in outline and '#coupling"' not in outline
 
 
+def test_a_page_of_the_library_shows_all_that_it_defines(site):
+    """Sources of public, shared and private names fold, a class is called one, an example is code."""
+    page = (site / "nbs/lib-testing.html").read_text()
+    page = page[page.index("<main") : page.index("</main>")]
+    for names in ("expect_fail", "_numbers, _rows_of, _settings"):
+        assert f"<summary>Source: {names}" in page
+    assert "A wrong log-determinant does not crash" in page
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "class ContractReport(" in text and "def check_bijection(" in text
+    for path in site.glob("nbs/*.html"):
+        page = path.read_text()
+        assert not re.search(r"<blockquote[^>]*>\s*<blockquote", page), (
+            path.name
+        )
+
+
 def test_a_plain_quarto_render_folds_them_too():
     """Quarto's filter gives the notebook that our own build makes pages of."""
     run = subprocess.run(

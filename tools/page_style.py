@@ -6,6 +6,7 @@ the site, in `tools/nbfilter` for a plain `quarto render`.
 
 import ast
 import re
+from functools import partial
 from textwrap import dedent
 
 LESSON = re.compile(r"\d\d-")
@@ -16,9 +17,11 @@ SHOWN = re.compile(r"^show_doc\((\w+)", re.MULTILINE)
 OPEN = re.compile(
     r'^#\| code-fold: show\n#\| code-summary: "Exported source"\n'
 )
+SUBHEADING = re.compile(r"^###(?= )", re.MULTILINE)
 # an example in a docstring, down to a blank line; the formatter indents only some
 EXAMPLE = re.compile(r"^ *>>> .*(?:\n.*\S.*)*", re.MULTILINE)
-SUBHEADING = re.compile(r"^###(?= )", re.MULTILINE)
+# the signature of a class that says nothing of how it is made
+ANYTHING = r"\(\s*\*args, \*\*kwargs\s*\)"
 
 
 def text_of(cell):
@@ -32,9 +35,43 @@ def defined(source):
     for node in ast.parse(source).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             names.append(node.name)
-        elif isinstance(node, ast.Assign):
-            names += [t.id for t in node.targets if isinstance(t, ast.Name)]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = getattr(node, "targets", None) or [node.target]
+            names += [t.id for t in targets if isinstance(t, ast.Name)]
     return names
+
+
+def rewrite(
+    cell,  # A code cell, changed in place
+    change,  # From the text to the new one
+):
+    """Change the Markdown that a cell has put out."""
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        if "text/markdown" in data:
+            data["text/markdown"] = change("".join(data["text/markdown"]))
+
+
+def as_code(text):
+    """Examples of docstrings as blocks of code, where Markdown would see quotations."""
+    return EXAMPLE.sub(lambda m: f"```python\n{dedent(m[0])}\n```", text)
+
+
+def name_classes(
+    cells,  # Of a processed notebook
+    documents,  # Name -> the cell that documents it
+):
+    """Call a class a class, where nbdev shows the call that makes it."""
+    for cell in cells:
+        source = text_of(cell)
+        if cell["cell_type"] == "code" and OPEN.match(source):
+            for node in ast.parse(OPEN.sub("", source)).body:
+                if isinstance(node, ast.ClassDef) and node.name in documents:
+                    made = re.compile(rf"def {node.name}(?:{ANYTHING}|\b)")
+                    rewrite(
+                        documents[node.name],
+                        partial(made.sub, f"class {node.name}", count=1),
+                    )
 
 
 def fold(
@@ -60,27 +97,13 @@ def fold(
     return order
 
 
-def enclose(
-    documents,  # The cells that document a name
-):
-    """Make a block of code of each example; bare prompts would be nested quotations."""
-    for cell in documents:
-        for output in cell["outputs"]:
-            text = "".join(output["data"]["text/markdown"])
-            output["data"]["text/markdown"] = EXAMPLE.sub(
-                lambda found: f"```python\n{dedent(found[0])}\n```", text
-            )
-
-
 def lower(
     cells,  # Of a processed lesson
     documents,  # The cells that document a name
 ):
     """Move what belongs to the library below the headings that an outline shows."""
     for cell in documents:
-        for output in cell["outputs"]:
-            lines = "".join(output["data"]["text/markdown"])
-            output["data"]["text/markdown"] = SUBHEADING.sub("####", lines)
+        rewrite(cell, lambda text: SUBHEADING.sub("####", text))
     inside = False
     for cell in cells:
         if cell["cell_type"] == "markdown":
@@ -97,11 +120,11 @@ def before(
     nb,  # A notebook, changed in place
     name,  # Its file's name
 ):
-    """Let a page of the library show what modules share among themselves like all else that it defines."""
+    """Let a page of the library show the source of everything that it exports, shared names among them."""
     for cell in nb["cells"]:
         if cell["cell_type"] == "code" and name.startswith(LIBRARY):
             cell["source"] = re.sub(
-                r"(?m)^#\| *exporti\b", "#| exports", text_of(cell)
+                r"(?m)^#\| *exporti?\b", "#| exports", text_of(cell)
             )
 
 
@@ -109,13 +132,15 @@ def after(
     nb,  # A notebook that nbdev has processed, changed in place
     name,  # Its file's name
 ):
-    """Fold the exported sources, and keep the library's names out of a lesson's outline."""
+    """Fold the exported sources, show examples as code, and keep the library's names out of a lesson's outline."""
     documents = {
         found[1]: cell
         for cell in nb["cells"]
         if cell.get("has_sd") and (found := SHOWN.search(text_of(cell)))
     }
+    for cell in nb["cells"]:
+        rewrite(cell, as_code)
+    name_classes(nb["cells"], documents)
     nb["cells"] = fold(nb["cells"], documents)
-    enclose(documents.values())
     if LESSON.match(name):
         lower(nb["cells"], documents.values())
