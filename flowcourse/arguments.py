@@ -109,7 +109,7 @@ def as_bool(
 
 
 def as_permutation(
-    order,  # A list, an array or a tensor of whole numbers of any format
+    order: Any,  # A list, an array or a tensor of whole numbers
     size: int,  # How many there are
     name: str = "order",  # The argument's name, for the error
 ) -> list[int]:  # The same as a list
@@ -189,7 +189,7 @@ def _is_a(value, kind):
 
 
 def what_came(
-    value,  # What came
+    value: Any,  # What came
 ) -> str:  # For the end of an error
     """What came, in words, and what to write instead where that is plain."""
     if isinstance(value, type):
@@ -218,13 +218,13 @@ def require_function(
 
 # %% ../nbs/lib-arguments.ipynb #ce0b0393
 def require_scalar_map(
-    value: object,  # What came
+    value: Any,  # What came
     name: str,  # The argument's name, for the error
     *,
     parameters: bool = False,  # Whether it must have some
     # Whether it must lead from the whole line to the whole line
     whole_line: bool = False,
-):
+) -> None:
     """Refuse what is no scalar map of the kind that is needed, or a class where an instance is meant."""
     if isinstance(value, type):
         came = f"the class {value.__name__}; call it to make one"
@@ -246,11 +246,11 @@ def require_scalar_map(
 
 
 def call_maker(
-    maker,  # A class or a function
+    maker: Callable[..., Any],  # A class or a function
     name: str,  # The argument's name, for the error
     what: str,  # What it should make, for the error
-    *sizes,  # What it makes it of
-):
+    *sizes: Any,  # What it makes it of
+) -> Any:  # What it made
     """Call what makes something; raise a `ValueError` if it cannot be called so."""
     expected = f"{name}: expected what makes {what}, got {maker!r}"
     # a module can be called, too
@@ -263,7 +263,8 @@ def call_maker(
 
 
 def make_module(
-    maker,  # A class or a function that makes a module
+    # A class or a function that makes a module
+    maker: Callable[..., nn.Module],
     name: str,  # The argument's name, for the error
     *sizes: int,  # What it makes it of
 ) -> nn.Module:  # What it made
@@ -277,10 +278,10 @@ def make_module(
 
 # %% ../nbs/lib-arguments.ipynb #e2505ac2
 def require_choice(
-    value,  # What came
+    value: Any,  # What came
     name: str,  # The argument's name, for the error
     choices: Iterable,  # What it may be; `True` is not 1
-):
+) -> None:
     """Raise a `ValueError` unless `value` is one of a few."""
     choices = tuple(choices)
     if not any(type(value) is type(c) and value == c for c in choices):
