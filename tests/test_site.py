@@ -594,6 +594,16 @@ def test_a_page_of_the_library_shows_all_that_it_defines(site):
         )
 
 
+def test_signatures_and_examples_are_code(site):
+    """No link shows its source in a signature, and no prompt is a quotation."""
+    for path in site.glob("nbs/*.html"):
+        for block in re.findall(r"<pre.*?</pre>", path.read_text(), re.DOTALL):
+            plain = re.sub(r"<[^>]+>", "", block)
+            assert "`](http" not in plain, f"{path.name}: {plain}"
+    page = (site / "nbs/05-planar.html").read_text()
+    assert "&gt;&gt;&gt; " in page and "<blockquote" not in page
+
+
 def test_a_plain_quarto_render_folds_them_too():
     """Quarto's filter gives the notebook that our own build makes pages of."""
     run = subprocess.run(

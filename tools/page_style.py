@@ -20,6 +20,8 @@ OPEN = re.compile(
 SUBHEADING = re.compile(r"^###(?= )", re.MULTILINE)
 # an example in a docstring, down to a blank line; the formatter indents only some
 EXAMPLE = re.compile(r"^ *>>> .*(?:\n.*\S.*)*", re.MULTILINE)
+FENCED = re.compile(r"^```python\n.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[(`[^`\]]+`)\]\([^)]*\)")
 # the signature of a class that says nothing of how it is made
 ANYTHING = r"\(\s*\*args, \*\*kwargs\s*\)"
 
@@ -53,8 +55,9 @@ def rewrite(
 
 
 def as_code(text):
-    """Examples of docstrings as blocks of code, where Markdown would see quotations."""
-    return EXAMPLE.sub(lambda m: f"```python\n{dedent(m[0])}\n```", text)
+    """Examples of docstrings as blocks of code, and no links within blocks, where Markdown shows their source."""
+    text = EXAMPLE.sub(lambda m: f"```python\n{dedent(m[0])}\n```", text)
+    return FENCED.sub(lambda m: LINK.sub(r"\1", m[0]), text)
 
 
 def name_classes(
