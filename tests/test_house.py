@@ -11,6 +11,7 @@ from inspect import Parameter, getdoc, isclass, isfunction, signature
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flowcourse"
@@ -112,7 +113,10 @@ def test_a_notebook_has_a_room_and_one_or_two_modules():
         elif stem.endswith("-solutions"):
             assert list(exported) == [f"exercises.{words}"], stem
         elif stem.startswith("lib-") and stem != "lib-exercises":
-            assert list(exported) == [words], stem
+            told = (
+                f"{stem} exports {[*exported]}, where its name asks for {words}"
+            )
+            assert list(exported) == [words], told
     assert set(homes.values()) == {1}, "a module has one home"
     exported = {f"flowcourse.{name}" for name in homes}
     assert exported == set(modules())
@@ -139,8 +143,9 @@ def test_packages_within_are_empty():
 @pytest.mark.parametrize("name", modules())
 def test_a_module_is_one_screen_of_thought(name):
     assert code_lines(modules()[name]) <= 420
-    first = ast.get_docstring(tree(modules()[name])).split("\n")[0]
-    assert 10 < len(first) < 120, "one idea in its first line"
+    first = (ast.get_docstring(tree(modules()[name])) or "").split("\n")[0]
+    told = 'the first cell needs a title and "> " with one sentence'
+    assert 10 < len(first) < 120, f"{name}: {told}; got {first!r}"
 
 
 def test_each_definition_stands_once():
@@ -169,14 +174,45 @@ def test_modules_stand_on_one_another_without_a_circle():
 
 def test_public_names_are_those_that_are_listed():
     listed = NAMES.read_text().split()
-    found = [
+    found = {
         f"{name.removeprefix('flowcourse.')}.{thing}"
         for name in modules()
         if ".exercises." not in name
         for thing in public(name)
-    ]
-    assert sorted(found) == listed
+    }
+    new, gone = sorted(found - {*listed}), sorted({*listed} - found)
+    told = f"in tests/public-names.txt, add {new} and remove {gone}"
+    assert not (new or gone), told
+    assert listed == sorted(listed), "tests/public-names.txt is not in order"
     assert len(listed) <= 170  # few enough to know
+
+
+def test_the_sidebar_lists_every_page():
+    def entries(items):
+        for item in items:
+            if isinstance(item, str):
+                yield Path(item).stem
+            else:
+                yield from entries(item.get("contents", []))
+
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    listed = {*entries(config["website"]["sidebar"]["contents"])}
+    missing = sorted(notebooks().keys() - listed)
+    assert not missing, f"add to the sidebar in _quarto.yml: {missing}"
+
+
+def test_the_home_page_lists_every_page():
+    """All but the solutions, to which the lessons lead."""
+    table = (ROOT / "README.md").read_text().partition("## The course")[2]
+    missing = [
+        stem
+        for stem in notebooks()
+        if f"/{stem}.html)" not in table
+        and stem != "index"
+        and not stem.endswith("-solutions")
+    ]
+    told = f"add links to the table in nbs/index.ipynb, then make prepare: {missing}"
+    assert not missing, told
 
 
 @pytest.mark.parametrize("name", modules())
@@ -209,7 +245,7 @@ def test_a_public_name_says_what_it_takes(name):
                 and p.name not in ("self", "cls")
                 and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
             ]
-    assert bare == []
+    assert not bare, f"without a docstring or a type: {bare}"
 
 
 @pytest.mark.parametrize("name", modules())
@@ -225,5 +261,9 @@ def test_what_users_build_with_is_told_in_three_paragraphs(name):
     for label, thing in public(name).items():
         if thing is fit or (isclass(thing) and issubclass(thing, kinds)):
             paragraphs = getdoc(thing).split("\n\n")
-            assert len(paragraphs) >= 3, f"{label}: {paragraphs}"
-            assert paragraphs[-1].lstrip().startswith(">>> "), label
+            told = (
+                "what it is; source, cost and limits; an example of >>> lines"
+            )
+            assert len(paragraphs) >= 3, f"{label}: its docstring needs {told}"
+            example = paragraphs[-1].lstrip().startswith(">>> ")
+            assert example, f"{label}: its docstring ends without >>> lines"

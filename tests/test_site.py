@@ -322,14 +322,6 @@ def test_readme_reads_well_outside_the_site():
     ] == []
 
 
-def test_home_page_lists_every_page():
-    """All but the solutions, to which the lessons lead."""
-    table = (ROOT / "README.md").read_text().partition("## The course")[2]
-    pages = {path.stem for path in (ROOT / "nbs").glob("*.ipynb")} - {"index"}
-    missing = [name for name in pages if f"/{name}.html)" not in table]
-    assert [name for name in missing if not name.endswith("-solutions")] == []
-
-
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     """The whole site, built in a copy of the project."""
