@@ -59,7 +59,11 @@ def dlgm(quick: bool) -> tuple[Callable, Callable]:
     def step(stack):
         torch.manual_seed(0)
         posterior = stack(
-            latent, layers, features, hidden=(), context_scale=features**-0.5
+            latent,
+            layers,
+            context_dim=features,
+            hidden=(),
+            context_scale=features**-0.5,
         )
         model = DLGM(posterior, pixels, latent, features)
         return training_step(FreeEnergy(model), *batch)
