@@ -1,12 +1,16 @@
 """Let nbval run the notebooks as nbdev and Quarto mean them.
 
 nbdev_clean removes execution counts, without which nbval refuses saved outputs: they are given back
-in memory. Cells with `#| eval: false` or one of our test flags are skipped.
+in memory. Cells with `#| eval: false` or one of our test flags are skipped, and so are those that
+export the package: other processes import it meanwhile, and `tools/check_clean` compares it.
 """
 
 import re
 
-SKIPPED = re.compile(r"^#\| *(eval: *false|slow|gpu|notest)\b", re.MULTILINE)
+SKIPPED = re.compile(
+    r"^#\| *(eval: *false|slow|gpu|notest)\b|^nbdev\.nbdev_export\(\)",
+    re.MULTILINE,
+)
 
 
 def pytest_collection_modifyitems(items):
