@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,7 +124,12 @@ def _claimed(path, timeout=0):
     except Timeout:
         yield False
         return
-    except NotImplementedError:  # a disk without locks, good for one process
+    except NotImplementedError:  # a folder on a disk without locks
+        warnings.warn(
+            f"out: {path.parent} cannot be locked here, so let no other process "
+            "work on this study",
+            stacklevel=3,
+        )
         yield True
         return
     try:

@@ -373,3 +373,17 @@ def test_a_config_is_trained_and_judged(tmp_path):
     assert found["results"][key] > untrained[key]
     # it goes on from what it kept: no step is done twice
     assert train_and_judge(config, tmp_path) == found
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch):
+    import filelock
+
+    def refuse(lock, timeout):
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with (
+        pytest.warns(UserWarning, match="cannot be locked here"),
+        studies._claimed(tmp_path / "job.lock") as ours,
+    ):
+        assert ours
