@@ -124,7 +124,9 @@ def check_classes(
     want = by_class.softmax(-1)
     got = answer(by_class.clone())
     slips = {
-        "these are logarithms; take their exponential": by_class.log_softmax(-1),
+        "these are logarithms; take their exponential": by_class.log_softmax(
+            -1
+        ),
         "they should sum to 1 for each image, over the classes": (
             by_class.softmax(0)
         ),
