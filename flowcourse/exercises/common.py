@@ -37,13 +37,21 @@ def _number(find_hint, n):
 
 def _code(function):
     """What a function does, without its docstring and its place in a file, to be compared."""
-    return [
-        (
-            step.opname,
-            _code(step.argval) if iscode(step.argval) else step.argrepr,
-        )
-        for step in dis.get_instructions(function)
-    ]
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    steps = []
+    for step in dis.get_instructions(function):
+        # a name that the same file imports is called by other instructions than
+        # one from another cell; they mean the same
+        if step.opname in ("PUSH_NULL", "PRECALL"):
+            continue
+        name = step.opname.replace("_METHOD", "_ATTR")
+        if step.opcode in jumps:
+            steps.append((name,))
+        elif iscode(step.argval):
+            steps.append((name, _code(step.argval)))
+        else:
+            steps.append((name, repr(step.argval)))
+    return steps
 
 
 def _same_code(answer, given):
