@@ -84,7 +84,7 @@ def check_substitution(
         z,
         -log_diagonal,
         {
-            "divide each row by its own diagonal entry": torch.linalg.solve(
+            "divide each row by the entry on its diagonal": torch.linalg.solve(
                 unit, x
             ),
             "this is the product, the other direction": lower @ x,

@@ -149,7 +149,7 @@ def check_two_layers(
             "the last layer stands alone: begin with the second": solved(
                 0, products[1, 0]
             ),
-            "which product couples them on the way back: w_1'û_2 or w_2'û_1?": solved(
+            "which product couples them in the inverse: w_1'û_2 or w_2'û_1?": solved(
                 1, products[1, 0]
             ),
             "the second layer's part must be subtracted from w_1'x + b_1": solved(
@@ -203,7 +203,7 @@ def check_two_units(
             eye + a.tanh()[:, None] * products
         ),
         "the slopes of the units are missing": size(eye + products),
-        "wrong sign: this is the ladj of the way back": -want,
+        "wrong sign: this is the ladj of the inverse": -want,
         "into @ out, a 2 by 2 matrix; this multiplies in another order": size(
             eye + slope[:, None] * products.T
         ),
