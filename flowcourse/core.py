@@ -327,7 +327,7 @@ class Inverse(Bijection):
     `forward` is the `inverse` of the wrapped map, with the `ladj` of that call,
     and the other way about; `domain` and `codomain` change places, too.
 
-    It costs nothing: each direction keeps its price. So a MAF turned round is
+    It costs nothing: each direction keeps its price. So the inverse of a MAF is
     an IAF (Papamakarios et al. 2017).
 
         >>> from flowcourse.autoregressive import MAF
@@ -337,7 +337,7 @@ class Inverse(Bijection):
 
     def __init__(
         self,
-        bijection: Bijection,  # The map to turn round
+        bijection: Bijection,  # The map whose directions are exchanged
     ):
         require_instance(bijection, "bijection", Bijection, "a bijection")
         shape = bijection.event_shape
@@ -491,7 +491,7 @@ def std_normal_log_prob(
 class StandardNormal(Base):
     r"""The normal distribution with mean zero and unit covariance.
 
-    $\log p(z) = -\tfrac12 \lVert z \rVert^2 - \tfrac d2 \log 2\pi$ in $d$
+    $\log p(z) = -\tfrac12 \lVert z \rVert^2 - \tfrac D2 \log 2\pi$ in $D$
     dimensions.
 
     It has no parameters, and a buffer that fixes dtype and device.
