@@ -47,7 +47,15 @@ def check_reciprocal(
         "this is the logarithm of z, not of its derivative": -x.log(),
         "this is the base's log-density; the ladj is missing": 0 * x,
     }
-    return compare("the log-density", got, want, slips)
+    if hint := compare("the log-density", got, want, slips):
+        return hint
+    outside = answer(torch.tensor([-3.0, 0.2, 0.9]))
+    if not (outside == -math.inf).all():
+        return (
+            "right for the x that occur. Which x does no z in (0, 1) lead to, "
+            "and what is the logarithm of a density of 0?"
+        )
+    return None
 
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #b1d8ca84
 @exercise(2)
@@ -226,6 +234,31 @@ def check_joint(
         )
     return hint
 
+# %% ../../nbs/01-change-of-variables-solutions.ipynb #35ff0464
+def _ladj_slip(flow, x):
+    """What is wrong with the ladj of the inverse of a flow on the line, or None."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        z, ladj = flow.bijection.inverse(x)
+        if not z.requires_grad:
+            return "the points of inverse do not depend on x"
+        (slope,) = torch.autograd.grad(z.sum(), x)
+    true = slope.detach().abs().log().sum(-1)
+    off = ladj.detach() - true
+    if off.abs().max() < 1e-3:
+        return None
+    log_x = x.detach().log().sum(-1)
+    rest = off - log_x  # constant where the term -log x is missing
+    if (off + 2 * true).abs().max() < 1e-3:
+        return "it has the wrong sign: inverse should return log|dz/dx|"
+    if rest.abs().max() < 1e-3:
+        return "the term of the logarithm, -log x, is missing"
+    if off.std() < 1e-3:
+        return f"it is off by {off.mean():.3g} everywhere: what does the scale add to it?"
+    if rest.std() < 1e-3:
+        return "the term of the logarithm, -log x, is missing, and that of the scale is off"
+    return "it is not log|dz/dx| of what inverse does to a point"
+
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #f4193e59
 @exercise(5)
 def check_fit(
@@ -246,17 +279,28 @@ def check_fit(
             return f"log_prob should give one number for each point, got shape {tuple(log_prob.shape)}"
         if not log_prob.isfinite().all():
             return "the log-density of some held-out areas is not finite"
+        if isinstance(flow, Flow) and (
+            slip := _ladj_slip(flow, areas[held_out])
+        ):
+            return f"the ladj of inverse: {slip}"
         try:
             mass = total_mass(flow.log_prob, low=0).item()
         except IntegrationError:
             mass = math.inf
     if mass < 0.997:
         return (
-            f"the mass on the positive numbers is {mass:.3f}: the map should lead there, "
-            "and its ladj should have the right sign"
+            f"the mass on the positive numbers is {mass:.3f}: "
+            "the map should lead there and nowhere else"
         )
     if mass > 1.003:
         return f"the mass is {mass:.3g}, so this is no density: what is the ladj of inverse?"
+    with torch.no_grad():
+        below = flow.log_prob(-areas[:3])
+    if not (below == -math.inf).all():
+        return (
+            f"the log-density of a negative area is {below[0]:.3g} where -inf is right: "
+            "state the codomain of your map, as in 1.6"
+        )
     score = log_prob.mean().item()
     if score < -7.15:
         return (
