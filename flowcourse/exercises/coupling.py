@@ -72,17 +72,25 @@ def check_allowed(
             return f"one more is fine; {question}"
     return None
 
+# %% ../../nbs/06-coupling-solutions.ipynb #0ba8f5d5
+def _faulty(z, net, bound=3.0):
+    """Affine coupling with bounded scales; the second half passes through."""
+    z_a, z_b = z.chunk(2, -1)
+    r, t = net(z_a).chunk(2, -1)
+    s = bound * (r / bound).tanh()
+    return torch.cat([z_a * s.exp() + t, z_b], -1), r.sum(-1)
+
 # %% ../../nbs/06-coupling-solutions.ipynb #78a1a505
 def _check_net(d):
     """A small random conditioner, the same every time."""
     generator = torch.Generator().manual_seed(1)
     net = nn.Sequential(nn.Linear(d, 8), nn.Tanh(), nn.Linear(8, 2 * d))
     for parameter in net.parameters():
-        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = torch.randn(parameter.shape, generator=generator)
     return net.requires_grad_(False)
 
 # %% ../../nbs/06-coupling-solutions.ipynb #dbc44871
-@exercise(3)
+@exercise(3, given=_faulty)
 def check_repair(
     # From `z` and `net` to `(x, ladj)`
     answer: Callable[..., tuple[Tensor, Tensor]],
@@ -90,34 +98,44 @@ def check_repair(
     """Check the repaired coupling."""
     net, z = _check_net(2), fixed_noise(7, 4)
     z_a, z_b = z.chunk(2, -1)
-    s, t = net(z_a).chunk(2, -1)
-    x = torch.cat([z_a, z_b * s.exp() + t], -1)
-    s_own, t_own = net(z_b).chunk(2, -1)
-    own = torch.cat([z_a, z_b * s_own.exp() + t_own], -1)
-    got = answer(z, net)
-    if compare_pair("the stub", got, own, s_own.sum()) is None:
-        raise NotImplementedError  # both faults are still there
+
+    def scales(block):
+        r, t = net(block).chunk(2, -1)
+        return r, 3 * (r / 3).tanh(), t
+
+    (r, s, t), (r_own, s_own, t_own) = scales(z_b), scales(z_a)
+    own = "a block must not decide how it moves itself, or the way back is lost"
+    raw = "the coordinates are scaled by the bounded s, not by the raw r"
     return compare_pair(
         "repaired",
-        got,
-        x,
+        answer(z, net),
+        torch.cat([z_a * s.exp() + t, z_b], -1),
         s.sum(-1),
         {
-            "a block must not decide how it moves itself, or the way back is lost": own,
-            "this is a coupling too, but here the first half is to pass through": torch.cat(
-                [z_a * s_own.exp() + t_own, z_b], -1
+            own: torch.cat([z_a * s_own.exp() + t_own, z_b], -1),
+            "this is a coupling too, but here the second half is to pass through": torch.cat(
+                [z_a, z_b * s_own.exp() + t_own], -1
+            ),
+            "the scale has lost its bound": torch.cat(
+                [z_a * r.exp() + t, z_b], -1
             ),
             "scale first, then shift, as in the lesson": torch.cat(
-                [z_a, (z_b + t) * s.exp()], -1
+                [(z_a + t) * s.exp(), z_b], -1
+            ),
+            "the blocks are in the wrong order": torch.cat(
+                [z_b, z_a * s.exp() + t], -1
             ),
         },
         {
+            raw: r.sum(-1),
+            f"{raw}; and a block must not decide how it moves itself": r_own.sum(
+                -1
+            ),
+            "a block must not decide how it moves itself": s_own.sum(-1),
             "wrong sign: forward scales by exp(s), so it is plus the sum of s": -s.sum(
                 -1
             ),
             "it sums over the whole batch; each point has its own": s.sum(),
-            "it sums over the whole batch, and the block that moves decides": s_own.sum(),
-            "a block must not decide how it moves itself": s_own.sum(-1),
             "a mean over the coordinates instead of a sum": s.mean(-1),
         },
     )
