@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn import functional as F
 
 from .arguments import as_float, as_int
 from .coupling import Couplings
