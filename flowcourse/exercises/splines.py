@@ -57,16 +57,23 @@ def check_cubic_limit(
 ):
     """Check the numbers at which a cubic piece with equal end slopes begins to turn back."""
     slips = {
-        "the inner slopes of Steffen stay at or below 2, which is safe, but not the largest": 2.0,
+        "with slopes of 2 the curve never turns back, but that is not the limit": 2.0,
         "that is a straight line; the curve can be much steeper at its ends": 1.0,
         "with slopes of 4 the curve turns back in the middle": 4.0,
     }
-    hint = compare("largest_equal_slope", largest, 3.0, slips)
+    hint = instead(
+        compare("largest_equal_slope", largest, 3.0, slips),
+        "largest_equal_slope: put a = b into the cubic, and ask when v' first "
+        "reaches 0 somewhere",
+    )
     slips = {
         "there it is steepest": 0.0,
         "there the curve is steepest": 1.0,
     }
-    hint = hint or compare("flattest_at", place, 0.5, slips)
+    hint = hint or instead(
+        compare("flattest_at", place, 0.5, slips),
+        "flattest_at: both ends are alike, so which u is left where it is when they swap?",
+    )
     if hint:
         return hint
     slips = {
@@ -74,10 +81,11 @@ def check_cubic_limit(
         "that is v and not v'": 0.5,
         "that is the slope with a = b = 0": 1.5,
     }
-    hint = compare("slope_there", slope, 0.0, slips)
-    if hint and hint.endswith("is right"):  # a number alone teaches nothing
-        return "slope_there: differentiate the cubic, then put in a = b = 3 and u = 1/2"
-    return hint
+    return instead(
+        compare("slope_there", slope, 0.0, slips),
+        "slope_there: differentiate the cubic and put in the two numbers you "
+        "found; a limit is where something just happens",
+    )
 
 # %% ../../nbs/07-splines-solutions.ipynb #5965e997
 def given_search(t, knots):
@@ -109,6 +117,11 @@ def check_search(
     for where, t in tries.items():
         got = torch.as_tensor(answer(t, every[where]))
         want = (t.unsqueeze(-1) >= knots[..., 1:-1]).sum(-1)
+        if got.shape not in ((), want.shape):
+            return (
+                f"one index for each of the {tuple(t.shape)} points, please: "
+                f"yours has shape {tuple(got.shape)}"
+            )
         hint = compare(
             f"the index ({where})",
             got,
@@ -170,50 +183,91 @@ def check_rings_flow(
         )
     lost = rings.log_prob(fresh) - log_q
     gap, far = lost.mean().item(), fresh.abs().amax(-1) > 3
-    print(f"{gap:.2f} nats below the true density")
+    print(f"{gap:.2f} nats above the entropy")
     if gap <= 0.15:
         return None
-    if lost[far].mean() > 2 * gap:
+    return _what_next(flow, lost[far].mean() > 2 * gap)
+
+
+def _what_next(flow, lost_outside):
+    """The setting that is most worth changing: splines, box, bins, training."""
+    maps = [m.scalar_map for m in flow.modules() if hasattr(m, "scalar_map")]
+    bins = [m.bins for m in maps if hasattr(m, "bins")]
+    ends = [m.ends[1] for m in maps if hasattr(m, "bins")]
+    if maps and not bins:
+        return "no spline is in it, and affine couplings stop near 0.8"
+    if bins and max(ends) > 4.5:
         return (
-            "most is lost where a coordinate is beyond 3, outside the usual "
-            "box: there a spline is the identity"
+            f"the points reach 3.3, so a box that ends at {max(ends):g} "
+            "leaves many bins without data"
         )
-    if gap > 0.7:
+    if bins and max(bins) < 16:
         return (
-            "about what affine couplings reach: is a spline in it, and does "
-            "its box fit the points?"
+            "a line through the rings crosses eight edges, and each wants two "
+            f"or three knots: {max(bins)} bins are few"
+        )
+    if lost_outside:
+        return (
+            "most is lost where a coordinate is beyond 3: where a box ends, "
+            "the spline ends"
         )
     return (
-        "at most 0.15 is asked for. More bins, a box that just holds the "
-        "points, a larger lr, or more steps?"
+        "at most 0.15 is asked for, and box and bins will do: more steps, or a "
+        "larger lr with a cosine?"
     )
 
 # %% ../../nbs/07-splines-solutions.ipynb #e07a387e
 @exercise(5)
 def check_histogram(
-    slope: float,  # d/dz log h'(z) inside a bin of a linear spline
+    true_slope: float,  # dL/de at e = 1/4
+    autograd_slope: float,  # What autograd returns there, on average
     statement: str,  # "A", "B", "C" or "D"
 ):
-    """Check why linear splines do not stack."""
+    """Check why autograd does not move the knots of a linear spline."""
     hint = instead(
         compare(
-            "slope_of_log_slope",
-            slope,
-            0.0,
-            {"that is h' of a straight map; its log-slope is asked for": 1.0},
+            "true_slope",
+            true_slope,
+            -math.log(3),
+            {
+                "the sign; a larger e is better, so the loss falls": math.log(
+                    3
+                ),
+                "that is what autograd returns; e is also the share of the "
+                "data at the left": 0.0,
+                "that is L(e), and its slope is asked for": (
+                    0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+                ),
+            },
         ),
-        "slope_of_log_slope: in a bin the map is a straight line. What is its "
-        "slope, and how does that change with z?",
+        "true_slope: write the mean loss as a share e of the data with loss "
+        "log(2e), and 1 - e with the other loss; then differentiate all of it",
+    )
+    hint = hint or instead(
+        compare(
+            "autograd_slope",
+            autograd_slope,
+            0.0,
+            {
+                "autograd does not see points change sides": -math.log(3),
+                "that is a point at the left; average over both sides": 4.0,
+                "that is a point at the right; average over both sides": -4 / 3,
+                "the mean over both sides has weights e and 1 - e": 4 - 4 / 3,
+            },
+        ),
+        "autograd_slope: the slope of log(2e) at the left, that of "
+        "log(2(1 - e)) at the right, and the mean over the data",
     )
     if hint:
         return hint
     statement = str(statement).strip().strip(".").upper()
     hints = {
-        "A": "A: with eight bins it has eight raw numbers, and the affine map two",
-        "B": "B: an increasing map with corners still has an inverse, and a "
-        "point is never exactly at a corner",
-        "D": "D: its heights are squeezed, so its slopes are bounded as well",
+        "A": "A: the linear spline is squeezed in the same way",
+        "C": "C: where knots stand in z, or move there, does not make the "
+        "loss of a point that changes sides any smoother",
+        "D": "D: your autograd_slope is the average, and it is wrong all the "
+        "same",
     }
-    if statement not in {*hints, "C"}:
+    if statement not in {*hints, "B"}:
         return f"statement: expected one of the letters A to D, got {statement}"
     return hints.get(statement)
