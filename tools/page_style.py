@@ -22,6 +22,10 @@ SUBHEADING = re.compile(r"^###(?= )", re.MULTILINE)
 EXAMPLE = re.compile(r"^ *>>> .*(?:\n.*\S.*)*", re.MULTILINE)
 FENCED = re.compile(r"^```python\n.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[(`[^`\]]+`)\]\([^)]*\)")
+# what stands before a name in a signature and says nothing to a reader
+HOMES = re.compile(
+    r"\b(?:__main__|collections\.abc|typing|torch\.(?:nn|optim|distributions)\.\w+(?:\.\w+)*)\.(?=[A-Z_])"
+)
 # the signature of a class that says nothing of how it is made
 ANYTHING = r"\(\s*\*args, \*\*kwargs\s*\)"
 
@@ -54,10 +58,16 @@ def rewrite(
             data["text/markdown"] = change("".join(data["text/markdown"]))
 
 
+def plain(block):
+    """A block of code, such as a signature, as a reader of Python would write it."""
+    block = LINK.sub(r"\1", HOMES.sub("", block[0]))
+    return block.replace("=<factory>", "=...")
+
+
 def as_code(text):
-    """Examples of docstrings as blocks of code, and no links within blocks, where Markdown shows their source."""
+    """Examples of docstrings as blocks of code, and plain signatures, where Markdown shows their source."""
     text = EXAMPLE.sub(lambda m: f"```python\n{dedent(m[0])}\n```", text)
-    return FENCED.sub(lambda m: LINK.sub(r"\1", m[0]), text)
+    return FENCED.sub(plain, text)
 
 
 def name_classes(
