@@ -12,6 +12,12 @@ from textwrap import dedent
 LESSON = re.compile(r"\d\d-")
 LIBRARY = "lib-"
 LIBRARY_PART = re.compile(r"^## In the library\b", re.MULTILINE)
+# what a reader of the site is told where the story ends
+AFTER = (
+    "::: {.after-the-lesson}\nThe lesson ends here. What follows is for looking things up: "
+    "the definitions that the package has from this page, with their sources folded, "
+    "an example of each, and what makes them fast and safe.\n:::\n"
+)
 SHOWN = re.compile(r"^show_doc\((\w+)", re.MULTILINE)
 # as nbdev marks the source of an exported cell
 OPEN = re.compile(
@@ -110,6 +116,27 @@ def fold(
     return order
 
 
+def name_folds(
+    cells,  # Of a processed notebook
+):
+    """Say what a closed cell of code holds, where nothing says it yet: imports, or the drawing of a figure."""
+    for cell in cells:
+        source = text_of(cell)
+        if (
+            cell["cell_type"] != "code"
+            or not re.search(r"(?m)^#\| *code-fold: *true", source)
+            or re.search(r"(?m)^#\| *code-summary:", source)
+        ):
+            continue
+        kinds = {type(node) for node in ast.parse(source).body}
+        imports = kinds <= {ast.Import, ast.ImportFrom}
+        figure = re.search(r"(?m)^#\| *label: *fig-", source)
+        what = (
+            "Imports" if imports else "Code of the figure" if figure else "Code"
+        )
+        cell["source"] = f'#| code-summary: "{what}"\n{source}'
+
+
 def lower(
     cells,  # Of a processed lesson
     documents,  # The cells that document a name
@@ -126,7 +153,9 @@ def lower(
             elif library:
                 inside = True
                 library = SUBHEADING.sub("####", library[0])
-                cell["source"] = f"{story}## In the library{library}"
+                cell["source"] = (
+                    f"{story}## In the library\n\n{AFTER}\n{library}"
+                )
 
 
 def before(
@@ -155,5 +184,6 @@ def after(
         rewrite(cell, as_code)
     name_classes(nb["cells"], documents)
     nb["cells"] = fold(nb["cells"], documents)
+    name_folds(nb["cells"])
     if LESSON.match(name):
         lower(nb["cells"], documents.values())
