@@ -253,7 +253,7 @@ class Autoregressive(Bijection):
 
     @property
     def forward_cost(self) -> str:
-        """D passes, or the cost of the scalar map's `forward` if that is dearer."""
+        """D passes, or the cost of the scalar map's `forward` if that is more."""
         return max("D passes", self._cost("forward_cost"), key=COSTS.index)
 
     @property
