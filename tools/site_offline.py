@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+from html import escape
 from pathlib import Path
 
 import pypandoc
@@ -163,6 +164,12 @@ def label_code(cell, numbers):
         if kind == "tbl" and "text/markdown" in data:
             data["text/markdown"] = (
                 "".join(data["text/markdown"]) + f"\n\n: {caption}\n"
+            )
+        # pictures get their captions from smalldocs, a player from here
+        if kind == "fig" and "text/html" in data:
+            data["text/html"] = (
+                f'<figure class="figure">{"".join(data["text/html"])}'
+                f"<figcaption>{escape(values['fig-cap'])}</figcaption></figure>"
             )
 
 
