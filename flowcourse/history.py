@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .plots import COLORS
+
 # %% ../nbs/lib-history.ipynb #4343ec95
 def _floats():
     return field(default_factory=list)
@@ -101,16 +103,16 @@ class History:
             axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")[1]
         steps = range(1, len(self) + 1)
         axes[0].plot(
-            steps, self.loss, color="#009E73", lw=0.8, label="training"
+            steps, self.loss, color=COLORS["model"], lw=0.8, label="training"
         )
         if self.validation_loss:
             places = self.validation_step, self.validation_loss
             axes[0].plot(
-                *places, "o--", color="#D55E00", ms=3, label="validation"
+                *places, "o--", color=COLORS["data"], ms=3, label="validation"
             )
         axes[0].set(xlabel="step", ylabel="loss [nat]")
         axes[0].legend()
-        axes[1].plot(steps, self.gradient_norm, color="#666666", lw=0.8)
+        axes[1].plot(steps, self.gradient_norm, color=COLORS["neutral"], lw=0.8)
         axes[1].set(xlabel="step", ylabel="gradient norm", yscale="log")
         return axes
 

@@ -16,7 +16,7 @@ LIMIT = 200_000  # bytes of HTML for one player
 # %% ../nbs/lib-player.ipynb #p1a00007
 _PAGE = """<div class="flow-player" style="max-width: {width}px">
 <img src="{shown}" alt="{alt}" width="{width}">
-<div class="flow-player-bar" hidden style="display: flex; gap: .6em; align-items: center">
+<div class="flow-player-bar" style="display: none; gap: .6em; align-items: center">
 <button type="button" aria-label="play" style="width: 2.6em; min-height: 1.9em">\u25b6</button>
 <input type="range" min="0" max="{last}" value="{still}" aria-label="step" style="flex: 1; min-width: 6em">
 <output style="min-width: 7em; font-variant-numeric: tabular-nums">{label}</output>
@@ -58,7 +58,7 @@ _PAGE = """<div class="flow-player" style="max-width: {width}px">
     event.stopPropagation(); // the arrow keys of a notebook move between its cells
     if (event.key === " ") {{ event.preventDefault(); toggle(); }}
   }});
-  bar.hidden = false;
+  bar.style.display = "flex";
   show({still});
 }})();
 </script>

@@ -17,6 +17,7 @@ def test_quick_start_runs_in_jupyterlab():
         pytest.skip("no chromium on PATH")
     from lab_smoke import run_in_lab
 
-    cells, done, errors = run_in_lab("nbs/00-quick-start.ipynb")
+    cells, done, errors, labels = run_in_lab("nbs/00-quick-start.ipynb")
     assert errors == []
     assert done == cells > 0
+    assert len(set(labels)) == 2, "a key moves the player from step to step"

@@ -587,13 +587,84 @@ def test_a_page_of_the_library_shows_all_that_it_defines(site):
 
 
 def test_signatures_and_examples_are_code(site):
-    """No link shows its source in a signature, and no prompt is a quotation."""
+    """No link shows its source in a signature, no name its long home, and no prompt is a quotation."""
     for path in site.glob("nbs/*.html"):
         for block in re.findall(r"<pre.*?</pre>", path.read_text(), re.DOTALL):
             plain = re.sub(r"<[^>]+>", "", block)
-            assert "`](http" not in plain, f"{path.name}: {plain}"
+            for word in (
+                "`](http",
+                "__main__.",
+                "&lt;factory&gt;",
+                ":collections.abc.",
+            ):
+                assert word not in plain, f"{path.name}: {plain}"
     page = (site / "nbs/05-planar.html").read_text()
     assert "&gt;&gt;&gt; " in page and "<blockquote" not in page
+
+
+def test_no_heading_stands_twice_in_a_row(site):
+    """A name that has a section of its own is not announced once more by the entry below it."""
+    for path in site.glob("nbs/*.html"):
+        main = re.search(r"<main.*?</main>", path.read_text(), re.DOTALL)[0]
+        found = re.findall(r"<h([1-6])\b[^>]*>(.*?)</h\1>", main, re.DOTALL)
+        headings = [re.sub(r"<[^>]+>", "", text).strip() for _, text in found]
+        twice = [a for a, b in zip(headings, headings[1:]) if a == b]
+        assert not twice, f"{path.name}: {twice}"
+
+
+def test_a_player_moves_by_keys_and_by_its_button(browser, site):
+    """A page from the disk, without a server: the slider, its label, the button, and the end of the play."""
+    page = browser.new_page()
+    page.goto((site / "nbs/lib-player.html").as_uri())
+    player = page.locator(".flow-player")
+    picture, slider = player.locator("img"), player.locator("input")
+    button, label = player.locator("button"), player.locator("output")
+    assert player.count() == 1 and label.inner_text() == "step 0"
+    seen = [picture.get_attribute("src")]
+    slider.focus()
+    for key, step in (("ArrowRight", 1), ("End", 5), ("Home", 0)):
+        page.keyboard.press(key)
+        assert label.inner_text() == f"step {step}"
+        assert slider.get_attribute("aria-valuetext") == f"step {step}"
+        seen.append(picture.get_attribute("src"))
+    assert seen[0] == seen[3] and len(set(seen)) == 3
+    page.keyboard.press(" ")
+    assert button.get_attribute("aria-label") == "stop"
+    page.keyboard.press(" ")
+    assert button.get_attribute("aria-label") == "play"
+    button.click()
+    page.wait_for_function(
+        "document.querySelector('output').textContent === 'step 5'"
+    )
+    page.wait_for_function(
+        "document.querySelector('.flow-player button').ariaLabel === 'play'"
+    )
+    page.close()
+
+
+def test_without_scripts_a_player_is_a_picture(browser, site):
+    """Where no script runs, the first picture is shown and nothing that does not work."""
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((site / "nbs/lib-player.html").as_uri())
+    assert page.locator(".flow-player img").is_visible()
+    assert not page.locator(".flow-player input").is_visible()
+    context.close()
+
+
+def test_players_are_small_and_have_captions(site):
+    """Each holds at most 200 kB; its caption and what it shows are there in words."""
+    found = 0
+    for path in site.glob("nbs/*.html"):
+        for part in path.read_text().split('<div class="flow-player"')[1:]:
+            found += 1
+            html, _, rest = part.partition("</script>")
+            assert len(html) < 200_000, path.name
+            assert re.search(r'alt="[^"]{20,}"', html), path.name
+            if path.name != "lib-player.html":
+                caption = r"\s*</div>\s*<figcaption>Figure \d+: .{20,}"
+                assert re.match(caption, rest), path.name
+    assert found > 2
 
 
 def test_a_plain_quarto_render_folds_them_too():

@@ -87,11 +87,26 @@ def wait_for(address, process, seconds=60):
     raise RuntimeError(f"JupyterLab does not answer at {address}")
 
 
+def move_player(
+    page,  # The browser's page with a notebook that has run
+):  # What the first player says before and after; none without a player
+    """Press a key on the slider of the first player of a notebook."""
+    player = page.locator(".flow-player").first
+    if not player.count():
+        return []
+    label, slider = player.locator("output"), player.locator("input")
+    labels = []
+    for key in ("Home", "ArrowRight"):
+        slider.press(key)
+        labels.append(label.inner_text())
+    return labels
+
+
 def run_in_lab(
     notebook,  # Path of the notebook in the repository
     shot=None,  # File for a screenshot of the finished notebook
     timeout=600,  # Seconds the cells may take
-):  # Code cells, those that ran, and the errors they raised
+):  # Code cells, those that ran, the errors they raised, and two labels of a player
     """Run a copy of a notebook in JupyterLab, as a reader would, and read what was saved."""
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
@@ -114,6 +129,7 @@ def run_in_lab(
                         ".jp-Notebook .jp-Cell", timeout=60_000
                     )
                     page.evaluate(RUN_ALL, timeout)
+                    labels = move_player(page)
                     if shot:
                         page.screenshot(path=shot)
                     browser.close()
@@ -136,13 +152,15 @@ def run_in_lab(
         len(code),
         sum(cell["execution_count"] is not None for cell in code),
         errors,
+        labels,
     )
 
 
 if __name__ == "__main__":
-    n, done, errors = run_in_lab(*sys.argv[1:])
+    n, done, errors, labels = run_in_lab(*sys.argv[1:])
     print(
         *errors,
+        f"the first player, moved by a key: {' -> '.join(labels) or 'none'}",
         f"{sys.argv[1]}: {done} of {n} code cells ran in JupyterLab",
         sep="\n",
     )

@@ -12,6 +12,12 @@ from textwrap import dedent
 LESSON = re.compile(r"\d\d-")
 LIBRARY = "lib-"
 LIBRARY_PART = re.compile(r"^## In the library\b", re.MULTILINE)
+# what a reader of the site is told where the story ends
+AFTER = (
+    "::: {.after-the-lesson}\nThe lesson ends here. What follows is for looking things up: "
+    "the definitions that the package has from this page, with their sources folded, "
+    "an example of each, and what makes them fast and safe.\n:::\n"
+)
 SHOWN = re.compile(r"^show_doc\((\w+)", re.MULTILINE)
 # as nbdev marks the source of an exported cell
 OPEN = re.compile(
@@ -22,6 +28,10 @@ SUBHEADING = re.compile(r"^###(?= )", re.MULTILINE)
 EXAMPLE = re.compile(r"^ *>>> .*(?:\n.*\S.*)*", re.MULTILINE)
 FENCED = re.compile(r"^```python\n.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[(`[^`\]]+`)\]\([^)]*\)")
+# what stands before a name in a signature and says nothing to a reader
+HOMES = re.compile(
+    r"\b(?:__main__|collections\.abc|typing|torch\.(?:nn|optim|distributions)\.\w+(?:\.\w+)*)\.(?=[A-Z_])"
+)
 # the signature of a class that says nothing of how it is made
 ANYTHING = r"\(\s*\*args, \*\*kwargs\s*\)"
 
@@ -54,10 +64,16 @@ def rewrite(
             data["text/markdown"] = change("".join(data["text/markdown"]))
 
 
+def plain(block):
+    """A block of code, such as a signature, as a reader of Python would write it."""
+    block = LINK.sub(r"\1", HOMES.sub("", block[0]))
+    return block.replace("=<factory>", "=...")
+
+
 def as_code(text):
-    """Examples of docstrings as blocks of code, and no links within blocks, where Markdown shows their source."""
+    """Examples of docstrings as blocks of code, and plain signatures, where Markdown shows their source."""
     text = EXAMPLE.sub(lambda m: f"```python\n{dedent(m[0])}\n```", text)
-    return FENCED.sub(lambda m: LINK.sub(r"\1", m[0]), text)
+    return FENCED.sub(plain, text)
 
 
 def name_classes(
@@ -100,6 +116,27 @@ def fold(
     return order
 
 
+def name_folds(
+    cells,  # Of a processed notebook
+):
+    """Say what a closed cell of code holds, where nothing says it yet: imports, or the drawing of a figure."""
+    for cell in cells:
+        source = text_of(cell)
+        if (
+            cell["cell_type"] != "code"
+            or not re.search(r"(?m)^#\| *code-fold: *true", source)
+            or re.search(r"(?m)^#\| *code-summary:", source)
+        ):
+            continue
+        kinds = {type(node) for node in ast.parse(source).body}
+        imports = kinds <= {ast.Import, ast.ImportFrom}
+        figure = re.search(r"(?m)^#\| *label: *fig-", source)
+        what = (
+            "Imports" if imports else "Code of the figure" if figure else "Code"
+        )
+        cell["source"] = f'#| code-summary: "{what}"\n{source}'
+
+
 def lower(
     cells,  # Of a processed lesson
     documents,  # The cells that document a name
@@ -116,7 +153,9 @@ def lower(
             elif library:
                 inside = True
                 library = SUBHEADING.sub("####", library[0])
-                cell["source"] = f"{story}## In the library{library}"
+                cell["source"] = (
+                    f"{story}## In the library\n\n{AFTER}\n{library}"
+                )
 
 
 def before(
@@ -145,5 +184,6 @@ def after(
         rewrite(cell, as_code)
     name_classes(nb["cells"], documents)
     nb["cells"] = fold(nb["cells"], documents)
+    name_folds(nb["cells"])
     if LESSON.match(name):
         lower(nb["cells"], documents.values())
