@@ -145,8 +145,8 @@ def check_weights(
     return None
 
 # %% ../../nbs/14-variational-solutions.ipynb #given-loss
-def divergence_loss(flow, energy, n):
-    """Return the loss of @eq-loss, a mean over `n` draws of `flow`."""
+def _given_loss(flow, energy, n):
+    """Return the loss of this lesson, a mean over `n` draws of `flow`."""
     x = flow.sample(n)
     return (flow.log_prob(x) + energy(x)).mean()
 
@@ -180,7 +180,7 @@ def _repaired(flow, energy, n):
     return (log_q + energy(x)).mean()
 
 
-@exercise(3, given=divergence_loss)
+@exercise(3, given=_given_loss)
 def check_loss_repair(
     # From a flow, an energy and a number of draws to the loss
     answer: Callable[..., Tensor],
