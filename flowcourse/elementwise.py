@@ -109,7 +109,7 @@ class InverseMap(ScalarMap):
 
     def __init__(
         self,
-        scalar_map: ScalarMap,  # The map to turn round
+        scalar_map: ScalarMap,  # The map to invert
     ):
         require_scalar_map(scalar_map, "scalar_map")
         self.scalar_map = scalar_map
@@ -120,24 +120,24 @@ class InverseMap(ScalarMap):
 
     @property
     def domain(self) -> constraints.Constraint:
-        """The codomain of the map turned round."""
+        """The codomain of the inverted map."""
         return self.scalar_map.codomain
 
     @property
     def codomain(self) -> constraints.Constraint:
-        """The domain of the map turned round."""
+        """The domain of the inverted map."""
         return self.scalar_map.domain
 
     def forward(
         self, z: Tensor, theta: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Base to data: the `inverse` of the map turned round."""
+        """Base to data: the `inverse` of the inverted map."""
         return self.scalar_map.inverse(z, theta)
 
     def inverse(
         self, x: Tensor, theta: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Data to base: the `forward` of the map turned round."""
+        """Data to base: the `forward` of the inverted map."""
         return self.scalar_map.forward(x, theta)
 
     def __repr__(self) -> str:
@@ -229,7 +229,7 @@ class AffineMap(ScalarMap):
         return "Dinh et al. 2017, eq. 4 and 5"
 
     def _log_slope(self, raw, points, sign):
-        "The log-slope of `forward`, times `sign`: 1, or -1 for the way back."
+        "The log-slope of `forward`, times `sign`: 1, or -1 for the inverse."
         if self.scale == "exp":
             log_slope = (
                 sign * raw
@@ -340,7 +340,7 @@ class SigmoidMap(ScalarMap):
 
     Dinh et al. 2017, section 4.1, where its inverse, the logit, leads from images
     to the base. One pass in each direction; it saturates: float32 rounds `x` to 1
-    from about `z = 17 temperature` on, and cannot lead back.
+    from about `z = 17 temperature` on, and cannot be inverted there.
 
         >>> SigmoidMap().forward(torch.zeros(2))
         (tensor([0.5000, 0.5000]), tensor([-1.3863, -1.3863]))
@@ -403,8 +403,8 @@ class Conditional(nn.Module):
     """Raw parameters of a bijection: free numbers, or what a network makes of the context.
 
     Without context there is one set for all points, with it one for each row, from
-    an `mlp`. Either way they start at `start`. The network is as dear as its
-    layers; for a map of a few numbers it is what costs.
+    an `mlp`. Either way they start at `start`. The network costs what its
+    layers cost; for a map of a few numbers that is nearly everything.
 
         >>> Conditional((4,), context_dim=2)(torch.ones(5, 2)).shape
         torch.Size([5, 4])

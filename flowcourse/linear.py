@@ -267,7 +267,7 @@ class Triangular(Linear):
 
 # %% ../nbs/04-linear.ipynb #7866f53e
 class Orthogonal(Linear):
-    """A rotation `A = Q`, or a mirrored one: `Q' Q = I`, so that its transpose undoes it.
+    """An orthogonal matrix `A = Q`, a rotation or one with a mirror: `Q' Q = I`, so that its transpose undoes it.
 
     A subclass writes `_matrix`.
 
@@ -331,7 +331,8 @@ class Householder(Orthogonal):
 
     Tomczak and Welling 2016; all at once by a triangular solve, Joffrain et al.
     2006. Making the matrix takes O(D^2 K + D K^2); both directions are a product.
-    `D` reflections reach every rotation; an odd number is never the identity.
+    The default, `D` or `D - 1`, comes as close as you like to every rotation
+    (determinant 1); an odd number has a mirror, and is never the identity.
 
         >>> Householder(3).inverse(torch.ones(5, 3))[0].shape
         torch.Size([5, 3])

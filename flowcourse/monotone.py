@@ -153,7 +153,7 @@ class LogisticMixtureMap(MonotoneMap):
 
     Ho et al. 2019, section 3.2; our raw parameters are bounded. Forward is one pass,
     O(components); inverse is numerical. Its two ends have the same slope, and between
-    narrow components far apart it is almost flat, and the way back as steep.
+    narrow components far apart it is almost flat, and its inverse as steep.
 
         >>> h, theta = LogisticMixtureMap(4), torch.zeros(14)
         >>> x, _ = h.forward(torch.ones(5), theta)

@@ -67,16 +67,13 @@ async def execute(
 
 
 def show(
-    results,  # For each data set, mean and standard deviation of each model
+    results,  # For each data set, a number of each model
 ):
     """Print what was learned."""
-    print(
-        "\nHeld-out log-likelihood, mean over 3 seeds (standard deviation); higher is better"
-    )
     for name, models in results.items():
         print(f"\n  {name}")
         for model, value in models.items():
-            print(f"    {model:<36}{value['mean']:8.2f}  ({value['sd']:.2f})")
+            print(f"    {model:<36}{value:8.2f}")
 
 
 def main():
@@ -89,7 +86,7 @@ def main():
     os.environ["FLOWCOURSE_OUT"] = str(out)
     nb = nbformat.read(LESSON, as_version=4)
     print(
-        f"Running {LESSON.relative_to(ROOT)}: it trains six flows, in a minute or two"
+        f"Running {LESSON.relative_to(ROOT)}: it trains four flows, in about half a minute"
     )
     try:
         cells = sum(cell.cell_type == "code" for cell in nb.cells)
