@@ -14,7 +14,7 @@ import json
 LIMIT = 200_000  # bytes of HTML for one player
 
 # %% ../nbs/lib-player.ipynb #p1a00007
-_PAGE = """<div class="flow-player" style="max-width: {width}px">
+_PAGE = """<div class="flow-player" style="max-width: {width}px; margin: 0 auto">
 <img src="{shown}" alt="{alt}" width="{width}">
 <div class="flow-player-bar" style="display: none; gap: .6em; align-items: center">
 <button type="button" aria-label="play" style="width: 2.6em; min-height: 1.9em">\u25b6</button>
