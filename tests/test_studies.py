@@ -27,7 +27,7 @@ from flowcourse.trainer import TrainingDiverged
 from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["digits", "dlgm", "maps", "variational"]
+NAMES = ["depth", "digits", "dlgm", "maps", "variational"]
 
 
 def study_of(path, run, *jobs):
