@@ -46,10 +46,10 @@ jobs = [
 ]
 
 
-def run(folder, data, kind, scalar_map):
+def run(folder, data, kind, scalar_map, layers=4):
     """Train three seeds of one flow for a fixed time, and judge them on their test rows."""
     config = FlowConfig(
-        data=data, kind=kind, scalar_map=scalar_map, layers=4
+        data=data, kind=kind, scalar_map=scalar_map, layers=layers
     ).replace(lr=3e-3, **DATA[data])
     seeded = [config.replace(seed=seed) for seed in SEEDS]
     objectives = [config.objective() for config in seeded]

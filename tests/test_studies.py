@@ -27,7 +27,7 @@ from flowcourse.trainer import TrainingDiverged
 from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["digits", "dlgm", "maps", "variational"]
+NAMES = ["depth", "digits", "dlgm", "maps", "variational"]
 
 
 def study_of(path, run, *jobs):
@@ -295,7 +295,7 @@ def small(name):
         module.SECONDS = 0.1
         jobs = [module.jobs[0], module.jobs[-1]]
     if name == "variational":
-        module.RECIPE["steps"] = 4
+        module.RECIPE["steps"] = module.FAMILY_STEPS = 4
         module.assess = lambda flow, log_prob, n, **options: assess(
             flow, log_prob, n // 100, **options
         )

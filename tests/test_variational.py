@@ -616,15 +616,15 @@ def test_settings_of_energies_are_finite():
         (lambda: Ridges(0.0, (0.4,), wall), "widths"),
         (lambda: Ridges(0.0, (-0.4,)), "widths"),
         (lambda: Ridges(0.0, (0.4, 0.4), 3.0), "drop"),
-        (lambda: wall(4.0), "z1"),
+        (lambda: wall(4.0), "x1"),
         (lambda: wall(torch.zeros(2), edge=math.inf), "edge"),
         (lambda: wall(torch.zeros(2), width=0.0), "width"),
         (lambda: Ridges(0.0, (math.inf,)), "widths"),
         (lambda: Ridges(0.0, 0.4), "widths"),
         (lambda: energies["U1"].sample(-1), "n"),
         (lambda: energies["U1"].sample(1.5), "n"),
-        (lambda: energies["U1"].log_density([0.0, 0.0]), "z"),
-        (lambda: energies["U2"].log_density(torch.zeros(2).long()), "z"),
+        (lambda: energies["U1"].log_density([0.0, 0.0]), "x"),
+        (lambda: energies["U2"].log_density(torch.zeros(2).long()), "x"),
     ):
         with expect_fail(ValueError, contains=f"{text}: "):
             make()

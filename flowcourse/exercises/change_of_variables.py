@@ -299,7 +299,7 @@ def check_fit(
     if not (below == -math.inf).all():
         return (
             f"the log-density of a negative area is {below[0]:.3g} where -inf is right: "
-            "state the codomain of your map, as in 1.6"
+            "state the codomain of your map"
         )
     score = log_prob.mean().item()
     if score < -7.15:

@@ -248,4 +248,6 @@ def check_one_layer(
         return f"{said}: the mask is right, train for longer or with a wider network"
     if mask == [True, False, False, True]:
         return f"{said}: the columns that decide and those that follow are exchanged"
+    if not (mask[0] or mask[3]):
+        return f"{said}: what passes through looks like the base, but another column does so too; let it decide as well"
     return f"{said}: every column that passes through has to look like the base already"

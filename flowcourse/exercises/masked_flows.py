@@ -267,7 +267,13 @@ def check_affine_fit(
         gap = (_log_bumps(x) - flow.eval().log_prob(x)).mean().item()
     if not gap <= 0.42:
         told = f"the flow is {gap:.2f} nats from the target, 0.42 are asked for"
-        if gap > 1.5:
-            return f"{told}; so far is one affine layer, or a stack in which all layers have one order"
+        layers = [
+            m for m in flow.bijection.modules() if isinstance(m, Autoregressive)
+        ]
+        orders = {tuple(m.made.sequence) for m in layers}
+        if len(layers) == 1:
+            return f"{told}: one affine layer makes normal conditionals only; what does a second one add?"
+        if len(orders) == 1:
+            return f"{told}: all layers have one order, and then the stack is no more than one affine layer; what is x1 as a function of z1?"
         return f"{told}: more layers, or more steps?"
     return None

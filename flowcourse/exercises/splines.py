@@ -24,18 +24,27 @@ from ..toy_densities import toys
 # %% ../../nbs/07-splines-solutions.ipynb #29877ef1
 @exercise(1)
 def check_knot_count(
-    line: int,  # Raw numbers with linear tails
+    outputs: int,  # Of the network of a coupling of 64 pixels
     box: int,  # Raw numbers in a box
     circle: int,  # Raw numbers on a circle
 ):
-    """Check how many raw numbers a rational-quadratic spline with 10 bins takes."""
+    """Check how many raw numbers rational-quadratic splines with 10 bins take."""
     slips = {
-        "10 bins have 9 inner knots, and the slopes at the two ends are fixed": 30,
-        "10 widths, 10 heights and the slopes at 9 inner knots": 31,
-        "the widths add up to the box, but each has a raw number all the same, and so have the heights": 27,
-        "the slopes at the inner knots are free too": 20,
+        "that is one coordinate; a coupling moves half of 64 pixels": 29,
+        "a coupling moves half of the pixels; the others pass through": 64 * 29,
+        "10 bins have 9 inner knots, and the slopes at the two ends are fixed": 32
+        * 30,
+        "the slopes at the two ends are fixed, so only inner knots count": 32
+        * 31,
+        "the widths add up to the box, but each has a raw number all the same, and so have the heights": 32
+        * 27,
+        "the slopes at the inner knots are free too": 32 * 20,
     }
-    hint = compare("on_the_line", line, 29, slips)
+    hint = instead(
+        compare("network_outputs", outputs, 32 * 29, slips),
+        "network_outputs: widths, heights and inner slopes for one pixel, "
+        "times the pixels that move",
+    )
     slips = {
         "in a box the slopes at the two ends are free": 29,
         "10 bins have 11 knots, and all their slopes are free": 30,
@@ -199,7 +208,7 @@ def _what_next(flow, lost_outside):
     if bins and max(ends) > 4.5:
         return (
             f"the points reach 3.3, so a box that ends at {max(ends):g} "
-            "leaves many bins without data"
+            "leaves many bins without data; a closer box comes first, then steps"
         )
     if bins and max(bins) < 16:
         return (
@@ -235,6 +244,7 @@ def check_histogram(
                 ),
                 "that is what autograd returns; e is also the share of the "
                 "data at the left": 0.0,
+                "right; give it to three digits, or as an expression": -1.1,
                 "that is L(e), and its slope is asked for": (
                     0.25 * math.log(0.5) + 0.75 * math.log(1.5)
                 ),
