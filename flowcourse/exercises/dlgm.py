@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
+from torch.nn import functional as F
 
 from .common import agrees, compare, exercise, fixed_noise
 
@@ -186,7 +188,19 @@ def check_free_energy(
     )
 
 # %% ../../nbs/15-dlgm-solutions.ipynb #0d44dcef
-@exercise(5)
+# as the lesson hands it out
+def _faulty_latent_step(x, noise, encode, decode):
+    mean, log_width = encode(x)
+    z = (mean + log_width.exp() * noise).detach()
+    log_q = Normal(0, 1).log_prob(noise).sum(-1) + log_width.sum(-1)
+    logits = decode(z)
+    log_p = (x * logits - F.softplus(logits)).sum(-1) + Normal(0, 1).log_prob(
+        z
+    ).sum(-1)
+    return (log_q - log_p).mean()
+
+
+@exercise(5, given=_faulty_latent_step)
 def check_latent_step(
     # From images, noise, encoder and decoder to a loss
     answer: Callable[..., Tensor],
@@ -197,7 +211,7 @@ def check_latent_step(
     right = torch.autograd.grad(want, weights)
     got = answer(x, noise, encode, decode)
     slips = {
-        "the sign of the log-widths in log q is turned round": _free_energy(
+        "the sign of the log-widths in log q is wrong": _free_energy(
             x, noise, encode, decode, width=1.0
         ).mean(),
         "the prior of z is missing": _free_energy(
