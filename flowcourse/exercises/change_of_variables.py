@@ -262,51 +262,57 @@ def _ladj_slip(flow, x):
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #f4193e59
 @exercise(5)
 def check_fit(
-    # From training areas, shape `(n, 1)`, to a flow
+    # From training errors, shape `(n, 1)`, to a flow
     answer: Callable[[Tensor], Flow],
 ):
-    """Check a flow of the areas of cell nuclei on areas that it has not seen."""
-    areas = load("breast-cancer").x[:, 3:4]
-    held_out = torch.arange(len(areas)) % 4 == 0
-    flow = answer(areas[~held_out])
+    """Check a flow of the errors of areas on tumours that it has not seen."""
+    errors = load("breast-cancer").x[:, 13:14]
+    held_out = torch.arange(len(errors)) % 4 == 0
+    flow = answer(errors[~held_out])
     if flow is None or flow is ...:
         raise NotImplementedError
     if not callable(getattr(flow, "log_prob", None)):
         return f"return a Flow, got {type(flow).__name__}"
     with torch.no_grad():
-        log_prob = flow.log_prob(areas[held_out])
+        log_prob = flow.log_prob(errors[held_out])
         if log_prob.shape != (held_out.sum(),):
             return f"log_prob should give one number for each point, got shape {tuple(log_prob.shape)}"
         if not log_prob.isfinite().all():
-            return "the log-density of some held-out areas is not finite"
+            return "the log-density of some held-out errors is not finite"
         if isinstance(flow, Flow) and (
-            slip := _ladj_slip(flow, areas[held_out])
+            slip := _ladj_slip(flow, errors[held_out])
         ):
             return f"the ladj of inverse: {slip}"
         try:
             mass = total_mass(flow.log_prob, low=0).item()
         except IntegrationError:
             mass = math.inf
-    if mass < 0.997:
+        below = flow.log_prob(-errors[:3])
+        closed = bool((below == -math.inf).all())
+        # where the ladj is right and no point is below 0, a mass that falls
+        # short is the fault of the integral
+        whole = mass >= 0.997 or (
+            closed and bool((flow.sample(1000) >= 0).all())
+        )
+    if not whole:
         return (
             f"the mass on the positive numbers is {mass:.3f}: "
             "the map should lead there and nowhere else"
         )
     if mass > 1.003:
         return f"the mass is {mass:.3g}, so this is no density: what is the ladj of inverse?"
-    with torch.no_grad():
-        below = flow.log_prob(-areas[:3])
-    if not (below == -math.inf).all():
+    if not closed:
         return (
-            f"the log-density of a negative area is {below[0]:.3g} where -inf is right: "
+            f"the log-density of a negative error is {below[0]:.3g} where -inf is right: "
             "state the codomain of your map"
         )
     score = log_prob.mean().item()
-    if score < -7.15:
+    if score < -4.56:
         return (
-            f"the held-out areas have a mean log-density of {score:.2f}, and -7.15 is asked for: "
-            "does the inverse make the areas standard normal?"
+            f"the held-out errors have a mean log-density of {score:.2f}, and -4.56 is asked for: "
+            "does the inverse make the errors standard normal?"
         )
+    print(f"held-out mean log-density {score:.2f} (a Gaussian reaches -5.60)")
     return None
 
 # %% ../../nbs/01-change-of-variables-solutions.ipynb #06d42c2e
