@@ -293,9 +293,9 @@ def check_four_lumps(
     generator = torch.Generator().manual_seed(0)
     target = energies["four-gaussians"]
     found = assess(flow.eval(), target.log_prob, 50_000, generator=generator)
-    if found.kl < 0.25:
+    if found.kl < 0.4:
         return None
-    told = f"the divergence is {found.kl:.2f} nat, to be below 0.25"
+    told = f"the divergence is {found.kl:.2f} nat, to be below 0.4"
     x = flow.sample(4000, generator=generator)
     outer = x.abs().max(-1).values > 1.5  # in the lumps, not in the middle
     share = torch.stack([
@@ -312,8 +312,8 @@ def check_four_lumps(
         return f"{told}; {lost} of the four lumps {'is' if lost == 1 else 'are'} missing: start wider, anneal longer"
     middle = 1 - outer.float().mean()
     if middle > 0.05:
-        return f"{told}; all lumps are there, but {middle:.0%} of the draws lie between them: a steeper map takes more layers, more steps or splines"
-    return f"{told}; all lumps are there: give it more steps, or more layers"
+        return f"{told}; all lumps are there, but {middle:.0%} of the draws lie between them: clip the gradients, then more layers, more steps or splines for a steeper map"
+    return f"{told}; all lumps are there, and the gaps are nearly empty: clip the gradients, then more steps or layers"
 
 # %% ../../nbs/14-variational-solutions.ipynb #check-diagnosis
 @exercise(6)
