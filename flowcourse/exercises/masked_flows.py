@@ -275,5 +275,5 @@ def check_affine_fit(
             return f"{told}: one affine layer makes normal conditionals only; what does a second one add?"
         if len(orders) == 1:
             return f"{told}: all layers have one order, and then the stack is no more than one affine layer; what is x1 as a function of z1?"
-        return f"{told}: more layers, or more steps?"
+        return f"{told}: more layers, or more steps? If neither helps, training is stuck: try another learning rate or seed, or begin with the other order"
     return None
