@@ -91,6 +91,28 @@ def test_numbers_are_those_of_the_file_and_have_no_gaps(lesson, capsys):
         assert re.search("open|No checker", stated[number]), number
 
 
+@pytest.mark.parametrize(
+    "lesson", [name for name in LESSONS if name != "15-dlgm"]
+)
+def test_each_lesson_has_four_to_six_exercises_a_fit_and_an_explain(lesson):
+    """The lesson on latent models trains for an evening: its exercise with a fit is an open one."""
+    stated = exercises(lesson)
+    assert 4 <= len(stated) <= 6
+    for kind in ("fit", "explain"):
+        found = [line for line in stated.values() if kind in line.lower()]
+        assert found, f"{lesson}: no exercise is marked as {kind}"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_stub_says_nothing_before_it_is_edited(lesson):
+    for cell in cells(lesson, "code"):
+        if re.search(r"^(?:_ = )?check_\w+\(", cell.source, re.MULTILINE):
+            said = "".join(o.get("text", "") for o in cell.outputs)
+            assert re.fullmatch(r"\d+\.\d+: not attempted yet\n", said), said
+            shown = [o for o in cell.outputs if "data" in o]
+            assert not shown, f"a bare value stands under {cell.source[:60]}"
+
+
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_the_lesson_calls_each_checker_and_the_solution_passes_it(
     lesson, capsys

@@ -72,7 +72,9 @@ def open_cells(stem):
 
 def counts(stem):
     """Words, displayed equations and lines of open code of a story."""
-    prose = [text(c) for c in story(stem) if c["cell_type"] == "markdown"]
+    # the line that `tools/prepare` writes is a signpost, not a part of the story
+    markdown = [c for c in story(stem) if c["cell_type"] == "markdown"]
+    prose = [text(c) for c in markdown if c.get("id") != course_path.MARK]
     words = sum(len(FORMULA.sub(" ", part).split()) for part in prose)
     equations = sum(len(FORMULA.findall(part)) for part in prose)
     return words, equations, sum(len(body(c)) for c in open_cells(stem))
