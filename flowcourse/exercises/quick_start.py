@@ -149,7 +149,11 @@ def check_classes(
         return instead(hint, "p(c | x): not the rule of Bayes yet")
     low = answer(by_class - 900)
     if not bool(torch.as_tensor(low).isfinite().all()):
-        return "exp gives 0 for the log-densities of images, and 0 / 0 is no number: use softmax"
+        return (
+            "right for small numbers, but where all ten log-densities are near -900, "
+            "exp gives 0, and 0 / 0 is no number. "
+            "Which function of PyTorch subtracts the largest first?"
+        )
     return compare("p(c | x) far below zero", low, want, tol=1e-3)
 
 # %% ../../nbs/00-quick-start-solutions.ipynb #fe1ee39c

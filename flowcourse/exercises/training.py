@@ -189,9 +189,9 @@ def check_diagnoses(
 ):
     """Validation against training finds memorised rows; the gradient norm, a missing floor."""
     options = ("healthy", "over-fitting", "not finished", "no floor")
-    right = dict(zip("ABC", (options[3], options[1], options[2])))
+    right = dict(zip("ABCD", (options[3], *options[1:3], options[0])))
     if not isinstance(diagnoses, dict) or set(diagnoses) != set(right):
-        return "expected a dict with the keys A, B and C"
+        return "expected a dict with the keys A, B, C and D"
     if all(said is ... for said in diagnoses.values()):
         raise NotImplementedError
     clues = {
@@ -222,6 +222,18 @@ def check_diagnoses(
             "C",
             options[3],
         ): "a ridge that gets thinner has a gradient that grows: look below",
+        (
+            "D",
+            options[1],
+        ): "memorised rows do not help other rows: look at the triangles",
+        (
+            "D",
+            options[2],
+        ): "how much did the second half of the run still gain?",
+        (
+            "D",
+            options[3],
+        ): "a negative loss alone is no alarm: does it settle? And what does its gradient do, compared with A?",
     }
     for run, said in diagnoses.items():
         if said not in options:
@@ -291,15 +303,18 @@ def check_count_flow(
         count = torch.poisson((1 + t / 2).exp(), g)
         return torch.stack([t, count], 1), torch.rand(n, generator=g)
 
-    flow = fit_counts(counted(4000, 2)[0])
+    given = counted(4000, 2)[0]
+    flow = fit_counts(given.clone())
     if not callable(getattr(flow, "log_prob", None)):
         return f"expected a trained Flow, got {type(flow).__name__}"
     rows, u = counted(10_000, 3)
 
-    def loss(shift):
-        x = torch.stack([rows[:, 0], rows[:, 1] + shift], 1)
+    def loss(shift, mean=0.0, sd=1.0, measured=0.0):
+        """On new rows, shifted and then standardised; in nats of the rows as they are."""
+        x = torch.stack([rows[:, 0] + measured, rows[:, 1] + shift], 1)
         with torch.no_grad():
-            return -flow.log_prob(x).double().mean().item()
+            each = -flow.log_prob((x - mean) / sd).double()
+        return each.mean().item() + torch.as_tensor(sd).log().sum().item()
 
     got = loss(u)
     if not math.isfinite(got):
@@ -307,8 +322,16 @@ def check_count_flow(
     if got <= 3.36:
         print(f"2.5: {got:.2f} nats on new rows, the floor is 3.29")
         return None
+    raw, spread = given, given + torch.tensor([0.0, 0.5])
+    units = [(x.mean(0), x.std(0)) for x in (raw, spread)]
+    if got > 6 and min(loss(u, *unit) for unit in units) < 3.5:
+        return f"{got:.2f} nats: this is the density of standardised rows, in other units; return one of the rows as they are"
     if loss(0.0) < min(loss(-0.5), loss(0.5)) - 0.2:
         return f"{got:.2f} nats: your density has its mass on the whole numbers themselves; nothing is left for the cells"
     if got < 3.5 and loss(u - 0.5) < got - 0.03:
         return f"{got:.2f} nats: your cells lie around n; the cell of the count n is [n, n + 1)"
-    return f"{got:.2f} nats, more than 3.36: right in kind, but not trained well enough; more steps, or a rate that comes down?"
+    if got < 4 and loss(u, measured=0.5) < got - 0.03:
+        return f"{got:.2f} nats: your measurements are too large by about a half; was the noise added to both columns? Only the count needs it"
+    if got > 6:
+        return f"{got:.2f} nats, far more than 3.36: was the flow trained, and in the units of the rows?"
+    return f"{got:.2f} nats, more than 3.36: not trained well enough? More steps, or a rate that comes down"
