@@ -27,7 +27,7 @@ from flowcourse.trainer import TrainingDiverged
 from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["depth", "digits", "dlgm", "maps", "variational"]
+NAMES = ["board", "depth", "digits", "dlgm", "maps", "variational"]
 
 
 def study_of(path, run, *jobs):
@@ -291,6 +291,9 @@ def small(name):
         few = {"steps": 4, "validate_every": 4, "held_out": 100, "judged": 10}
         module.CONFIG = module.CONFIG.replace(**few)
         jobs = module.jobs[1:2]
+    elif name == "board":
+        module.RECIPE["steps"] = 4
+        jobs = module.jobs[:2]
     else:
         module.SECONDS = 0.1
         jobs = [module.jobs[0], module.jobs[-1]]
