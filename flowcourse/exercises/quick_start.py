@@ -26,23 +26,26 @@ from ..toy_densities import toys
 # %% ../../nbs/00-quick-start-solutions.ipynb #8adce841
 @exercise(1)
 def check_mass(
-    answer: float,  # Grams of ink with the wrong sign
+    answer: float,  # Grams of ink when the ladj forgets the flattening
 ):
-    """Check the mass of a density whose ladj has the wrong sign."""
+    """Check the mass of a density whose ladj lacks one factor."""
     if not isinstance(answer, (int, float, Tensor)):
         return f"give the grams as a number, got {answer!r}"
     slips = {
-        "that is the mass without any ladj: here it has the wrong sign, "
-        "which costs a second factor": 0.6,
-        "one gram is what the right sign gives, and the test would not complain": 1.0,
-        "the other way round: is log 0.6 larger than -log 0.6?": 1 / 0.36,
-        "the right ladj makes 1 gram. Is the wrong one larger or smaller "
-        "than it, and by how much?": 1 / 0.6,
+        "that is the mass without any ladj; here the ladj has one of "
+        "its two parts": 0.6,
+        "one gram is what the right ladj gives": 1.0,
+        "the other way round: is the wrong ladj larger or smaller than the "
+        "right one?": 2.5,
+        "that is the factor in the wrong ladj. What is it beside the right "
+        "one?": 1 / 1.5,
+        "the flattening is forgotten, not the widening": 1.5,
+        "that is the mass with the wrong sign; here a part is missing": 0.36,
         "that is the difference of the two logarithms; "
-        "the ink is multiplied by its exponential": 2 * math.log(0.6),
-        "that is the wrong ladj itself": math.log(0.6),
+        "the ink is multiplied by its exponential": math.log(0.4),
+        "that is the wrong ladj itself": -math.log(1.5),
     }
-    hint = compare("the mass", answer, 0.36, slips, tol=4e-3)
+    hint = compare("the mass", answer, 0.4, slips, tol=4e-3)
     return instead(hint, "not so; by what factor is each density wrong?")
 
 # %% ../../nbs/00-quick-start-solutions.ipynb #f34299e6
@@ -62,7 +65,7 @@ def check_reachable(
         "and how would you come back?",
         "e": "e: each disc can only become one moon. How much ink does it bring?",
         "a": "a: a corner is no hole and no cut. Can rubber be pulled into it?",
-        "d": "d: two pieces to two pieces, and each brings the right ink",
+        "d": "d: count the pieces on both sides, and the ink of each",
         "c": "c: is the density between the two Gaussians zero, or just small?",
     }
     for letter, reason in reasons.items():
@@ -184,6 +187,8 @@ def check_pinwheel(
     advice = (
         "that is no better than one Gaussian. Did you train it, on the pinwheel?"
         if gap > 1.2
+        else "it has not learned the arms yet; train longer first"
+        if gap > 0.5
         else "its arms are still joined. How many pieces has the pinwheel, and "
         f"how many has the base? Here it is {clouds}"
         if clouds < 5
