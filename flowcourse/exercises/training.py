@@ -52,6 +52,9 @@ def check_best_gaussian(
         "this is the scale; the question is for its logarithm": variance.sqrt(),
         "this is the variance; the question is for the logarithm of the scale": variance,
         "this is the logarithm of the variance, twice what is asked for": variance.log(),
+        "this is the logarithm of the variance, twice what is asked for; and divide by n": x.var(
+            0
+        ).log(),
         "the other sign: a wide cloud has a large log_scale": -0.5
         * variance.log(),
         "the mean square is taken about 0; take it about loc": 0.5
@@ -278,7 +281,7 @@ def check_reverse_kl(
     got = reverse_kl(flow, log_target, z)
     hint = compare("the loss", got, want, slips)
     if hint is None and not (isinstance(got, Tensor) and got.requires_grad):
-        hint = "the value is right, but no gradient reaches the flow: do not detach it"
+        hint = "the value is right, but no gradient reaches the flow: was it detached, or computed under torch.no_grad()?"
     if hint is None:
         params = list(flow.bijection.parameters())
         grads = torch.autograd.grad(got, params, allow_unused=True)
@@ -330,6 +333,14 @@ def check_count_flow(
         return f"{got:.2f} nats: your density has its mass on the whole numbers themselves; nothing is left for the cells"
     if got < 3.5 and loss(u - 0.5) < got - 0.03:
         return f"{got:.2f} nats: your cells lie around n; the cell of the count n is [n, n + 1)"
+    inner = rows[rows[:, 1] > 0]
+    with torch.no_grad():
+        below, above = (
+            flow.log_prob(inner + torch.tensor([0.0, shift])).mean()
+            for shift in (-0.25, 0.75)
+        )
+    if got < 3.5 and below > above:
+        return f"{got:.2f} nats: half of your mass lies below n; the cell of the count n is [n, n + 1)"
     if got < 4 and loss(u, measured=0.5) < got - 0.03:
         return f"{got:.2f} nats: your measurements are too large by about a half; was the noise added to both columns? Only the count needs it"
     if got > 6:
