@@ -163,6 +163,13 @@ def test_the_seed_decides(tmp_path):
 
 
 TRAIN = ["train", "--config", NAME, "--out", "{}", *SHORT]
+# as many as there are in the folder
+STUDIES = ", ".join(
+    sorted(
+        path.stem
+        for path in Path(__file__).resolve().parents[1].glob("studies/*.py")
+    )
+)
 LATENT = ["train", "--config", "dlgm.nf10.mnist", "--out", "{}"]
 MISTAKES = [
     (["tset"], "tset: expected one of train, test, list, study, record first"),
@@ -205,11 +212,8 @@ MISTAKES = [
     ([*LATENT, "--judged", "0"], "--judged: expected a whole number"),
     ([*LATENT, "--window", "0"], "--window: expected a whole number"),
     (["test", "--config", NAME, "--out", "{}"], "model.pt"),
-    (["study"], "study: expected one of digits, dlgm, maps, variational, or"),
-    (
-        ["study", "map"],
-        "study: expected one of digits, dlgm, maps, variational",
-    ),
+    (["study"], f"study: expected one of {STUDIES}, or"),
+    (["study", "map"], f"study: expected one of {STUDIES}, or"),
     (["study", "{}/x.py"], "or the path of a .py file, got"),
     (["study", "maps", "--shard", "0/2"], "--shard: unknown option"),
     (["study", "maps", "digits"], "digits: unknown option"),
