@@ -10,6 +10,7 @@ import atexit
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,9 +84,14 @@ def accelerated(
 
 
 def _leave_group():
-    """Close the connections of this process; threads that outlive Python would abort it."""
+    """Close the connections of this process, and let gloo's threads come to rest.
+
+    They outlive their group, since torch keeps references to it. One that lets
+    go of a tensor while Python shuts down asks for its lock, and aborts.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.2)
 
 
 class Engine(nn.Module):
