@@ -158,6 +158,7 @@ def check_units(
         "the constant is added once to each, and cancels": wanted[ahead]
         + shift,
         "a constant that is added to both cancels": wanted[ahead] - shift,
+        "the same is added to both numbers, so A stays ahead": -wanted[same],
     }
     hint = compare(same, answer[same], wanted[same], slips, tol=0.02)
     return (
