@@ -336,5 +336,5 @@ def check_diagnosis(
         if diagnosis[report] not in known:
             return f"{report}: expected one of {', '.join(sorted(known))}, got {diagnosis[report]!r}"
         if diagnosis[report] != name:
-            return f"{report}: {why}"
+            return f"{report} is not {diagnosis[report]!r}: {why}"
     return None
