@@ -45,7 +45,7 @@ def check_reach(
 # %% ../../nbs/06-coupling-solutions.ipynb #fb4c51aa
 @exercise(2)
 def check_allowed(
-    letters: str,  # Those of the changes after which all is well, such as "bcd"
+    letters: str,  # Those of the changes after which all is well, such as "ab"
 ):
     """Check which changes leave a coupling a bijection with the right ladj."""
     if not isinstance(letters, str):
@@ -186,10 +186,10 @@ def check_leapfrog(
     force, eps, x = lambda q: torch.sin(2 * q) - q, 0.3, fixed_noise(4, 5, 6)
     q, p = x.chunk(2, -1)
 
-    def steps(eps, first=0.5, last=0.5):
-        """The three lines, with factors of the two half steps."""
+    def steps(eps, first=0.5, last=0.5, move=1.0):
+        """The three lines, with factors of the two half steps and of q's step."""
         p_half = p + first * eps * force(q)
-        q_new = q + eps * p_half
+        q_new = q + move * eps * p_half
         return torch.cat([q_new, p_half + last * eps * force(q_new)], -1)
 
     q_first = q - eps * p
@@ -201,6 +201,16 @@ def check_leapfrog(
         torch.zeros(4, 5),
         {
             "this is the forward step again": steps(eps),
+            "the shift of q has to be subtracted as well": steps(
+                -eps, move=-1.0
+            ),
+            "both shifts of p have to be subtracted": steps(-eps, -0.5, -0.5),
+            "the first shift of p has to be subtracted as well": steps(
+                -eps, -0.5
+            ),
+            "the last shift of p has to be subtracted as well": steps(
+                -eps, last=-0.5
+            ),
             "a half step is eps / 2": steps(-eps, 1.0, 1.0),
             "the last half step comes first; here q moves first": torch.cat(
                 [q_first, p_last], -1
