@@ -137,6 +137,9 @@ def check_classes(
             by_class.softmax(0)
         ),
         "divide by the sum over the classes": by_class.exp(),
+        "the likeliest class now has 1; divide by the sum over the classes": (
+            by_class - by_class.amax(-1, keepdim=True)
+        ).exp(),
         "this is the class of each image; return ten probabilities": (
             by_class.argmax(-1)
         ),
@@ -185,7 +188,10 @@ def check_pinwheel(
     base = flow.base
     clouds = len(base.loc) if isinstance(base, GaussianMixture) else 1
     advice = (
-        "that is no better than one Gaussian. Did you train it, on the pinwheel?"
+        "it has learned other points than these. Draw many, from the pinwheel, so "
+        "that it cannot learn a few by heart"
+        if gap > 5
+        else "that is no better than one Gaussian. Did you train it, on the pinwheel?"
         if gap > 1.2
         else "it has not learned the arms yet; train longer first"
         if gap > 0.5
