@@ -150,10 +150,14 @@ def check_undo_iaf(
     x = z * s.exp() + t
     s_zero, t_zero = net(torch.zeros_like(x))
     s_x, t_x = net(x)
-    short = torch.zeros_like(x)
-    for _ in range(x.shape[-1] - 1):
+    short, swept, filled = torch.zeros_like(x), 0.0, 0.0
+    for i in range(x.shape[-1]):
+        made = torch.where(torch.arange(x.shape[-1]) < i, z, 0.0)
+        filled = filled - net(made)[0].sum(-1)
         s_short, t_short = net(short)
-        short = (x - t_short) * (-s_short).exp()
+        swept = swept - s_short.sum(-1)
+        if i < x.shape[-1] - 1:
+            short = (x - t_short) * (-s_short).exp()
     return compare_pair(
         "undo_iaf",
         answer(x, net),
@@ -178,6 +182,8 @@ def check_undo_iaf(
             "sum s of the finished point, each coordinate once": -s_zero.sum(
                 -1
             ),
+            "this adds up s of every round; take s of the finished point only": filled,
+            "this adds up s of every sweep; take s of the finished point only": swept,
         },
     )
 
@@ -265,8 +271,8 @@ def check_affine_fit(
     x = _draw_bumps(20_000, 1)
     with torch.no_grad():
         gap = (_log_bumps(x) - flow.eval().log_prob(x)).mean().item()
-    if not gap <= 0.42:
-        told = f"the flow is {gap:.2f} nats from the target, 0.42 are asked for"
+    if not gap <= 0.55:
+        told = f"the flow is {gap:.2f} nats from the target, 0.55 are asked for"
         layers = [
             m for m in flow.bijection.modules() if isinstance(m, Autoregressive)
         ]
