@@ -200,7 +200,7 @@ class ReverseKL(Objective):
     def __init__(
         self,
         flow: nn.Module,  # The `Flow` that is q
-        # From `x` to log p, perhaps not normalised; a module is trained along
+        # From `x` to log p, up to a constant; a module learns too
         log_target: Callable[[Tensor], Tensor],
         # Weight of log p over the run; None for 1
         annealing: Annealing | None = None,
