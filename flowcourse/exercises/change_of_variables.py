@@ -73,6 +73,9 @@ def check_affine(
     x, ladj = shift + log_scale.exp() * z, log_scale.sum().expand(8)
     common = {
         "the sum over the coordinates is missing": log_scale.expand(8, 3),
+        "this is the mean over the coordinates; volumes need their sum": log_scale.mean().expand(
+            8
+        ),
         "one number for each point is needed, so expand it to the batch": log_scale.sum(),
         "this is the determinant; return its logarithm": ladj.exp(),
         "this sums the scales; sum their logarithms": log_scale.exp()
@@ -288,6 +291,13 @@ def check_fit(
             mass = total_mass(flow.log_prob, low=0).item()
         except IntegrationError:
             mass = math.inf
+        except ValueError as error:
+            if "nan at" not in str(error):
+                raise
+            return (
+                "the log-density of some positive numbers is nan: your map does not "
+                "lead to all of its codomain"
+            )
         below = flow.log_prob(-errors[:3])
         closed = bool((below == -math.inf).all())
         # where the ladj is right and no point is below 0, a mass that falls
