@@ -186,7 +186,12 @@ def check_loss_repair(
     answer: Callable[..., Tensor],
 ):
     """Check the repaired loss: its value and its gradient."""
-    (want, slope), (got, found) = _slope(_repaired), _slope(answer)
+    try:
+        (want, slope), (got, found) = _slope(_repaired), _slope(answer)
+    except AttributeError as error:
+        if "rsample" not in str(error):
+            raise
+        return "a Flow has no `rsample`: `rsample_and_log_prob(n)` returns draws that carry gradients, and their log-densities"
     if found is None:
         return "divergence_loss should return one number, the mean over draws"
     constant = 2 * 0.5 * math.log(2 * math.pi)
@@ -250,6 +255,9 @@ def check_path_gradient(
             "the slope of log q is divided by s^2, not by s": (
                 -eps - slope(x)
             ).mean(),
+            "x - m is s eps, so (x - m) / s^2 is eps / s": (
+                -eps / s**2 - slope(x)
+            ).mean(),
             "one number for each draw; take their mean": along,
             "slope belongs at x, not at eps": (-eps / s - slope(eps)).mean(),
         },
@@ -267,6 +275,9 @@ def check_path_gradient(
             ).mean(),
             "wrong sign of the slope of log p, which is subtracted": (
                 (-eps / s + slope(x)) * eps
+            ).mean(),
+            "x - m is s eps, so (x - m) / s^2 is eps / s": (
+                (-eps / s**2 - slope(x)) * eps
             ).mean(),
             "one number for each draw; take their mean": along * eps,
         },
@@ -306,8 +317,12 @@ def check_four_lumps(
         for sign in (1, -1)
     ])  # fmt: skip
     lost = int((share < 0.03).sum())
+    centres = x.new_tensor(target.centres)
+    astray = (torch.cdist(x, centres).min(-1).values > 2).float().mean()
     if lost == 4:
         return f"{told}; hardly a draw is in any lump: is the flow trained?"
+    if lost and astray > 0.5:
+        return f"{told}; {astray:.0%} of the draws are in no lump: the training came apart, so clip the gradients"
     if lost:
         return f"{told}; {lost} of the four lumps {'is' if lost == 1 else 'are'} missing: start wider, anneal longer"
     middle = 1 - outer.float().mean()
@@ -324,8 +339,8 @@ def check_diagnosis(
     right = {
         "A": ("a lump is missing", "all weights are equal, so the draws are fine where they are; what does the mean weight say?"),
         "B": ("draws are lost", "two draws in a hundred count, and the divergence is enormous: where are the others?"),
-        "C": ("thin places", "nearly all draws count, but the largest weights have a heavy tail"),
-        "D": ("too wide", "the weights are uneven, and none is large: a negative k-hat means that they are bounded"),
+        "C": ("thin places", "nearly all draws count, and yet one of them weighs as much as dozens: where would such a draw come from?"),
+        "D": ("too wide", "the weights are uneven, and none is large: no part of p has too few draws"),
     }  # fmt: skip
     if not isinstance(diagnosis, dict) or set(diagnosis) != set(right):
         return "expected a dictionary with A, B, C and D"
