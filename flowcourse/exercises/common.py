@@ -39,10 +39,10 @@ def _number(find_hint, n):
 def _code(function):
     """What a function does, as its source says it, without its name and docstring; None where there is no source."""
     try:
-        source = dedent(getsource(function))
-    except (OSError, TypeError):
-        return None
-    for node in ast.walk(ast.parse(source)):
+        tree = ast.parse(dedent(getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None  # the source of a lambda may be a part of a line
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             arguments = [each.arg for each in node.args.args]

@@ -192,8 +192,8 @@ def check_rings_flow(
         )
     lost = rings.log_prob(fresh) - log_q
     gap, far = lost.mean().item(), fresh.abs().amax(-1) > 3
-    print(f"{gap:.2f} nats above the entropy")
-    if gap <= 0.15:
+    print(f"{gap:.3f} nats above the entropy")
+    if gap < 0.15:
         return None
     return _what_next(flow, lost[far].mean() > 2 * gap)
 
@@ -221,7 +221,7 @@ def _what_next(flow, lost_outside):
             "the spline ends"
         )
     return (
-        "at most 0.15 is asked for, and box and bins will do: more steps, or a "
+        "less than 0.15 is asked for, and box and bins will do: more steps, or a "
         "larger lr with a cosine?"
     )
 
@@ -242,8 +242,8 @@ def check_histogram(
                 "the sign; a larger e is better, so the loss falls": math.log(
                     3
                 ),
-                "that is what autograd returns; e is also the share of the "
-                "data at the left": 0.0,
+                "e is not only in the loss of a point; it is also the share "
+                "of the data at the left": 0.0,
                 "that is L(e), and its slope is asked for": (
                     0.25 * math.log(0.5) + 0.75 * math.log(1.5)
                 ),
