@@ -332,7 +332,7 @@ def check_count_flow(
     if loss(0.0) < min(loss(-0.5), loss(0.5)) - 0.2:
         return f"{got:.2f} nats: your density has its mass on the whole numbers themselves; nothing is left for the cells"
     if got < 3.5 and loss(u - 0.5) < got - 0.03:
-        return f"{got:.2f} nats: your cells lie around n; the cell of the count n is [n, n + 1)"
+        return f"{got:.2f} nats: your mass lies around n; the noise must fill the cell [n, n + 1) evenly"
     inner = rows[rows[:, 1] > 0]
     with torch.no_grad():
         below, above = (
