@@ -22,9 +22,7 @@ RECIPE = {"steps": 5000, "batch_size": 256, "schedule": "cosine"}
 RATES = {"twelve affine": 1e-2, "two spline": 2e-2}  # best after 500 steps
 FLOWS = {
     "twelve affine": partial(RealNVP, 2, layers=12, hidden=(32, 32)),
-    "two spline": partial(
-        NSF, 2, layers=2, hidden=(32, 32), bins=12, bound=5.0
-    ),
+    "two spline": partial(NSF, 2, layers=2, hidden=(32, 32), bound=5.0),
 }
 
 jobs = [
