@@ -111,12 +111,14 @@ def check_weights(
             if shift and is_nan(got[i]):
                 return f"{what} of {name} weights is nan: {overflow}; divide all weights by the largest first"
         w = (log_w - log_w.max()).exp()
+        share = w.sum() ** 2 / w.square().sum() / len(w)
         hint = compare(
             f"mean with {name} weights",
             got[0],
             (w * h).sum() / w.sum(),
             {
                 "this is the mean over draws of q; weigh them": h.mean(),
+                "this is the share; the mean comes first": share,
                 "divide by the sum of the weights, which are known up to a constant": (
                     w * h
                 ).mean(),
@@ -127,7 +129,6 @@ def check_weights(
                 "the weights are exp(log_w)": (log_w * h).sum() / log_w.sum(),
             },
         )
-        share = w.sum() ** 2 / w.square().sum() / len(w)
         hint = hint or compare(
             f"share with {name} weights",
             got[1],
