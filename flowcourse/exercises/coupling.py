@@ -69,7 +69,7 @@ def check_allowed(
     }
     for letter, question in missing.items():
         if letter not in chosen:
-            return f"one more is fine; {question}"
+            return f"at least one more is fine; {question}"
     return None
 
 # %% ../../nbs/06-coupling-solutions.ipynb #0ba8f5d5
