@@ -89,6 +89,11 @@ class ELU:
 ACTIVATIONS = {"lipswish": LipSwish, "elu": ELU}
 
 # %% ../nbs/lib-kernels-residual.ipynb #47f230cd
+def _times(t, matrix):
+    "A matrix product that rounds alike with gradients and without."
+    return (t.reshape(-1, t.shape[-1]) @ matrix).view(*t.shape[:-1], matrix.shape[-1])
+
+
 class Branch(NamedTuple):
     """The network F of one block, its matrices bounded."""
 
@@ -110,7 +115,7 @@ class Branch(NamedTuple):
 
     def __call__(
         self,
-        x: Tensor,  # Points, shape `(*batch, d)`
+        x: Tensor,  # Points, shape `(n, d)`
     ) -> tuple[Tensor, list[Tensor]]:  # F(x), slopes of the hidden layers
         """The network, and the slopes of its units."""
         slopes: list[Tensor] = []
@@ -128,22 +133,22 @@ class Branch(NamedTuple):
     def jacobian(
         self,
         slopes: list[Tensor],  # Of the hidden layers, at the points
-    ) -> Tensor:  # dF/dx, shape `(*batch, d, d)`
+    ) -> Tensor:  # dF/dx, shape `(n, d, d)`
         """All unit directions carried through the network."""
         first, *rest = self.matrices
-        tangents = first.mT.view(-1, *[1] * (slopes[0].dim() - 1), len(first))
+        tangents = first.mT.unsqueeze(1)
         for slope, matrix in zip(slopes, rest):
-            tangents = (tangents * slope) @ matrix.mT
+            tangents = _times(tangents * slope, matrix.mT)
         return tangents.movedim(0, -1)
 
     def pull(
         self,
-        v: Tensor,  # Shape `(*more, *batch, d)`
+        v: Tensor,  # Shape `(*more, n, d)`
         slopes: list[Tensor],  # Of the hidden layers, at the points
     ) -> Tensor:  # Rows v'J, of the same shape
         """Vectors times the Jacobian, the network run backwards."""
         for i in reversed(range(len(self.matrices))):
-            v = v @ self.matrices[i]
+            v = _times(v, self.matrices[i])
             if i:
                 v = v * slopes[i - 1]
         return v

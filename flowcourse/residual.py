@@ -191,15 +191,16 @@ class ResidualFlow(Bijection):
             z, ladj = self._run(x, context, "inverse")
             return z, ladj, torch.zeros_like(ladj)
         with full_precision(x):
-            z, sign, blocks = self._through(x, context, "inverse")
+            batch, points, features = self._flat(x, context)
+            z, sign, blocks = self._through(points, features, "inverse")
             found = torch.cat(
                 [
-                    self._estimates(blocks, x, 1, generator, fresh=True)
+                    self._estimates(blocks, z, 1, generator, fresh=True)
                     for _ in range(probes)
                 ]
             )
-        error = found.std(0) / probes**0.5
-        return z, sign * found.mean(0), error
+        ladj, error = sign * found.mean(0), found.std(0) / probes**0.5
+        return z.view(x.shape), ladj.view(batch), error.view(batch)
 
     def bias_bound(self) -> float:  # In nats, of each point's ladj
         """How far cutting the series off can move the ladj; 0 where its mean is right."""
@@ -229,12 +230,24 @@ class ResidualFlow(Bijection):
 
     def _run(self, t, context, way, generator=None):
         with full_precision(t):
-            t_out, sign, blocks = self._through(t, context, way)
-            if not self.estimated:
+            batch, t, context = self._flat(t, context)
+            t, sign, blocks = self._through(t, context, way)
+            if self.estimated:
+                found = self._estimates(blocks, t, self.probes, generator)
+                ladj = sign * found.mean(0)
+            else:
                 jacobians = torch.stack([f.jacobian(s) for f, s in blocks])
-                return t_out, sign * log_det(jacobians).sum(0)
-            found = self._estimates(blocks, t, self.probes, generator)
-        return t_out, sign * found.mean(0)
+                ladj = sign * log_det(jacobians).sum(0)
+        return t.view(*batch, *self.event_shape), ladj.view(batch)
+
+    def _flat(self, t, context):
+        "The batch's shape, and points and features in rows."
+        batch = t.shape[:-1]
+        t = t.reshape(batch.numel(), *self.event_shape)
+        if context is not None:
+            context = context.expand(*batch, self.context_dim)
+            context = context.reshape(batch.numel(), self.context_dim)
+        return batch, t, context
 
     def _through(self, t, context, way):
         "Where points go, the sign of the ladj, each block's network and slopes."
@@ -257,8 +270,7 @@ class ResidualFlow(Bijection):
         if fresh:
             v = draw(rademacher, shape, t, generator)
         else:
-            pad = (1,) * (t.dim() - 1)
-            v = self.fixed_probes.view(probes, *pad, -1).expand(shape)
+            v = self.fixed_probes.unsqueeze(1).expand(shape)
         weights = [1.0] * self.terms
         if self.ladj == "roulette":
             extra = _LONG  # in eval mode: so long that nothing is missing
