@@ -58,8 +58,6 @@ def shrinkage(
 class LipSwish:
     """`x sigmoid(beta x) / 1.1`, whose slope is at most one for any beta."""
 
-    betas = 1  # Numbers of its own, above zero
-
     @staticmethod
     def both(
         x: Tensor,  # Any real numbers
@@ -72,18 +70,16 @@ class LipSwish:
 
 
 class ELU:
-    """`x` above zero and `exp(x) - 1` below; its slope has a kink at zero."""
-
-    betas = 0
+    """`x` above zero and `(exp(beta x) - 1) / beta` below; its slope has a kink at zero."""
 
     @staticmethod
     def both(
         x: Tensor,  # Any real numbers
-        beta: Tensor,  # Not used
+        beta: Tensor,  # Above zero, of a shape that broadcasts
     ) -> tuple[Tensor, Tensor]:  # Value and slope
         """Its value and its slope."""
-        low = x.clamp(max=0.0)
-        return x.clamp(min=0.0) + low.expm1(), low.exp()
+        low = beta * x.clamp(max=0.0)
+        return x.clamp(min=0.0) + low.expm1() / beta, low.exp()
 
 
 ACTIVATIONS = {"lipswish": LipSwish, "elu": ELU}
@@ -125,8 +121,7 @@ class Branch(NamedTuple):
             if i == 0:
                 h = h + self.shift
             if i < len(self.matrices) - 1:
-                beta = self.betas[i] if len(self.betas) else self.betas
-                h, slope = self.kind.both(h, beta)
+                h, slope = self.kind.both(h, self.betas[i])
                 slopes.append(slope)
         return h, slopes
 

@@ -29,7 +29,7 @@ from flowcourse.kernels_residual import (
     shrunk,
     trace_series,
 )
-from flowcourse.numerics import IDENTITY, full_precision, softplus
+from flowcourse.numerics import full_precision, softplus, softplus_inverse
 
 # %% ../nbs/10-residual.ipynb #5b251479
 EXACT_UP_TO = 64  # dimensions, by default
@@ -117,10 +117,9 @@ class ResidualFlow(Bijection):
         )
         for last in (self.matrices[-1], self.biases[-1]):
             nn.init.zeros_(last)
-        betas = ACTIVATIONS[activation].betas
-        self.raw_betas = nn.Parameter(
-            torch.full((layers, betas * len(self.hidden)), IDENTITY)
-        )
+        # the rows of a matrix of norm one are short: so activations bend nearby
+        betas = torch.tensor(self.hidden).to(torch.get_default_dtype()).sqrt()
+        self.raw_betas = nn.Parameter(softplus_inverse(betas).repeat(layers, 1))
         if self.context_dim:
             self.features = _spread(
                 layers, sizes[1], self.context_dim, self.context_dim
