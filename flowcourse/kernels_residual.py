@@ -35,11 +35,12 @@ def shrinkage(
 ) -> Tensor:  # Shape `(*batch, 1, 1)`, or `(*batch[:-1], 1, 1, 1)`
     """A factor that brings the spectral norm of a matrix below one, and is one where it is well below."""
     m, n = matrix.shape[-2:]
-    gram = matrix.mH @ matrix if n < m else matrix @ matrix.mH
     tiny = torch.finfo(matrix.dtype).tiny
-    log_scale = torch.zeros_like(gram[..., :1, :1].real)
+    # scales that change nothing but the range
+    size = matrix.detach().abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
+    log_scale, matrix = 2 * size.log(), matrix / size
+    gram = matrix.mH @ matrix if n < m else matrix @ matrix.mH
     for squaring in range(SQUARINGS):
-        # a scale that changes nothing but the range
         size = torch.linalg.matrix_norm(gram.detach(), keepdim=True)
         size = size.clamp(min=tiny)
         gram = gram / size

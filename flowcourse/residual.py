@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResidualFlow']
 
-# %% ../nbs/10-residual.ipynb #72ed6d31
+# %% ../nbs/10-residual.ipynb #bb28c005
 import math
 
 import torch
@@ -31,7 +31,7 @@ from flowcourse.kernels_residual import (
 )
 from flowcourse.numerics import full_precision, softplus, softplus_inverse
 
-# %% ../nbs/10-residual.ipynb #5b251479
+# %% ../nbs/10-residual.ipynb #7811c114
 EXACT_UP_TO = 64  # dimensions, by default
 STOP = 0.2  # chance to stop, at each term of a random series
 _LONG = 100  # terms that leave nothing out
@@ -50,7 +50,7 @@ def _spread(*shape_and_width):
     *shape, width = shape_and_width
     return nn.Parameter((2 * torch.rand(*shape) - 1) / width**0.5)
 
-# %% ../nbs/10-residual.ipynb #2baccd50
+# %% ../nbs/10-residual.ipynb #d1968f22
 class ResidualFlow(Bijection):
     r"""Residual blocks `x + F(x)`, each with a network of Lipschitz constant below one.
 
