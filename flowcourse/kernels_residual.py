@@ -6,8 +6,7 @@
 __all__ = []
 
 # %% ../nbs/lib-kernels-residual.ipynb #bba0154d
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ def shrinkage(
     log_trace = trace.log() + log_scale
     if together:
         log_trace = log_trace.logsumexp(-3, keepdim=True)
-    return (F.softplus(log_trace) * (-0.5**(SQUARINGS + 1))).exp()
+    return (F.softplus(log_trace) * (-(0.5 ** (SQUARINGS + 1)))).exp()
 
 # %% ../nbs/lib-kernels-residual.ipynb #902f5eb2
 class LipSwish:
@@ -88,7 +87,9 @@ ACTIVATIONS = {"lipswish": LipSwish, "elu": ELU}
 # %% ../nbs/lib-kernels-residual.ipynb #47f230cd
 def _times(t, matrix):
     "A matrix product that rounds alike with gradients and without."
-    return (t.reshape(-1, t.shape[-1]) @ matrix).view(*t.shape[:-1], matrix.shape[-1])
+    return (t.reshape(-1, t.shape[-1]) @ matrix).view(
+        *t.shape[:-1], matrix.shape[-1]
+    )
 
 
 class Branch(NamedTuple):
@@ -195,7 +196,9 @@ def _search(y, branch, lipschitz):
         x = y - branch(x)[0]
     r, size, slopes = look(x)
     # what rounding leaves of a residual
-    done = (16 * torch.finfo(y.dtype).eps * (1 + y.norm(dim=-1, keepdim=True))) ** 2
+    done = (
+        16 * torch.finfo(y.dtype).eps * (1 + y.norm(dim=-1, keepdim=True))
+    ) ** 2
     for _ in range(NEWTONS if fixed else MOST):
         if not fixed and bool((size <= done).all()):
             break
@@ -224,7 +227,9 @@ def reached(
 
 def trace_series(
     branch: Branch,  # The network of the block
-    slopes: list[Tensor],  # Of its hidden layers, at points of shape `(*batch, d)`
+    slopes: list[
+        Tensor
+    ],  # Of its hidden layers, at points of shape `(*batch, d)`
     v: Tensor,  # Probes, shape `(probes, *batch, d)`
     weights: list[float],  # Of each term; all 1 for the series cut off
     neumann: bool = False,  # Gradients by the Neumann series, which keep no graph

@@ -212,7 +212,9 @@ class ResidualFlow(Bijection):
         self,
         # Features, shape `(*batch, context_dim)`
         context: Tensor | None = None,
-    ) -> list[Branch]:  # The network of each block, nearest the cheap side first
+    ) -> list[
+        Branch
+    ]:  # The network of each block, nearest the cheap side first
         """The networks that the blocks compute with, their norms bounded."""
         each = self.lipschitz ** (1 / len(self.matrices))
         matrices = [shrunk(m, each).unbind(0) for m in self.matrices]
@@ -224,7 +226,9 @@ class ResidualFlow(Bijection):
             shifts = [context @ c.mT for c in self.features.unbind(0)]
         return [
             Branch(*parts, kind, shift)
-            for *parts, shift in zip(zip(*matrices), zip(*biases), betas, shifts)
+            for *parts, shift in zip(
+                zip(*matrices), zip(*biases), betas, shifts
+            )
         ]
 
     def _run(self, t, context, way, generator=None):
@@ -276,7 +280,9 @@ class ResidualFlow(Bijection):
             if fresh:
                 chance = draw(torch.rand, (), t, generator)
                 extra = int(chance.double().log() / math.log(1 - STOP))
-            weights = reached(self.terms, min(extra, _LONG), STOP if fresh else 0.0)
+            weights = reached(
+                self.terms, min(extra, _LONG), STOP if fresh else 0.0
+            )
         neumann = fresh and not traced() and not forward_mode()
         return sum(
             trace_series(branch, slopes, v, weights, neumann)

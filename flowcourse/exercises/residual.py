@@ -71,7 +71,11 @@ def check_terms(
     answer: Callable[..., int],  # From `dim`, `lipschitz` and `tolerance`
 ):
     """Check the number of terms for mild and steep blocks."""
-    for dim, c, tolerance in ((10, 0.97, 0.01), (2, 0.5, 1e-4), (784, 0.9, 0.1)):
+    for dim, c, tolerance in (
+        (10, 0.97, 0.01),
+        (2, 0.5, 1e-4),
+        (784, 0.9, 0.1),
+    ):
         n = 1
         while _bias_bound(dim, c, n) > tolerance:
             n += 1
@@ -108,7 +112,9 @@ def broken_roulette(terms, coin, stop):
     return total
 
 # %% ../../nbs/10-residual-solutions.ipynb #d4b24e87
-def _mean(answer: Callable[..., float], terms: list[float], stop: float) -> float:
+def _mean(
+    answer: Callable[..., float], terms: list[float], stop: float
+) -> float:
     "The mean over all games, each with its chance."
     total, chance = 0.0, 1.0
     for end in range(1, len(terms) + 1):
@@ -143,7 +149,8 @@ def check_roulette(
             {
                 "terms that come rarely must count more": plain,
                 "this divides by the chance that the game ends at the term": exactly,
-                "the first term is always taken: its chance is one": want / (1 - stop),
+                "the first term is always taken: its chance is one": want
+                / (1 - stop),
             },
             1e-6,
         )
@@ -161,7 +168,9 @@ def check_residual_pinwheel(
         return f"expected a Flow, got {type(answer).__name__}"
     if not any(isinstance(f, ResidualFlow) for f in answer.modules()):
         return "the flow should have a ResidualFlow in it"
-    if any(isinstance(f, ResidualFlow) and f.estimated for f in answer.modules()):
+    if any(
+        isinstance(f, ResidualFlow) and f.estimated for f in answer.modules()
+    ):
         return 'the log-determinant is estimated: for two dimensions take ladj="exact"'
     x = toys["pinwheel"].sample(
         4000, generator=torch.Generator().manual_seed(12345)
