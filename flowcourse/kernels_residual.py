@@ -7,13 +7,13 @@ __all__ = []
 
 # %% ../nbs/lib-kernels-residual.ipynb #bba0154d
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowcourse.kernels import traced
+from flowcourse.kernels import forward_mode, traced
 
 # %% ../nbs/lib-kernels-residual.ipynb #fa05cc35
 SQUARINGS = 6  # so that the power of the Gram matrix is 64
@@ -68,6 +68,18 @@ class LipSwish:
         value = x * s / 1.1
         return value, s / 1.1 + beta * value * (1 - s)
 
+    @staticmethod
+    def curve(
+        x: Tensor,  # Where
+        beta: Tensor,  # Above zero, of a shape that broadcasts
+        value: Tensor,  # There
+        slope: Tensor,  # There
+    ) -> Tensor:  # Of the same shape
+        """Its second derivative."""
+        s = torch.sigmoid(beta * x)
+        # (2 s (1 - s) + u s (1 - s) (1 - 2 s)) beta / 1.1 with u = beta x
+        return torch.addcmul(2 / 1.1 * s, beta * value, 1 - 2 * s) * (1 - s) * beta
+
 
 class ELU:
     """`x` above zero and `(exp(beta x) - 1) / beta` below; its slope has a kink at zero."""
@@ -80,6 +92,16 @@ class ELU:
         """Its value and its slope."""
         low = beta * x.clamp(max=0.0)
         return x.clamp(min=0.0) + low.expm1() / beta, low.exp()
+
+    @staticmethod
+    def curve(
+        x: Tensor,  # Where
+        beta: Tensor,  # Above zero, of a shape that broadcasts
+        value: Tensor,  # There
+        slope: Tensor,  # There
+    ) -> Tensor:  # Of the same shape
+        """Its second derivative; at the kink that of the right."""
+        return torch.where(x < 0, beta * slope, 0.0)
 
 
 ACTIVATIONS = {"lipswish": LipSwish, "elu": ELU}
@@ -98,7 +120,7 @@ class Branch(NamedTuple):
     matrices: Sequence[Tensor]  # Each of shape `(n_out, n_in)`
     biases: Sequence[Tensor]  # Each of shape `(n_out,)`
     betas: Tensor  # Of the activations, shape `(hidden layers,)`
-    kind: type  # Of the activation
+    kind: Any  # Of the activation
     # What the context adds in the first hidden layer, or zero
     shift: Tensor | float = 0.0
 
@@ -160,6 +182,35 @@ def log_det(
     )
     return torch.linalg.slogdet(one + jacobian).logabsdet
 
+# %% ../nbs/lib-kernels-residual.ipynb #9eaef208
+def eliminate(
+    a: Tensor,  # Matrices `I + J`, shape `(d, d, n)`; overwritten by their inverses
+) -> Tensor:  # Their log-determinants, shape `(n,)`
+    """Invert matrices in place by elimination without pivoting, all in step."""
+    pivots = []
+    for k in range(len(a)):
+        pivot = a[k, k].clone()
+        pivots.append(pivot)
+        row = a[k] / pivot
+        column = a[:, k].clone()
+        a[:, k] = 0
+        a.addcmul_(column.unsqueeze(1), row.unsqueeze(0), value=-1)
+        a[k] = row
+        a[:, k] = column / -pivot
+        a[k, k] = pivot.reciprocal()
+    return torch.stack(pivots).log_().sum(0)
+
+
+def invert(
+    matrices: Tensor,  # `I + J`, shape `(n, d, d)`
+) -> Tensor:  # Their inverses
+    """Inverses of the Jacobians of blocks."""
+    if traced() or forward_mode() or matrices.shape[-1] > 24:
+        return torch.linalg.inv_ex(matrices)[0]
+    a = matrices.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+    eliminate(a)
+    return a.permute(2, 0, 1)
+
 # %% ../nbs/lib-kernels-residual.ipynb #47b457eb
 CONTRACTIONS, NEWTONS = 4, 12  # steps without a branch
 MOST = 64  # steps in all
@@ -173,8 +224,11 @@ def root(
     """Solve for a block's input: safeguarded Newton steps, then two that carry derivatives."""
     x, inverse = _search(y.detach(), branch.detached(), lipschitz)
     x, inverse = x.detach(), inverse.detach()
-    for _ in range(2):
+    if not torch.is_grad_enabled() and not forward_mode():
+        return x
+    for _ in range(2):  # steps of length zero
         residual = x + branch(x)[0] - y
+        residual = residual - residual.detach()
         x = x - (inverse @ residual.unsqueeze(-1)).squeeze(-1)
     return x
 
@@ -196,24 +250,165 @@ def _search(y, branch, lipschitz):
         x = y - branch(x)[0]
     r, size, slopes = look(x)
     # what rounding leaves of a residual
-    done = (
-        16 * torch.finfo(y.dtype).eps * (1 + y.norm(dim=-1, keepdim=True))
-    ) ** 2
+    length = y.norm(dim=-1, keepdim=True)
+    done = (16 * torch.finfo(y.dtype).eps * (1 + length)) ** 2
+    inverse = invert(one + branch.jacobian(slopes))
     for _ in range(NEWTONS if fixed else MOST):
         if not fixed and bool((size <= done).all()):
             break
-        inverse = torch.linalg.inv_ex(one + branch.jacobian(slopes))[0]
         step = (inverse @ r.unsqueeze(-1)).squeeze(-1)
         nearer = look(x - step)
-        good = nearer[1] <= lipschitz**2 * size
         # at the root nothing comes nearer
-        good = good | (nearer[1] <= done)
+        good = (nearer[1] <= lipschitz**2 * size) | (nearer[1] <= done)
         if fixed or not bool(good.all()):
             step = torch.where(good, step, r)
             nearer = look(x - step)
         x = x - step
         r, size, slopes = nearer
-    return x, torch.linalg.inv_ex(one + branch.jacobian(slopes))[0]
+        inverse = invert(one + branch.jacobian(slopes))
+    return x - (inverse @ r.unsqueeze(-1)).squeeze(-1), inverse
+
+# %% ../nbs/lib-kernels-residual.ipynb #2e0fb497
+def plain_chain(
+    x: Tensor,  # Points, shape `(n, d)`
+    branches: list[Branch],  # The network of each block
+) -> tuple[Tensor, Tensor]:  # Where points go, ladj of shape `(n,)`
+    """Blocks one after another, with their exact log-determinant."""
+    jacobians = []
+    for branch in branches:
+        image, slopes = branch(x)
+        jacobians.append(branch.jacobian(slopes))
+        x = x + image
+    return x, log_det(torch.stack(jacobians)).sum(0)
+
+
+def gathered(
+    shift: Tensor | None,  # Shape `(layers, n, width)`
+    betas: Tensor,  # Shape `(layers, hidden layers)`
+    kind: Any,  # Of the activation
+    *weights: Tensor,  # Matrices, then biases, of all layers in each
+) -> list[Branch]:  # One for each layer
+    """The networks of blocks whose numbers are stacked."""
+    m = len(weights) // 2
+    return [
+        Branch(
+            [w[i] for w in weights[:m]],
+            [b[i] for b in weights[m:]],
+            betas[i],
+            kind,
+            0.0 if shift is None else shift[i],
+        )
+        for i in range(len(betas))
+    ]
+
+
+class _Chain(torch.autograd.Function):
+    "All blocks, with the chain rule written out."
+
+    @staticmethod
+    def forward(ctx, x, shift, betas, kind, *weights):
+        branches = gathered(shift, betas, kind, *weights)
+        kept, jacobians, d = [], [], x.shape[-1]
+        given = x
+        for branch in branches:
+            last = len(branch.matrices) - 1
+            h, layers, t = x, [], None
+            for i, (w, b) in enumerate(zip(branch.matrices, branch.biases)):
+                into = h
+                h = torch.addmm(b, h, w.mT)
+                if i == 0 and shift is not None:
+                    h = h + branch.shift
+                if i == last:
+                    break
+                value, slope = kind.both(h, branch.betas[i])
+                u = w.mT.unsqueeze(1) if i == 0 else (t @ w.mT).view(d, *h.shape)
+                layers.append((into, h, value, slope, u, t))
+                t = (u * slope).reshape(-1, slope.shape[-1])
+                h = value
+            jacobians.append((t @ w.mT).view(d, -1, d))
+            kept.append((layers, into, t))
+            x = x + h
+        # a[k, j] = dF_k / dx_j, of all blocks and rows
+        a = torch.stack(jacobians).permute(3, 1, 0, 2).contiguous()
+        a.diagonal().add_(1)
+        ladj = eliminate(a.view(d, d, -1)).view(len(branches), -1).sum(0)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(given, shift, betas, *weights)
+            ctx.kind, ctx.kept, ctx.inverses = kind, kept, a
+        return x, ladj
+
+    @staticmethod
+    def backward(ctx, g_x, g_ladj):
+        given, shift, betas, *weights = ctx.saved_tensors
+        kind = ctx.kind
+        if torch.is_grad_enabled():  # for derivatives of these derivatives
+            inputs = [given, shift, betas, *weights]
+            some = [t for t in inputs if t is not None and t.requires_grad]
+            out = plain_chain(given, gathered(shift, betas, kind, *weights))
+            found = iter(
+                torch.autograd.grad(
+                    out, some, (g_x, g_ladj), create_graph=True, allow_unused=True
+                )
+            )
+            g = [
+                next(found) if t is not None and t.requires_grad else None
+                for t in inputs
+            ]
+            return *g[:3], None, *g[3:]
+        branches = gathered(shift, betas, kind, *weights)
+        d = given.shape[-1]
+        m = len(weights) // 2
+        each = [[None] * len(branches) for _ in weights]
+        g_betas = torch.empty_like(betas)
+        g_shift = None if shift is None else torch.empty_like(shift)
+        for at in reversed(range(len(branches))):
+            branch, (layers, into, t) = branches[at], ctx.kept[at]
+            # what the tangents get: the inverse, transposed
+            g_t = (ctx.inverses[:, :, at] * g_ladj).permute(0, 2, 1).reshape(-1, d)
+            g_h = g_x
+            for i in reversed(range(m)):
+                w = branch.matrices[i]
+                g_w = g_h.mT @ into
+                each[m + i][at] = g_h.sum(0)
+                if i:
+                    g_w.addmm_(g_t.mT, t)
+                    g_t = (g_t @ w).view(d, len(given), -1)
+                else:
+                    g_w.add_(g_t.sum(1).mT)
+                each[i][at] = g_w
+                if i == 0:
+                    if g_shift is not None:
+                        g_shift[at] = g_h
+                    g_x = g_x + g_h @ w
+                    break
+                into, h, value, slope, u, t = layers[i - 1]
+                beta = branch.betas[i - 1]
+                g_value = g_h @ w
+                g_slope = (g_t * u).sum(0)
+                g_t = g_t * slope
+                if i > 1:
+                    g_t = g_t.view(-1, g_t.shape[-1])
+                bend = g_slope * kind.curve(h, beta, value, slope)
+                lean = torch.addcmul(-value, h, slope)
+                g_betas[at, i - 1] = (
+                    (g_value * lean).sum() + (bend * h).sum()
+                ) / beta
+                g_h = torch.addcmul(bend, g_value, slope)
+        return g_x, g_shift, g_betas, None, *(torch.stack(g) for g in each)
+
+
+def run_chain(
+    x: Tensor,  # Points, shape `(n, d)`
+    shift: Tensor | None,  # Of the context, shape `(layers, n, width)`
+    betas: Tensor,  # Shape `(layers, hidden layers)`
+    kind: Any,  # Of the activation
+    *weights: Tensor,  # Matrices, then biases, of all layers in each
+) -> tuple[Tensor, Tensor]:  # Where points go, ladj of shape `(n,)`
+    """`plain_chain`, and quicker where no transform is at work."""
+    plain = traced() or forward_mode() or x.is_meta or x.shape[-1] > 24
+    if plain or not len(x):
+        return plain_chain(x, gathered(shift, betas, kind, *weights))
+    return _Chain.apply(x, shift, betas, kind, *weights)
 
 # %% ../nbs/lib-kernels-residual.ipynb #24072b40
 def reached(
@@ -236,7 +431,7 @@ def trace_series(
 ) -> Tensor:  # Shape `(probes, *batch)`
     """An estimate of log det(I + J) for each probe."""
     if not neumann:
-        total, w = 0.0, v
+        total, w = torch.zeros_like(v[..., 0]), v
         for k, weight in enumerate(weights, 1):
             w = branch.pull(w, slopes)
             total = total + (-1) ** (k + 1) / k * weight * (w * v).sum(-1)

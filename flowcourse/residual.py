@@ -23,9 +23,11 @@ from flowcourse.kernels import forward_mode, traced
 from flowcourse.kernels_residual import (
     ACTIVATIONS,
     Branch,
+    gathered,
     log_det,
     reached,
     root,
+    run_chain,
     shrunk,
     trace_series,
 )
@@ -153,8 +155,9 @@ class ResidualFlow(Bijection):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:  # `x`, and log|det dx/dz| of shape `(*batch,)`
         """Map base points to data."""
-        given = self._check("z", z, context, self.event_shape, self.event_dim)
-        return self._run(*given, "forward", generator)
+        shape = self.event_shape
+        z, context = self._check("z", z, context, shape, self.event_dim)
+        return self._run(z, context, "forward", generator)
 
     def inverse(
         self,
@@ -164,7 +167,8 @@ class ResidualFlow(Bijection):
         generator: torch.Generator | None = None,  # As in `forward`
     ) -> tuple[Tensor, Tensor]:  # `z`, and log|det dz/dx| of shape `(*batch,)`
         """Map data to base points."""
-        return self._run(*self._check_data(x, context), "inverse", generator)
+        x, context = self._check_data(x, context)
+        return self._run(x, context, "inverse", generator)
 
     def _forward(self, z, context):
         return self._run(z, context, "forward")
@@ -210,30 +214,31 @@ class ResidualFlow(Bijection):
 
     def branches(
         self,
-        # Features, shape `(*batch, context_dim)`
+        # Features, shape `(n, context_dim)`
         context: Tensor | None = None,
-    ) -> list[
-        Branch
-    ]:  # The network of each block, nearest the cheap side first
+    ) -> list[Branch]:  # The network of each block, nearest the cheap side first
         """The networks that the blocks compute with, their norms bounded."""
-        each = self.lipschitz ** (1 / len(self.matrices))
-        matrices = [shrunk(m, each).unbind(0) for m in self.matrices]
-        biases = [b.unbind(0) for b in self.biases]
-        betas = softplus(self.raw_betas).unbind(0)
         kind = ACTIVATIONS[self.activation]
-        shifts = [0.0] * self.layers
+        shift, betas, *weights = self._weights(context)
+        return gathered(shift, betas, kind, *weights)
+
+    def _weights(self, context):
+        "What the context adds, betas, matrices and biases, of all blocks."
+        each = self.lipschitz ** (1 / len(self.matrices))
+        matrices = [shrunk(m, each) for m in self.matrices]
+        shift = None
         if context is not None:
-            shifts = [context @ c.mT for c in self.features.unbind(0)]
-        return [
-            Branch(*parts, kind, shift)
-            for *parts, shift in zip(
-                zip(*matrices), zip(*biases), betas, shifts
-            )
-        ]
+            shift = context @ self.features.mT
+        return shift, softplus(self.raw_betas), *matrices, *self.biases
 
     def _run(self, t, context, way, generator=None):
         with full_precision(t):
             batch, t, context = self._flat(t, context)
+            if way == self.cheap and not self.estimated:
+                shift, betas, *weights = self._weights(context)
+                kind = ACTIVATIONS[self.activation]
+                t, ladj = run_chain(t, shift, betas, kind, *weights)
+                return t.view(*batch, *self.event_shape), ladj.view(batch)
             t, sign, blocks = self._through(t, context, way)
             if self.estimated:
                 found = self._estimates(blocks, t, self.probes, generator)
