@@ -78,7 +78,9 @@ class LipSwish:
         """Its second derivative."""
         s = torch.sigmoid(beta * x)
         # (2 s (1 - s) + u s (1 - s) (1 - 2 s)) beta / 1.1 with u = beta x
-        return torch.addcmul(2 / 1.1 * s, beta * value, 1 - 2 * s) * (1 - s) * beta
+        return (
+            torch.addcmul(2 / 1.1 * s, beta * value, 1 - 2 * s) * (1 - s) * beta
+        )
 
 
 class ELU:
@@ -312,7 +314,7 @@ class _Chain(torch.autograd.Function):
         given = x
         for branch in branches:
             last = len(branch.matrices) - 1
-            h, layers, t = x, [], None
+            h, layers, t = x, [], x
             for i, (w, b) in enumerate(zip(branch.matrices, branch.biases)):
                 into = h
                 h = torch.addmm(b, h, w.mT)
@@ -321,7 +323,11 @@ class _Chain(torch.autograd.Function):
                 if i == last:
                     break
                 value, slope = kind.both(h, branch.betas[i])
-                u = w.mT.unsqueeze(1) if i == 0 else (t @ w.mT).view(d, *h.shape)
+                u = (
+                    w.mT.unsqueeze(1)
+                    if i == 0
+                    else (t @ w.mT).view(d, *h.shape)
+                )
                 layers.append((into, h, value, slope, u, t))
                 t = (u * slope).reshape(-1, slope.shape[-1])
                 h = value
@@ -347,7 +353,11 @@ class _Chain(torch.autograd.Function):
             out = plain_chain(given, gathered(shift, betas, kind, *weights))
             found = iter(
                 torch.autograd.grad(
-                    out, some, (g_x, g_ladj), create_graph=True, allow_unused=True
+                    out,
+                    some,
+                    (g_x, g_ladj),
+                    create_graph=True,
+                    allow_unused=True,
                 )
             )
             g = [
@@ -358,13 +368,17 @@ class _Chain(torch.autograd.Function):
         branches = gathered(shift, betas, kind, *weights)
         d = given.shape[-1]
         m = len(weights) // 2
-        each = [[None] * len(branches) for _ in weights]
+        each: list[list[Any]] = [[None] * len(branches) for _ in weights]
         g_betas = torch.empty_like(betas)
         g_shift = None if shift is None else torch.empty_like(shift)
         for at in reversed(range(len(branches))):
             branch, (layers, into, t) = branches[at], ctx.kept[at]
             # what the tangents get: the inverse, transposed
-            g_t = (ctx.inverses[:, :, at] * g_ladj).permute(0, 2, 1).reshape(-1, d)
+            g_t = (
+                (ctx.inverses[:, :, at] * g_ladj)
+                .permute(0, 2, 1)
+                .reshape(-1, d)
+            )
             g_h = g_x
             for i in reversed(range(m)):
                 w = branch.matrices[i]
@@ -437,7 +451,7 @@ def trace_series(
             total = total + (-1) ** (k + 1) / k * weight * (w * v).sum(-1)
         return total
     with torch.no_grad():
-        total, w, row = 0.0, v, v
+        row = v
         # the term k of the one is the term k - 1 of the other
         for k, weight in enumerate(weights, 1):
             if k > 1:

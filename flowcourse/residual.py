@@ -71,6 +71,8 @@ class ResidualFlow(Bijection):
         (torch.Size([5, 2]), torch.Size([5]))
     """
 
+    fixed_probes: Tensor
+
     def __init__(
         self,
         dim: int,  # Size of the event
@@ -95,7 +97,8 @@ class ResidualFlow(Bijection):
     ):
         dim, layers = as_int(dim, "dim", 1), as_int(layers, "layers", 1)
         super().__init__(dim, context_dim)
-        self.layers, self.hidden = layers, as_shape(hidden, "hidden")
+        self.dim, self.layers = dim, layers
+        self.hidden = as_shape(hidden, "hidden")
         self.lipschitz = as_float(lipschitz, "lipschitz", 0.0, strict=True)
         if not self.lipschitz < 1:
             raise ValueError(
@@ -210,16 +213,18 @@ class ResidualFlow(Bijection):
         if self.ladj != "series":
             return 0.0
         c, n = self.lipschitz, self.terms + 1
-        return self.layers * self.event_shape[0] * c**n / (n * (1 - c))
+        return self.layers * self.dim * c**n / (n * (1 - c))
 
     def branches(
         self,
         # Features, shape `(n, context_dim)`
         context: Tensor | None = None,
-    ) -> list[Branch]:  # The network of each block, nearest the cheap side first
+    ) -> list[
+        Branch
+    ]:  # The network of each block, nearest the cheap side first
         """The networks that the blocks compute with, their norms bounded."""
         kind = ACTIVATIONS[self.activation]
-        shift, betas, *weights = self._weights(context)
+        shift, betas, weights = self._weights(context)
         return gathered(shift, betas, kind, *weights)
 
     def _weights(self, context):
@@ -229,16 +234,16 @@ class ResidualFlow(Bijection):
         shift = None
         if context is not None:
             shift = context @ self.features.mT
-        return shift, softplus(self.raw_betas), *matrices, *self.biases
+        return shift, softplus(self.raw_betas), matrices + list(self.biases)
 
     def _run(self, t, context, way, generator=None):
         with full_precision(t):
             batch, t, context = self._flat(t, context)
             if way == self.cheap and not self.estimated:
-                shift, betas, *weights = self._weights(context)
+                shift, betas, weights = self._weights(context)
                 kind = ACTIVATIONS[self.activation]
                 t, ladj = run_chain(t, shift, betas, kind, *weights)
-                return t.view(*batch, *self.event_shape), ladj.view(batch)
+                return t.view(*batch, self.dim), ladj.view(batch)
             t, sign, blocks = self._through(t, context, way)
             if self.estimated:
                 found = self._estimates(blocks, t, self.probes, generator)
@@ -246,12 +251,12 @@ class ResidualFlow(Bijection):
             else:
                 jacobians = torch.stack([f.jacobian(s) for f, s in blocks])
                 ladj = sign * log_det(jacobians).sum(0)
-        return t.view(*batch, *self.event_shape), ladj.view(batch)
+        return t.view(*batch, self.dim), ladj.view(batch)
 
     def _flat(self, t, context):
         "The batch's shape, and points and features in rows."
         batch = t.shape[:-1]
-        t = t.reshape(batch.numel(), *self.event_shape)
+        t = t.reshape(batch.numel(), self.dim)
         if context is not None:
             context = context.expand(*batch, self.context_dim)
             context = context.reshape(batch.numel(), self.context_dim)

@@ -40,12 +40,14 @@ rows = {
     "residual-series": _row(
         partial(_residual, ladj="series", terms=6, probes=2),
         reference="Behrmann et al. 2019, eq. 4",
+        estimated=True,
         exempt={"ladj": "estimated: six terms of a series, from two probes"},
         **_wide,
     ),
     "residual-roulette": _row(
         partial(_residual, ladj="roulette", terms=2),
         reference="Chen et al. 2019, eq. 6",
+        estimated=True,
         exempt={"ladj": "estimated from one probe"},
         **_wide,
     ),

@@ -25,7 +25,7 @@ def inputs(activation, hidden, context_dim=2, dim=4, n=7):
     )
     f = shaken(f.double(), 0.7)
     context = noise(n, context_dim, seed=5) if context_dim else None
-    shift, betas, *weights = f._weights(context)
+    shift, betas, weights = f._weights(context)
     given = [2 * noise(n, dim), shift, betas, *weights]
     given = [t if t is None else t.detach().requires_grad_() for t in given]
     return given[:3] + [ACTIVATIONS[activation]] + given[3:]
@@ -95,7 +95,9 @@ def test_elimination_without_pivoting(dtype):
     for d in (1, 2, 8, 24):
         j = noise(200, d, d)
         rotation = torch.linalg.qr(j).Q
-        j = torch.cat([j / torch.linalg.matrix_norm(j, 2)[:, None, None], rotation])
+        j = torch.cat(
+            [j / torch.linalg.matrix_norm(j, 2)[:, None, None], rotation]
+        )
         j = (0.97 * j).to(dtype)
         matrices = torch.eye(d, dtype=dtype) + j
         a = matrices.permute(1, 2, 0).clone(
