@@ -444,19 +444,15 @@ def trace_series(
     neumann: bool = False,  # Gradients by the Neumann series, which keep no graph
 ) -> Tensor:  # Shape `(probes, *batch)`
     """An estimate of log det(I + J) for each probe."""
-    if not neumann:
-        total, w = torch.zeros_like(v[..., 0]), v
-        for k, weight in enumerate(weights, 1):
-            w = branch.pull(w, slopes)
-            total = total + (-1) ** (k + 1) / k * weight * (w * v).sum(-1)
-        return total
-    with torch.no_grad():
-        row = v
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not neumann):
+        total, w, row = torch.zeros_like(v[..., 0]), v, v
         # the term k of the one is the term k - 1 of the other
         for k, weight in enumerate(weights, 1):
             if k > 1:
                 row = row + (-1) ** (k + 1) * weight * w
             w = branch.pull(w, slopes)
             total = total + (-1) ** (k + 1) / k * weight * (w * v).sum(-1)
+    if not neumann:
+        return total
     attached = (branch.pull(row, slopes) * v).sum(-1)
     return total + (attached - attached.detach())

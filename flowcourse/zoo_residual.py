@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/lib-zoo-residual.ipynb #1827a74d
 from functools import partial
+from typing import Any
 
 from .residual import ResidualFlow
 from .zoo import Row
@@ -22,7 +23,7 @@ _row = partial(
     Row, family="residual", module="residual", forward_cost="numerical"
 )
 # in two dimensions the mass would be asked for
-_wide = {"event_shapes": ((3,), (5,))}
+_wide: dict[str, Any] = {"event_shapes": ((3,), (5,))}
 rows = {
     "residual": _row(
         _residual, reference="Behrmann et al. 2019; Chen et al. 2019"

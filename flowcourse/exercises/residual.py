@@ -82,7 +82,7 @@ def check_terms(
         without_dim = 1
         while _bias_bound(1, c, without_dim) > tolerance:
             without_dim += 1
-        slips = {
+        slips: dict[str, Tensor | float] = {
             "one too many: the first term left out is n + 1": n + 1,
             "one too few: the first term left out is n + 1": n - 1,
             "a trace has as many eigenvalues as there are dimensions": without_dim,
