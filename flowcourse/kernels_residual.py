@@ -224,10 +224,13 @@ def root(
     lipschitz: float,  # Of the network, below one
 ) -> Tensor:  # x with `x + F(x) = y`, and its derivatives
     """Solve for a block's input: safeguarded Newton steps, then two that carry derivatives."""
-    x, inverse = _search(y.detach(), branch.detached(), lipschitz)
-    x, inverse = x.detach(), inverse.detach()
+    still = branch.detached()
+    x = _search(y.detach(), still, lipschitz).detach()
     if not torch.is_grad_enabled() and not forward_mode():
         return x
+    with torch.no_grad():
+        one = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+        inverse = invert(one + still.jacobian(still(x)[1])).detach()
     for _ in range(2):  # steps of length zero
         residual = x + branch(x)[0] - y
         residual = residual - residual.detach()
@@ -237,7 +240,7 @@ def root(
 
 @torch.no_grad()
 def _search(y, branch, lipschitz):
-    "The root to rounding, and the inverse of the block's Jacobian there."
+    "The root, to rounding."
     d = y.shape[-1]
     one = torch.eye(d, dtype=y.dtype, device=y.device)
     fixed = traced() or y.is_meta
@@ -266,9 +269,14 @@ def _search(y, branch, lipschitz):
             step = torch.where(good, step, r)
             nearer = look(x - step)
         x = x - step
+        # an old matrix serves while it gains a digit a step
+        slow = fixed or bool(
+            (nearer[1] > torch.maximum(size / 100, done)).any()
+        )
         r, size, slopes = nearer
-        inverse = invert(one + branch.jacobian(slopes))
-    return x - (inverse @ r.unsqueeze(-1)).squeeze(-1), inverse
+        if slow:
+            inverse = invert(one + branch.jacobian(slopes))
+    return x - (inverse @ r.unsqueeze(-1)).squeeze(-1)
 
 # %% ../nbs/lib-kernels-residual.ipynb #2e0fb497
 def plain_chain(
