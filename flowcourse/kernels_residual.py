@@ -157,7 +157,7 @@ class Branch(NamedTuple):
     ) -> Tensor:  # dF/dx, shape `(n, d, d)`
         """All unit directions carried through the network."""
         first, *rest = self.matrices
-        tangents = first.mT.unsqueeze(1)
+        tangents = first.mT.contiguous().unsqueeze(1)
         for slope, matrix in zip(slopes, rest):
             tangents = _times(tangents * slope, matrix.mT)
         return tangents.movedim(0, -1)
@@ -331,11 +331,10 @@ class _Chain(torch.autograd.Function):
                 if i == last:
                     break
                 value, slope = kind.both(h, branch.betas[i])
-                u = (
-                    w.mT.unsqueeze(1)
-                    if i == 0
-                    else (t @ w.mT).view(d, *h.shape)
-                )
+                if i == 0:  # laid out for what comes of it
+                    u = w.mT.contiguous().unsqueeze(1)
+                else:
+                    u = (t @ w.mT).view(d, *h.shape)
                 layers.append((into, h, value, slope, u, t))
                 t = (u * slope).reshape(-1, slope.shape[-1])
                 h = value
