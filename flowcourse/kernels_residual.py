@@ -185,6 +185,9 @@ def log_det(
     return torch.linalg.slogdet(one + jacobian).logabsdet
 
 # %% ../nbs/lib-kernels-residual.ipynb #9eaef208
+IN_STEP = 24  # dimensions; beyond, LAPACK and the plain form are quicker
+
+
 def eliminate(
     a: Tensor,  # Matrices `I + J`, shape `(d, d, n)`; overwritten by their inverses
 ) -> Tensor:  # Their log-determinants, shape `(n,)`
@@ -207,7 +210,7 @@ def invert(
     matrices: Tensor,  # `I + J`, shape `(n, d, d)`
 ) -> Tensor:  # Their inverses
     """Inverses of the Jacobians of blocks."""
-    if traced() or forward_mode() or matrices.shape[-1] > 24:
+    if traced() or forward_mode() or matrices.shape[-1] > IN_STEP:
         return torch.linalg.inv_ex(matrices)[0]
     a = matrices.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
     eliminate(a)
@@ -426,7 +429,8 @@ def run_chain(
     *weights: Tensor,  # Matrices, then biases, of all layers in each
 ) -> tuple[Tensor, Tensor]:  # Where points go, ladj of shape `(n,)`
     """`plain_chain`, and quicker where no transform is at work."""
-    plain = traced() or forward_mode() or x.is_meta or x.shape[-1] > 24
+    plain = traced() or forward_mode() or x.is_meta
+    plain = plain or x.shape[-1] > IN_STEP
     if plain or not len(x):
         return plain_chain(x, gathered(shift, betas, kind, *weights))
     return _Chain.apply(x, shift, betas, kind, *weights)

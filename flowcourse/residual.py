@@ -34,7 +34,7 @@ from flowcourse.kernels_residual import (
 from flowcourse.numerics import full_precision, softplus, softplus_inverse
 
 # %% ../nbs/10-residual.ipynb #7811c114
-EXACT_UP_TO = 64  # dimensions, by default
+EXACT_UP_TO = 32  # dimensions, by default
 STOP = 0.2  # chance to stop, at each term of a random series
 _LONG = 100  # terms that leave nothing out
 
@@ -87,7 +87,7 @@ class ResidualFlow(Bijection):
         # The direction that is one pass: "inverse" for densities, "forward"
         # for draws
         cheap: str = "inverse",
-        # "exact", or estimated by "series" or "roulette"; None: exact up to 64
+        # "exact", or estimated by "series" or "roulette"; None: exact up to 32
         # dimensions, roulette beyond
         ladj: str | None = None,
         # Of the estimates: the length of a series, or the sure part of a
