@@ -38,6 +38,7 @@ class Row:
     reference: str  # Paper and equation
     forward_cost: str = "one pass"  # One of `flowcourse.core.COSTS`
     inverse_cost: str = "one pass"  # One of `flowcourse.core.COSTS`
+    estimated: bool = False  # Whether the ladj is an estimate
     # Where `forward` takes each coordinate from
     domain: constraints.Constraint = constraints.real
     # The shapes to test it at
@@ -121,7 +122,7 @@ class Rows(Mapping[str, Row]):
         head = ["name", "family", "forward", "inverse", "reference"]
         lines = [
             [name, families[name], row.forward_cost, row.inverse_cost]
-            + [row.reference]
+            + [f"{row.reference}{'; ladj estimated' * row.estimated}"]
             for name, row in self.items()
         ]
         wide = [max(map(len, column)) for column in zip(head, *lines)]

@@ -161,6 +161,7 @@ def test_a_row_states_what_its_map_declares(name):
             f.forward_cost,
             f.inverse_cost,
         )
+        assert f.estimated == row.estimated
         assert of_coordinates(f.domain) == str(row.domain)
     assert (ROOT / "nbs" / f"{row.lesson}.ipynb").exists()
 

@@ -1,0 +1,298 @@
+"""Residual flows: what the contract does not ask of every bijection."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import check_beside_another_device, noise, shaken
+from torch.func import functional_call, hessian, jacrev, vmap
+from torch.testing import assert_close
+
+from flowcourse.core import Compose, Flow, Inverse
+from flowcourse.kernels_residual import (
+    ACTIVATIONS,
+    reached,
+    root,
+    shrunk,
+    trace_series,
+)
+from flowcourse.planar import Planar
+from flowcourse.quadrature import total_mass
+from flowcourse.residual import STOP, ResidualFlow
+
+
+def trained(dim=4, layers=3, steps=60, **options):
+    """A flow in float64 that has learnt to squeeze and to stretch."""
+    torch.manual_seed(0)
+    f = Flow(ResidualFlow(dim, layers, hidden=(16, 16), **options)).double()
+    x = noise(256, dim).sinh() / 2
+    optimizer = torch.optim.Adam(f.parameters(), 2e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-f.log_prob(x).mean()).backward()
+        optimizer.step()
+    return f.bijection.eval()
+
+
+def test_the_norm_is_below_its_bound_whatever_the_weights_are():
+    for shape in ((64, 8), (8, 64), (32, 32), (1, 5)):
+        for dtype in (torch.float64, torch.float32):
+            for scale in (0.0, 1e-20, 1e-3, 0.1, 1.0, 1e3, 1e10):
+                w = scale * noise(7, *shape).to(dtype)
+                found = torch.linalg.matrix_norm(shrunk(w, 0.9).double(), 2)
+                slack = 1e-12 if dtype == torch.float64 else 1e-5
+                assert (found < 0.9 * (1 + slack)).all()
+                given = torch.linalg.matrix_norm(w.double(), 2)
+                close = given.clamp(max=0.9) * min(shape) ** (-1 / 128)
+                assert (found >= close * 2 ** (-1 / 128) - 1e-6).all()
+                below = given < 0.8
+                assert_close(shrunk(w, 0.9)[below], w[below])
+
+
+def test_the_norm_has_derivatives_everywhere():
+    for w in (noise(3, 4), 0 * noise(3, 4), torch.eye(3).double()):
+        w.requires_grad_()
+        assert torch.autograd.gradcheck(lambda w: shrunk(w, 0.9), w)
+        assert torch.autograd.gradgradcheck(lambda w: shrunk(w, 0.9), w)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS.values())
+def test_no_activation_is_steeper_than_one(kind):
+    for beta in (1e-3, 1.0, 50.0):
+        x = torch.linspace(-30, 30, 60_001, dtype=torch.float64) / beta
+        x.requires_grad_()
+        value, slope = kind.both(x, torch.tensor(beta, dtype=torch.float64))
+        assert slope.abs().max() <= 1
+        assert_close(torch.autograd.grad(value.sum(), x)[0], slope)
+
+
+@pytest.mark.parametrize("cheap", ["inverse", "forward"])
+def test_the_bound_holds_and_is_nearly_reached(cheap):
+    f = shaken(ResidualFlow(3, 2, cheap=cheap, hidden=(8, 8)).double(), 3.0)
+    z = 3 * noise(200, 3)
+    for branch in f.branches():
+        jacobian = branch.jacobian(branch(z)[1])
+        found = torch.linalg.matrix_norm(jacobian, 2)
+        assert found.max() < f.lipschitz
+        assert_close(jacobian, vmap(jacrev(lambda t: branch(t)[0]))(z))
+        v = noise(5, 200, 3)
+        rows = torch.einsum("pni,nij->pnj", v, jacobian)
+        assert_close(branch.pull(v, branch(z)[1]), rows)
+
+
+@pytest.mark.parametrize("cheap", ["inverse", "forward"])
+def test_trained_blocks_invert_with_right_derivatives(cheap):
+    f = trained(cheap="inverse")
+    f.cheap = cheap
+    x = 4 * noise(64, 4)
+    z, ladj = f.inverse(x)
+    back, other = f(z)
+    assert_close(back, x, rtol=1e-12, atol=1e-12)
+    assert_close(ladj, -other, rtol=1e-10, atol=1e-10)
+    for way in (f.forward, f.inverse):
+        jacobian = vmap(jacrev(lambda t: way(t)[0]))(x)
+        want = torch.linalg.slogdet(jacobian).logabsdet
+        assert_close(way(x)[1], want, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives_of_the_root():
+    f = trained(2)
+
+    def value(x):
+        z, ladj = f(x)
+        return z.sin().sum() + ladj
+
+    x = noise(2)
+    found = hessian(value)(x)
+    assert_close(found, jacrev(jacrev(value))(x), rtol=1e-8, atol=1e-8)
+    step = 1e-5
+    for i in range(2):
+        e = step * torch.eye(2).double()[i]
+        slopes = [jacrev(value)(x + s * e) for s in (1, -1)]
+        assert_close(
+            found[i], (slopes[0] - slopes[1]) / 2 / step, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_steep_blocks_that_newton_alone_does_not_solve():
+    """Wild biases and sharp units: the guard keeps the contraction."""
+    f = ResidualFlow(2, 1, hidden=(16, 16), lipschitz=0.99).double()
+    shaken(f, 3.0, seed=3)
+    with torch.no_grad():
+        f.raw_betas.fill_(200.0)
+        branch = f.branches()[0]
+        y = 5 * noise(2000, 2)
+        x = root(y, branch, f.lipschitz)
+        assert_close(x + branch(x)[0], y, rtol=0, atol=1e-12)
+
+
+def test_a_row_is_solved_alike_in_any_company():
+    f = trained()
+    x = 3 * noise(64, 4)
+    together = f(x)
+    for i in range(8):
+        for a, b in zip(f(x[i]), together):
+            assert_close(a, b[i], rtol=1e-12, atol=1e-12)
+
+
+def test_fixed_steps_find_what_chosen_ones_find():
+    f = trained()
+    x = 3 * noise(64, 4)
+    for a, b in zip(vmap(f)(x), f(x)):
+        assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_mass_in_the_plane_and_with_a_context():
+    torch.manual_seed(0)
+    f = Flow(ResidualFlow(2, 2, hidden=(8, 8), context_dim=2)).double()
+    shaken(f, 1.0)
+    c = noise(2)
+    mass = total_mass(lambda x: f.log_prob(x, c), dim=2, dtype=torch.float64)
+    assert abs(mass - 1) < 1e-3
+    x = noise(4, 2)
+    assert not torch.allclose(f.log_prob(x, c), f.log_prob(x, -c))
+
+
+def test_a_chain_says_whether_it_is_estimated():
+    exact, guess = ResidualFlow(3), ResidualFlow(3, ladj="roulette")
+    assert guess.estimated and not exact.estimated
+    assert not Planar(3).estimated
+    assert Compose(Planar(3), guess).estimated
+    assert Inverse(guess).estimated and not Compose(exact).estimated
+    assert ResidualFlow(65, hidden=(4,)).ladj == "roulette"
+    assert exact.bias_bound() == guess.bias_bound() == 0
+
+
+def series(f, terms):
+    """The same flow, estimated by a series."""
+    g = copy.deepcopy(f)
+    g.ladj, g.terms = "series", terms
+    return g
+
+
+def test_the_series_is_off_by_no_more_than_its_bound():
+    f = trained(2, lipschitz=0.8)
+    x = 2 * noise(32, 2)
+    for terms in (1, 2, 4, 8, 16):
+        g = series(f, terms)
+        # +-1 for both coordinates, and for one of them: the trace exactly
+        probes = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
+        g.probes, g.fixed_probes = 2, probes
+        off = (g.inverse(x)[1] - f.inverse(x)[1]).abs().max()
+        assert off <= g.bias_bound()
+    assert off < 1e-3
+
+
+def test_roulette_is_unbiased_in_value_and_gradient():
+    """Means of 10,000 draws within three standard errors, in four dimensions."""
+    f = trained(4, 1, lipschitz=0.8)
+    g = torch.Generator().manual_seed(0)
+    x, n, chunk = noise(1, 4)[0], 10_000, 100
+    branch = f.branches()[0]
+    slopes = branch(x[None])[1]
+    values, gradients = [], []
+    weight = f.matrices[1]
+    for _ in range(n // chunk):
+        # as the flow draws it: one end for a call
+        extra = int(
+            torch.rand((), generator=g).double().log() / math.log(1 - STOP)
+        )
+        v = 1 - 2.0 * torch.randint(0, 2, (chunk, 1, 4), generator=g).double()
+        found = trace_series(branch, slopes, v, reached(2, extra, STOP), True)
+        values.append(found.mean().detach())
+        (gradient,) = torch.autograd.grad(
+            found.mean(), weight, retain_graph=True
+        )
+        gradients.append(gradient.flatten())
+    exact = f.inverse(x)[1]
+    (want,) = torch.autograd.grad(exact, weight)
+    found = []
+    for draws, truth in (
+        (torch.stack(values)[:, None], exact.detach()[None]),
+        (torch.stack(gradients), want.flatten()),
+    ):
+        error = draws.std(0) / len(draws) ** 0.5
+        found.append((draws.mean(0) - truth) / error.clamp(min=1e-12))
+    value, gradient = found
+    assert value.abs() < 3
+    # of hundreds of numbers, no more leave three errors than chance has
+    assert (gradient.abs() < 3).double().mean() > 0.98
+    assert gradient.square().mean() < 2
+
+
+def test_estimates_follow_the_generator_and_say_their_error():
+    f = trained(4)
+    f.ladj, f.terms = "roulette", 4
+    f.fixed_probes = torch.ones(1, 4).double()
+    x = noise(16, 4)
+    one, two = (
+        f.inverse(x, generator=torch.Generator().manual_seed(1))[1]
+        for _ in range(2)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, f.inverse(x, generator=torch.Generator())[1])
+    assert torch.equal(f.inverse(x)[1], f.inverse(x)[1])
+    z, mean, error = f.with_error(
+        x, probes=200, generator=torch.Generator().manual_seed(2)
+    )
+    f.ladj = "exact"
+    assert_close(z, f.inverse(x)[0])
+    off = (mean - f.inverse(x)[1]) / error
+    assert off.abs().max() < 5 and off.square().mean() < 3
+    assert f.with_error(x)[2].abs().max() == 0
+
+
+def test_an_estimated_flow_trains():
+    torch.manual_seed(0)
+    f = Flow(ResidualFlow(3, 2, hidden=(16, 16), ladj="roulette"))
+    x = torch.randn(512, 3) * torch.tensor([0.5, 1.0, 1.8])
+    optimizer = torch.optim.Adam(f.parameters(), 1e-2)
+    before = -f.log_prob(x).mean().item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        (-f.log_prob(x).mean()).backward()
+        optimizer.step()
+    f.bijection.ladj = "exact"
+    entropy = 1.5 * math.log(2 * math.pi * math.e) + math.log(0.9)
+    loss = -f.log_prob(x).mean().item()
+    assert loss < entropy + 0.12 < before
+
+
+def test_gradients_of_parameters_under_functional_call():
+    f = trained(2, 1)
+    theta = dict(f.named_parameters())
+    x = noise(5, 2)
+
+    def loss(theta):
+        z, ladj = functional_call(f, theta, (x,))
+        return (z.square().sum(-1) - ladj).mean()
+
+    found = torch.func.grad(loss)(theta)
+    want = torch.autograd.grad(loss(theta), list(theta.values()))
+    for a, b in zip(found.values(), want):
+        assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("cheap", ["inverse", "forward"])
+def test_it_runs_beside_another_default_device(cheap):
+    check_beside_another_device(
+        lambda: ResidualFlow(3, 2, context_dim=2, cheap=cheap, hidden=(8,)), 2
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lipschitz": 1.0}, "lipschitz: expected a number below 1, got 1.0"),
+        ({"lipschitz": 0.0}, "lipschitz: expected a finite number above 0"),
+        ({"activation": "relu"}, "activation: expected one of 'lipswish'"),
+        ({"cheap": "both"}, "cheap: expected one of 'inverse', 'forward'"),
+        ({"ladj": "guess"}, "ladj: expected one of 'exact'"),
+        ({"layers": 0}, "layers: expected a whole number of at least 1"),
+        ({"hidden": ()}, "hidden: expected positive integers"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualFlow(2, **options)
