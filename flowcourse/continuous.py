@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MLPVelocity', 'Continuous']
 
-# %% ../nbs/11-continuous.ipynb #a0cb304a
+# %% ../nbs/11-continuous.ipynb #5d250c0f
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from flowcourse.arguments import (
     as_bool,
@@ -32,7 +33,7 @@ from flowcourse.kernels_continuous import (
 )
 from flowcourse.numerics import full_precision
 
-# %% ../nbs/11-continuous.ipynb #3065b27f
+# %% ../nbs/11-continuous.ipynb #8d38acb1
 def rademacher(
     shape: tuple[int, ...],  # Of the result
     **where,  # Of torch's random functions
@@ -43,7 +44,7 @@ def rademacher(
 
 PROBES = {"rademacher": rademacher, "gaussian": torch.randn}
 
-# %% ../nbs/11-continuous.ipynb #56ce35ea
+# %% ../nbs/11-continuous.ipynb #1406c4b4
 class MLPVelocity(nn.Module):
     r"""A velocity `v(x, t)` for `Continuous`: a perceptron of tanh units that knows its divergence.
 
@@ -125,7 +126,7 @@ class MLPVelocity(nn.Module):
         context = f", context_dim={self.context_dim}" * bool(self.context_dim)
         return f"dim={self.dim}, hidden={self.hidden}{context}"
 
-# %% ../nbs/11-continuous.ipynb #88a42dda
+# %% ../nbs/11-continuous.ipynb #1d8f84e1
 class Continuous(Bijection):
     r"""A flow along a velocity: `x(0) = z`, `dx/dt = v(x, t)`, and the data at `t = 1`.
 
@@ -192,7 +193,8 @@ class Continuous(Bijection):
         self.probes = as_int(probes, "probes", 1)
         # in eval mode always the same
         shape = (self.probes, *self.event_shape)
-        fixed = PROBES[noise](shape) if self.estimated else torch.empty(0)
+        like = next(velocity.parameters(), torch.empty(0))
+        fixed = draw(PROBES[noise], shape, like) if self.estimated else None
         self.register_buffer("fixed_probes", fixed)
         self.evaluations = 0  # of the velocity, in the last solve
 
@@ -306,7 +308,7 @@ class Continuous(Bijection):
 
         def field(t, y):
             rates = inner(t, y)
-            push = self._tangents(t, y, features, e)[0]
+            push = self._tangents(t, y, features, e)[1][0]
             energy = [r.flatten(1).square().sum(-1) for r in (rates[0], push)]
             return (*rates, *energy)
 
@@ -374,13 +376,13 @@ class Continuous(Bijection):
 
         def field(t, x):
             if probes is None:  # the Jacobian's diagonal, column by column
-                size = x[0].numel() if len(x) else math.prod(self.event_shape)
+                size = math.prod(self.event_shape)
                 unit = torch.eye(size, dtype=x.dtype, device=x.device)
                 e = unit.view(size, 1, *self.event_shape).expand(size, *x.shape)
             else:
                 e = probes
-            slopes = (self._tangents(t, x, context, e) * e).flatten(2).sum(-1)
-            v = self._at(t, x, context)
+            v, along = self._tangents(t, x, context, e)
+            slopes = (along * e).flatten(2).sum(-1)
             if each:
                 return v, *slopes
             return v, slopes.sum(0) if probes is None else slopes.mean(0)
@@ -388,14 +390,23 @@ class Continuous(Bijection):
         return field
 
     def _tangents(self, t, x, context, directions):
-        "The velocity's Jacobian times directions, shape `(k, n, *event)`."
-
-        def along(e):
-            return torch.func.jvp(
-                lambda y: self._at(t, y, context), (x,), (e,)
-            )[1]
-
-        return torch.vmap(along)(directions)
+        "The velocity, and its Jacobian times directions `(k, n, *event)`, in one batch."
+        k, n = directions.shape[:2]
+        many = x.expand(k, *x.shape).flatten(0, 1).contiguous()
+        if context is not None:
+            context = context.expand(k, *context.shape).flatten(0, 1)
+        e = directions.flatten(0, 1).contiguous()
+        if traced() or forward_mode():
+            v, along = torch.func.jvp(
+                lambda y: self._at(t, y, context), (many,), (e,)
+            )
+        else:  # the same, and quicker
+            with forward_ad.dual_level():
+                dual = self._at(t, forward_ad.make_dual(many, e), context)
+                v, along = forward_ad.unpack_dual(dual)
+            if along is None:  # it does not depend on x
+                along = torch.zeros_like(v)
+        return v[:n], along.unflatten(0, (k, n))
 
     def _probes_for(self, points, generator):
         "Of a solve, shape `(probes, n, *event)`; None where the ladj is exact."
