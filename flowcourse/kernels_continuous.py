@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/lib-kernels-continuous.ipynb #3b8ffb4a
+# %% ../nbs/lib-kernels-continuous.ipynb #31216098
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/lib-kernels-continuous.ipynb #bf44aa31
+# %% ../nbs/lib-kernels-continuous.ipynb #15844d65
 TIMES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 STAGES: tuple[tuple[float, ...], ...] = (
     (),
@@ -90,7 +90,7 @@ def equal_steps(
     """Steps of one length."""
     return [(end - start) / steps] * steps
 
-# %% ../nbs/lib-kernels-continuous.ipynb #3d9a5bdf
+# %% ../nbs/lib-kernels-continuous.ipynb #7554b9ee
 @torch.no_grad()
 def worst(
     errors: list[Tensor],  # Of the parts of the state, or of rates
@@ -223,7 +223,7 @@ def solve(
             state, rates = after, every[-1]
     return state, pace
 
-# %% ../nbs/lib-kernels-continuous.ipynb #18fa9e23
+# %% ../nbs/lib-kernels-continuous.ipynb #ed95f03b
 def mlp_field(
     # Of each layer its matrix and bias: two or three, the first with a column
     # for each coordinate, one for time, and one for each feature
@@ -252,7 +252,7 @@ def mlp_field(
 
     return field
 
-# %% ../nbs/lib-kernels-continuous.ipynb #8a067a04
+# %% ../nbs/lib-kernels-continuous.ipynb #267c88bd
 class _Net:
     "The matrices of a perceptron, as the solve needs them."
 
@@ -391,7 +391,7 @@ def _march(net, x, start, lengths, pace_of, keep):
     # kept blocks are read only up to their sixth stage, but own the seventh
     return y[0].clone(), total, taken, kept
 
-# %% ../nbs/lib-kernels-continuous.ipynb #71fc9114
+# %% ../nbs/lib-kernels-continuous.ipynb #4b11f346
 def _march_back(net, g_point, g_total, start, taken, blocks, context):
     "Gradients in the point, the context and the weights, the last step first."
     (n, size), deep = g_point.shape, net.inner is not None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/lib-zoo-continuous.ipynb #053a8536
+# %% ../nbs/lib-zoo-continuous.ipynb #3833ce7c
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .continuous import Continuous, MLPVelocity
 from .zoo import Row
 
-# %% ../nbs/lib-zoo-continuous.ipynb #937a668b
+# %% ../nbs/lib-zoo-continuous.ipynb #e55543c0
 STEPS = 48  # leave an error below 1e-9 at any level of noise
 
 
