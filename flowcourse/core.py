@@ -82,6 +82,11 @@ class Bijection(nn.Module):
         return COSTS[0]
 
     @property
+    def estimated(self) -> bool:
+        """Whether the ladj is an estimate, with an error of its own."""
+        return False
+
+    @property
     def event_dim_out(self) -> int:
         """Dimensions of one point after `forward`."""
         return self.event_dim
@@ -268,6 +273,11 @@ class Compose(Bijection):
         return max((f.inverse_cost for f in self.bijections), key=COSTS.index)
 
     @property
+    def estimated(self) -> bool:
+        """Whether the ladj of one of the maps is an estimate."""
+        return any(f.estimated for f in self.bijections)
+
+    @property
     def event_dim_out(self) -> int:
         """Dimensions of one point after the last bijection."""
         return self.bijections[-1].event_dim_out
@@ -354,6 +364,11 @@ class Inverse(Bijection):
     def inverse_cost(self) -> str:
         """The cost of the wrapped `forward`."""
         return self.bijection.forward_cost
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the wrapped map's ladj is an estimate."""
+        return self.bijection.estimated
 
     @property
     def event_dim_out(self) -> int:
