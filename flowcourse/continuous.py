@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MLPVelocity', 'Continuous']
 
-# %% ../nbs/11-continuous.ipynb #1a57544d
+# %% ../nbs/11-continuous.ipynb #1dcd7abf
 import math
 from collections.abc import Iterable
 
@@ -33,7 +33,7 @@ from flowcourse.kernels_continuous import (
 )
 from flowcourse.numerics import full_precision
 
-# %% ../nbs/11-continuous.ipynb #bd823598
+# %% ../nbs/11-continuous.ipynb #2015e7e4
 def rademacher(
     shape: tuple[int, ...],  # Of the result
     **where,  # Of torch's random functions
@@ -44,7 +44,7 @@ def rademacher(
 
 PROBES = {"rademacher": rademacher, "gaussian": torch.randn}
 
-# %% ../nbs/11-continuous.ipynb #72ef8128
+# %% ../nbs/11-continuous.ipynb #74c1acba
 class MLPVelocity(nn.Module):
     r"""A velocity `v(x, t)` for `Continuous`: a perceptron of tanh units that knows its divergence.
 
@@ -126,7 +126,7 @@ class MLPVelocity(nn.Module):
         context = f", context_dim={self.context_dim}" * bool(self.context_dim)
         return f"dim={self.dim}, hidden={self.hidden}{context}"
 
-# %% ../nbs/11-continuous.ipynb #71ec1138
+# %% ../nbs/11-continuous.ipynb #9697bfc4
 class Continuous(Bijection):
     r"""A flow along a velocity: `x(0) = z`, `dx/dt = v(x, t)`, and the data at `t = 1`.
 
@@ -304,19 +304,30 @@ class Continuous(Bijection):
         x, context = self._check_data(x, context)
         batch, points, features = self._flat(x, context)
         e = self._drawn((1, *points.shape), points, generator)
-        inner = self._field(features, self._probes_for(points, generator))
-
-        def field(t, y):
-            rates = inner(t, y)
-            push = self._tangents(t, y, features, e)[1][0]
-            energy = [r.flatten(1).square().sum(-1) for r in (rates[0], push)]
-            return (*rates, *energy)
-
+        if type(self.velocity) is MLPVelocity and self._closed:
+            v = self.velocity
+            field = mlp_field(v.weights(), features, v.dim, e[0])
+        else:
+            field = self._energy_field(
+                features, e, self._probes_for(points, generator)
+            )
         sums = (points.new_zeros(len(points)),) * 3
         z, ladj, *costs = self._integrate(field, (points, *sums), (1.0, 0.0))
         # time ran backwards
         parts = (t.reshape(batch) for t in (ladj, *(-c for c in costs)))
         return z.reshape(x.shape), *parts
+
+    def _energy_field(self, context, e, probes):
+        "Velocity, divergence, kinetic energy, and the size of the Jacobian along `e`."
+        inner = self._field(context, probes)
+
+        def field(t, y):
+            rates = inner(t, y)
+            push = self._tangents(t, y, context, e)[1][0]
+            energy = [r.flatten(1).square().sum(-1) for r in (rates[0], push)]
+            return (*rates, *energy)
+
+        return field
 
     @property
     def _closed(self):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/lib-kernels-continuous.ipynb #31216098
+# %% ../nbs/lib-kernels-continuous.ipynb #f8163dbf
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/lib-kernels-continuous.ipynb #15844d65
+# %% ../nbs/lib-kernels-continuous.ipynb #b896ce20
 TIMES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 STAGES: tuple[tuple[float, ...], ...] = (
     (),
@@ -90,7 +90,7 @@ def equal_steps(
     """Steps of one length."""
     return [(end - start) / steps] * steps
 
-# %% ../nbs/lib-kernels-continuous.ipynb #7554b9ee
+# %% ../nbs/lib-kernels-continuous.ipynb #ee028920
 @torch.no_grad()
 def worst(
     errors: list[Tensor],  # Of the parts of the state, or of rates
@@ -223,13 +223,15 @@ def solve(
             state, rates = after, every[-1]
     return state, pace
 
-# %% ../nbs/lib-kernels-continuous.ipynb #ed95f03b
+# %% ../nbs/lib-kernels-continuous.ipynb #806288ac
 def mlp_field(
     # Of each layer its matrix and bias: two or three, the first with a column
     # for each coordinate, one for time, and one for each feature
     weights: tuple[Tensor, ...],
     context: Tensor | None,  # Features, shape `(n, c)`
     size: int,  # Number of coordinates
+    # Directions, shape `(n, size)`: then the rates of `with_energy` follow
+    probe: Tensor | None = None,
 ) -> Field:  # From time and points `(n, size)` to velocity and divergence
     """The velocity of a perceptron of tanh units, and its divergence in closed form."""
     into, bias, *inner, out, drift = weights
@@ -240,19 +242,28 @@ def mlp_field(
         mixed = inner[0] * (across @ out).mT
     else:
         mixed = (across * out.mT).sum(-1)
+    pushed = None if probe is None else probe @ across.mT
 
     def field(t, x):
         s = torch.tanh(x @ across.mT + (bias + t * clock))
         slope = 1 - s * s
-        if not inner:
-            return s @ out.mT + drift, slope @ mixed
-        s = torch.tanh(s @ inner[0].mT + inner[1])
-        divergence = ((1 - s * s) * (slope @ mixed.mT)).sum(-1)
-        return s @ out.mT + drift, divergence
+        push = None if pushed is None else pushed * slope
+        if inner:
+            s = torch.tanh(s @ inner[0].mT + inner[1])
+            spread, slope = slope @ mixed.mT, 1 - s * s
+            divergence = (slope * spread).sum(-1)
+            push = None if push is None else push @ inner[0].mT * slope
+        else:
+            divergence = slope @ mixed
+        v = s @ out.mT + drift
+        if push is None:
+            return v, divergence
+        push = push @ out.mT
+        return v, divergence, v.square().sum(-1), push.square().sum(-1)
 
     return field
 
-# %% ../nbs/lib-kernels-continuous.ipynb #267c88bd
+# %% ../nbs/lib-kernels-continuous.ipynb #3e00150d
 class _Net:
     "The matrices of a perceptron, as the solve needs them."
 
@@ -391,7 +402,7 @@ def _march(net, x, start, lengths, pace_of, keep):
     # kept blocks are read only up to their sixth stage, but own the seventh
     return y[0].clone(), total, taken, kept
 
-# %% ../nbs/lib-kernels-continuous.ipynb #4b11f346
+# %% ../nbs/lib-kernels-continuous.ipynb #59fab0c8
 def _march_back(net, g_point, g_total, start, taken, blocks, context):
     "Gradients in the point, the context and the weights, the last step first."
     (n, size), deep = g_point.shape, net.inner is not None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/lib-zoo-continuous.ipynb #3833ce7c
+# %% ../nbs/lib-zoo-continuous.ipynb #40361c39
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .continuous import Continuous, MLPVelocity
 from .zoo import Row
 
-# %% ../nbs/lib-zoo-continuous.ipynb #e55543c0
+# %% ../nbs/lib-zoo-continuous.ipynb #5d36fcfa
 STEPS = 48  # leave an error below 1e-9 at any level of noise
 
 

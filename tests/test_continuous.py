@@ -239,6 +239,29 @@ def test_energy_of_a_straight_and_of_a_linear_path():
     assert_close(ladj, f.inverse(noise(3000, 3))[1], rtol=1e-6, atol=1e-6)
 
 
+def test_the_energy_of_a_perceptron_is_that_of_any_network():
+    f = flow_of(context_dim=2, adaptive=False, steps=6)
+
+    class Hidden(nn.Module):
+        """The same velocity, which does not tell its divergence."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = f.velocity
+
+        def forward(self, t, x, context):
+            return self.inner(t, x, context)
+
+    other = Continuous(Hidden(), 3, 2, adaptive=False, steps=6)
+    x, context = noise(4, 3), noise(4, 2)
+    found = []
+    for each in (f, other):
+        g = torch.Generator().manual_seed(0)
+        found.append(each.with_energy(x, context, generator=g))
+    for a, b in zip(*found):
+        assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_float32_is_within_the_tolerance():
     f = flow_of(3, tolerance=1e-5)
     z = noise(50, 3)
