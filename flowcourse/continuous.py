@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MLPVelocity', 'Continuous']
 
-# %% ../nbs/11-continuous.ipynb #1dcd7abf
+# %% ../nbs/11-continuous.ipynb #7b15619f
 import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from flowcourse.arguments import (
@@ -33,7 +33,7 @@ from flowcourse.kernels_continuous import (
 )
 from flowcourse.numerics import full_precision
 
-# %% ../nbs/11-continuous.ipynb #2015e7e4
+# %% ../nbs/11-continuous.ipynb #5b70db03
 def rademacher(
     shape: tuple[int, ...],  # Of the result
     **where,  # Of torch's random functions
@@ -44,7 +44,7 @@ def rademacher(
 
 PROBES = {"rademacher": rademacher, "gaussian": torch.randn}
 
-# %% ../nbs/11-continuous.ipynb #74c1acba
+# %% ../nbs/11-continuous.ipynb #4f9a5d93
 class MLPVelocity(nn.Module):
     r"""A velocity `v(x, t)` for `Continuous`: a perceptron of tanh units that knows its divergence.
 
@@ -93,9 +93,7 @@ class MLPVelocity(nn.Module):
         first, *inner, last = self.layers
         into, features = first.weight.tensor_split([self.dim + 1], 1)
         into = torch.cat([self._shrunk(into), features], 1)
-        out = self._shrunk(
-            torch.cat([last.weight, last.bias.unsqueeze(-1)], 1)
-        )
+        out = self._shrunk(torch.cat([last.weight, last.bias.unsqueeze(-1)], 1))
         middle = [t for f in inner for t in (self._shrunk(f.weight), f.bias)]
         return into, first.bias, *middle, out[:, :-1], out[:, -1]
 
@@ -126,7 +124,7 @@ class MLPVelocity(nn.Module):
         context = f", context_dim={self.context_dim}" * bool(self.context_dim)
         return f"dim={self.dim}, hidden={self.hidden}{context}"
 
-# %% ../nbs/11-continuous.ipynb #9697bfc4
+# %% ../nbs/11-continuous.ipynb #4a7cd21e
 class Continuous(Bijection):
     r"""A flow along a velocity: `x(0) = z`, `dx/dt = v(x, t)`, and the data at `t = 1`.
 
@@ -250,14 +248,20 @@ class Continuous(Bijection):
         context: Tensor | None = None,
         # From 0 (base) to 1 (data), in either order
         times: Iterable[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    ) -> tuple[Tensor, Tensor]:  # Shapes `(times, *batch, *event)`, `(times, *batch)`
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # Shapes `(times, *batch, *event)`, `(times, *batch)`
         """Where points are at several times, and the ladj so far."""
-        x, context = self._check("x", x, context, self.event_shape, self.event_dim)
+        x, context = self._check(
+            "x", x, context, self.event_shape, self.event_dim
+        )
         times = [as_float(t, "times", 0.0, 1.0) for t in times]
         ladj = x.flatten(x.dim() - self.event_dim)[..., 0] * 0
         found = [(x, ladj)]
         for leg in zip(times, times[1:]):
-            x, more = self._between(x, context, leg) if leg[0] != leg[1] else (x, 0)
+            x, more = (
+                self._between(x, context, leg) if leg[0] != leg[1] else (x, 0)
+            )
             ladj = ladj + more
             found.append((x, ladj))
         points, ladjs = (torch.stack(part) for part in zip(*found))
@@ -363,13 +367,17 @@ class Continuous(Bijection):
 
     def _integrate(self, field, state, times):
         points = state[0]
-        if self.adaptive and not (traced() or points.is_meta or not len(points)):
+        if self.adaptive and not (
+            traced() or points.is_meta or not len(points)
+        ):
             end, pace = solve(field, state, *times, self.tolerance)
             self.evaluations = pace.evaluations
             return end
         if not traced():
             self.evaluations = 1 + 6 * self.steps
-        return run_steps(field, state, times[0], equal_steps(*times, self.steps))
+        return run_steps(
+            field, state, times[0], equal_steps(*times, self.steps)
+        )
 
     def _at(self, t, x, context):
         "The velocity, whatever it is called with."

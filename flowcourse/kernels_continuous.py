@@ -99,7 +99,8 @@ def worst(
 ) -> float:  # Above 1: too much
     """The largest error of any row and coordinate, as a multiple of what is allowed."""
     found = [
-        (e / (1 + y.abs())).abs().max() for e, y in zip(errors, state, strict=True)
+        (e / (1 + y.abs())).abs().max()
+        for e, y in zip(errors, state, strict=True)
     ]
     largest = float(torch.stack(found).max()) / tolerance
     if math.isfinite(largest):
@@ -209,7 +210,9 @@ def solve(
             after = field(start + h, state[0] + h * rates[0])
             return size_of([b - a for a, b in zip(rates, after)])
 
-    length = first_length(size_of(rates), size_of(state), change, abs(end - start))
+    length = first_length(
+        size_of(rates), size_of(state), change, abs(end - start)
+    )
     pace = Pace(start, end, length)
     while (h := pace.next()) is not None:
         after, every = step(field, pace.t, h, state, rates)
@@ -329,7 +332,11 @@ class _Solve(torch.autograd.Function):
             field = mlp_field(tuple(weights), context, x.shape[-1])
             out = run_steps(field, (x, torch.zeros_like(x[:, 0])), *given)
             found = torch.autograd.grad(
-                out, asked, (g_point, g_total), create_graph=True, allow_unused=True
+                out,
+                asked,
+                (g_point, g_total),
+                create_graph=True,
+                allow_unused=True,
             )
             by = {id(t): grad for t, grad in zip(asked, found)}
             g_x, *g_weights = (by.get(id(t)) for t in (x, *weights))
@@ -378,7 +385,11 @@ def _march(net, x, start, lengths, pace_of, keep):
         here = y[0].view(1, -1)
         for i in range(1, 7):
             torch.addmm(
-                here, stages[i : i + 1, :i], flat[:i], alpha=h, out=y[i].view(1, -1)
+                here,
+                stages[i : i + 1, :i],
+                flat[:i],
+                alpha=h,
+                out=y[i].view(1, -1),
             )
             at = [a[i] for a in s]
             net.at(t + TIMES[i] * h, y[i], at, velocity[i])
@@ -416,7 +427,9 @@ def _march_back(net, g_point, g_total, start, taken, blocks, context):
     flat = returned.view(7, -1)
     kappa = like.new_empty(6, n, size)
     first, last = net.across.shape[0], net.out.shape[1]
-    hidden = [like.new_empty(6, n, w) for w in ((first, last) if deep else (first,))]
+    hidden = [
+        like.new_empty(6, n, w) for w in ((first, last) if deep else (first,))
+    ]
     g_across, g_out = torch.zeros_like(net.across), torch.zeros_like(net.out)
     g_inner = torch.zeros_like(net.inner) if deep else None
     g_inner_bias = like.new_zeros(last) if deep else None
@@ -441,7 +454,9 @@ def _march_back(net, g_point, g_total, start, taken, blocks, context):
             bend1 = (net.mixed * share).mul(s[0]).mul_(slopes[0]).mul_(-2)
         for i in range(5, -1, -1):
             torch.mm(
-                columns[i : i + 1, i + 1 :], flat[i + 1 :], out=kappa[i].view(1, -1)
+                columns[i : i + 1, i + 1 :],
+                flat[i + 1 :],
+                out=kappa[i].view(1, -1),
             ).mul_(h)
             at = kappa[i] @ net.out
             if deep:
@@ -459,7 +474,9 @@ def _march_back(net, g_point, g_total, start, taken, blocks, context):
             g_inner_bias += middle.sum(0)
         g_across.addmm_(hidden[0].flatten(0, 1).mT, y.flatten(0, 1))
         at_stage = hidden[0].sum(1)
-        g_clock.addmv_(at_stage.mT, like.new_tensor([t + c * h for c in TIMES[:6]]))
+        g_clock.addmv_(
+            at_stage.mT, like.new_tensor([t + c * h for c in TIMES[:6]])
+        )
         g_rows += hidden[0].sum(0)
     # mixed = inner * (across @ out)' , or the diagonal of that product
     product = net.across @ net.out
@@ -488,7 +505,9 @@ def solve_mlp(
     end: float,  # Where to arrive
     tolerance: float | None = 1e-5,  # Of a step's error; None for given steps
     lengths: list[float] | None = None,  # Of the steps, where they are given
-) -> tuple[Tensor, Tensor, int]:  # Points, integral of the divergence, evaluations
+) -> tuple[
+    Tensor, Tensor, int
+]:  # Points, integral of the divergence, evaluations
     """Integrate a perceptron's velocity and divergence: `solve` or `run_steps`, and quicker."""
     paces: list[Pace] = []
 
@@ -506,7 +525,10 @@ def solve_mlp(
             rate[1] = 0.0
             return worst(moved, state, allowed)
 
-        speed, size = worst(at_start, state, allowed), worst(state, state, allowed)
+        speed, size = (
+            worst(at_start, state, allowed),
+            worst(state, state, allowed),
+        )
         length = first_length(speed, size, change, abs(end - start))
         pace = Pace(start, end, length)
         pace.tolerance = allowed

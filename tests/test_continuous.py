@@ -43,9 +43,7 @@ class Net(nn.Module):
         )
 
     def forward(self, t, x, *context):
-        return self.net(
-            torch.cat([x, t.expand(len(x), 1), *context], -1)
-        )
+        return self.net(torch.cat([x, t.expand(len(x), 1), *context], -1))
 
 
 def test_a_linear_velocity_is_the_matrix_exponential():
@@ -141,9 +139,7 @@ def test_transforms_compile_and_forward_mode_take_equal_steps(kind):
     assert_close(vmapped, (want, ladj), rtol=1e-9, atol=1e-9)
     J = torch.func.vmap(torch.func.jacrev(lambda y: f(y)[0]))(z)
     for row, slope in zip(z, J):
-        plain = torch.autograd.functional.jacobian(
-            lambda y: equal(y)[0], row
-        )
+        plain = torch.autograd.functional.jacobian(lambda y: equal(y)[0], row)
         assert_close(slope, plain, rtol=1e-9, atol=1e-9)
     H = torch.func.hessian(lambda y: f(y)[1])(z[0])
     assert_close(H, H.mT, rtol=1e-9, atol=1e-9)
@@ -177,7 +173,9 @@ def test_an_estimate_is_unbiased_and_knows_its_error(noise_of):
     p = f.velocity.layers[-1].weight
     (estimate,) = torch.autograd.grad(ladj.mean(), p)
     (slope,) = torch.autograd.grad(true.sum(), p)
-    assert_close(estimate, slope, rtol=0, atol=0.1 * float(slope.abs().max() + 1))
+    assert_close(
+        estimate, slope, rtol=0, atol=0.1 * float(slope.abs().max() + 1)
+    )
     points, mean, stated = f.with_error(x[:200], probes=8, generator=g)
     assert_close(points, exact.inverse(x[:200])[0], rtol=1e-5, atol=1e-5)
     pull = (mean - true) / stated
@@ -203,7 +201,9 @@ def test_the_density_has_mass_one():
     f = flow_of(2, (8, 8), sd=0.3, tolerance=1e-6)
     flow = Flow(f).double()
     with torch.no_grad():
-        mass = total_mass(flow.log_prob, 2, max_evals=300_000, dtype=torch.float64)
+        mass = total_mass(
+            flow.log_prob, 2, max_evals=300_000, dtype=torch.float64
+        )
     assert_close(float(mass), 1.0, rtol=0, atol=1e-3)
 
 
@@ -287,7 +287,10 @@ def test_beside_another_device(context_dim):
     "make, words",
     [
         (lambda: MLPVelocity(0), "dim"),
-        (lambda: MLPVelocity(2, hidden=(3, 3, 3)), "hidden: expected one width"),
+        (
+            lambda: MLPVelocity(2, hidden=(3, 3, 3)),
+            "hidden: expected one width",
+        ),
         (lambda: MLPVelocity(2, bound=0), "bound"),
         (lambda: Continuous(Net()), "event_shape: expected one"),
         (lambda: Continuous(lambda t, x: x, 2), "velocity: expected a module"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_longest_step', 'check_velocities', 'check_trace', 'check_midpoint', 'check_clusters']
 
-# %% ../../nbs/11-continuous-solutions.ipynb #5b75125d
+# %% ../../nbs/11-continuous-solutions.ipynb #dfc50fe9
 from collections.abc import Callable
 
 import torch
@@ -20,7 +20,7 @@ from flowcourse.exercises.common import (
 )
 from ..toy_densities import EightGaussians
 
-# %% ../../nbs/11-continuous-solutions.ipynb #c7830278
+# %% ../../nbs/11-continuous-solutions.ipynb #e3e21ffc
 @exercise(1)
 def check_longest_step(
     euler: float,  # Steps shorter than this are bijections
@@ -31,14 +31,18 @@ def check_longest_step(
         return "that is the Lipschitz constant; the step is in its denominator"
     if agrees(torch.tensor(float(euler)), torch.tensor(1.0)):
         return "at h = 1 the slope of x + h v(x) at 0 is -1: it folds"
-    hint = compare("the Euler step", torch.tensor(float(euler)), torch.tensor(0.5))
+    hint = compare(
+        "the Euler step", torch.tensor(float(euler)), torch.tensor(0.5)
+    )
     if hint:
         return hint
     if float(exact) != float("inf"):
-        return "the exact flow can be run backwards from any time: write math.inf"
+        return (
+            "the exact flow can be run backwards from any time: write math.inf"
+        )
     return None
 
-# %% ../../nbs/11-continuous-solutions.ipynb #4780a199
+# %% ../../nbs/11-continuous-solutions.ipynb #5fdf059b
 @exercise(2)
 def check_velocities(
     letters: str,  # Of the velocities that give a bijection
@@ -57,14 +61,14 @@ def check_velocities(
         return f"{letter}: {reasons[letter]}"
     return None
 
-# %% ../../nbs/11-continuous-solutions.ipynb #9fc8031b
+# %% ../../nbs/11-continuous-solutions.ipynb #81f670d5
 def trace_estimate(J, probes, generator):
-    """Estimate the trace of each matrix in `J`, shape `(n, d, d)`, from random vectors."""
+    """Estimate the trace of each matrix in `J`, shape `(n, d, d)`."""
     n, d, _ = J.shape
     e = 2 * torch.rand(probes, n, d, generator=generator) - 1
     return torch.einsum("kni,nij,knj->kn", e, J, e).mean(0)
 
-# %% ../../nbs/11-continuous-solutions.ipynb #ca22bc9c
+# %% ../../nbs/11-continuous-solutions.ipynb #539269e3
 @exercise(3, given=trace_estimate)
 def check_trace(
     # From matrices `(n, d, d)`, a number of probes and a generator
@@ -95,7 +99,7 @@ def check_trace(
         return "one probe should leave an error"
     return None
 
-# %% ../../nbs/11-continuous-solutions.ipynb #7942ebf4
+# %% ../../nbs/11-continuous-solutions.ipynb #b73c987c
 @exercise(4)
 def check_midpoint(
     # From `field`, `t`, `x`, `ladj` and `h` to the next `x` and `ladj`
@@ -132,7 +136,7 @@ def check_midpoint(
             return hint
     return None
 
-# %% ../../nbs/11-continuous-solutions.ipynb #c4317190
+# %% ../../nbs/11-continuous-solutions.ipynb #8c090e54
 @exercise(5)
 def check_clusters(
     flow: Flow,  # Trained on samples of `EightGaussians`, as they are
