@@ -94,7 +94,7 @@ def test_a_part_of_the_leaves_may_need_no_gradient():
     w, x = weights(3, (8, 8)), noise(6, 3)
     w = [t.detach() for t in w]
     w[2].requires_grad_()
-    point, total, _ = solve_mlp(tuple(w), x, None, 0.0, 1.0, 1e-6)
+    point, _, _ = solve_mlp(tuple(w), x, None, 0.0, 1.0, 1e-6)
     grads = torch.autograd.grad(point.sum(), w[2])  # nothing asks for the sum
     ends = plain(x, None, w, (0.0, 1.0), 1e-6)
     assert_close(grads, torch.autograd.grad(ends[0].sum(), w[2]))
