@@ -7,7 +7,7 @@ __all__ = ['MLPVelocity', 'Continuous']
 
 # %% ../nbs/11-continuous.ipynb #7b15619f
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,25 @@ def rademacher(
 
 
 PROBES = {"rademacher": rademacher, "gaussian": torch.randn}
+
+
+def _twice_back(
+    function: Callable[[Tensor], Tensor],  # Row by row
+    x: Tensor,  # Where
+    e: Tensor,  # Directions
+) -> tuple[Tensor, Tensor]:  # The function's value, and its Jacobian times `e`
+    """A product with the Jacobian by two backward passes: the first is linear in its weights."""
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = x if x.requires_grad else x.detach().requires_grad_()
+        value = function(y)
+        u = torch.zeros_like(value).requires_grad_()
+        options = {"allow_unused": True, "materialize_grads": True}
+        (back,) = torch.autograd.grad(value, y, u, create_graph=True, **options)
+        if not back.requires_grad:
+            return value, torch.zeros_like(value)
+        (along,) = torch.autograd.grad(back, u, e, create_graph=keep, **options)
+    return value if keep else value.detach(), along
 
 # %% ../nbs/11-continuous.ipynb #4f9a5d93
 class MLPVelocity(nn.Module):
@@ -419,6 +438,8 @@ class Continuous(Bijection):
             v, along = torch.func.jvp(
                 lambda y: self._at(t, y, context), (many,), (e,)
             )
+        elif type(x) is not Tensor:  # it may know no forward mode
+            v, along = _twice_back(lambda y: self._at(t, y, context), many, e)
         else:  # the same, and quicker
             with forward_ad.dual_level():
                 dual = self._at(t, forward_ad.make_dual(many, e), context)
