@@ -1,0 +1,165 @@
+"""A whole solve with its gradient written out, beside the plain form that it must equal."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from helpers import noise
+from torch.testing import assert_close
+
+from flowcourse.kernels_continuous import (
+    ERROR,
+    STAGES,
+    TIMES,
+    equal_steps,
+    mlp_field,
+    run_steps,
+    solve,
+    solve_mlp,
+    worst,
+)
+
+
+def weights(size, widths, context_dim=0, scale=1.0):
+    sizes = [size + 1 + context_dim, *widths, size]
+    found = []
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
+        found.append(scale * noise(b, a, seed=2 * i) / a**0.5)
+        found.append(scale * noise(b, seed=2 * i + 1))
+    return [t.requires_grad_() for t in found]
+
+
+def plain(x, context, w, times, tolerance, lengths=None):
+    field = mlp_field(tuple(w), context, x.shape[-1])
+    state = x, x.new_zeros(len(x))
+    if lengths is not None:
+        return run_steps(field, state, times[0], lengths)
+    return solve(field, state, *times, tolerance)[0]
+
+
+def test_the_tableau_keeps_its_conditions():
+    for c, row in zip(TIMES, STAGES):
+        assert math.isclose(sum(row), c, abs_tol=1e-14)
+    assert abs(sum(ERROR)) < 1e-14
+    b = STAGES[-1]
+    for power in range(5):
+        moment = sum(w * c**power for w, c in zip(b, TIMES))
+        assert math.isclose(moment, 1 / (power + 1), abs_tol=1e-13)
+
+
+@pytest.mark.parametrize("widths", [(7,), (7, 5)])
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7)])
+@pytest.mark.parametrize("equal", [True, False])
+def test_values_and_gradients_are_those_of_the_plain_form(
+    widths, context_dim, times, equal
+):
+    w = weights(3, widths, context_dim, 1.5)
+    x = noise(6, 3, seed=9).requires_grad_()
+    context = noise(6, 2, seed=8).requires_grad_() if context_dim else None
+    lengths = equal_steps(*times, 5) if equal else None
+    leaves = [x, *w] + ([context] if context_dim else [])
+    found = []
+    for way in (
+        lambda: solve_mlp(tuple(w), x, context, *times, 1e-7, lengths)[:2],
+        lambda: plain(x, context, w, times, 1e-7, lengths),
+    ):
+        point, total = way()
+        value = (point * noise(6, 3, seed=5)).sum() + (
+            total * noise(6, seed=4)
+        ).sum()
+        first = torch.autograd.grad(value, leaves, retain_graph=True)
+        graph = torch.autograd.grad(value, leaves, create_graph=True)
+        mixed = sum(
+            (t * noise(*t.shape, seed=i)).sum() for i, t in enumerate(graph)
+        )
+        second = torch.autograd.grad(mixed, leaves)
+        found.append([point, total, *first, *graph, *second])
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_without_gradients_it_is_the_same():
+    w, x = weights(3, (8, 8)), noise(6, 3)
+    with_graph = solve_mlp(tuple(w), x, None, 0.0, 1.0, 1e-6)
+    with torch.no_grad():
+        without = solve_mlp(tuple(w), x, None, 0.0, 1.0, 1e-6)
+    assert torch.equal(with_graph[0], without[0])
+    assert torch.equal(with_graph[1], without[1])
+    assert with_graph[2] == without[2]
+
+
+def test_a_part_of_the_leaves_may_need_no_gradient():
+    w, x = weights(3, (8, 8)), noise(6, 3)
+    w = [t.detach() for t in w]
+    w[2].requires_grad_()
+    point, _, _ = solve_mlp(tuple(w), x, None, 0.0, 1.0, 1e-6)
+    grads = torch.autograd.grad(point.sum(), w[2])  # nothing asks for the sum
+    ends = plain(x, None, w, (0.0, 1.0), 1e-6)
+    assert_close(grads, torch.autograd.grad(ends[0].sum(), w[2]))
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
+def test_an_error_is_about_the_tolerance(tolerance):
+    w = [t.detach() for t in weights(3, (8, 8), scale=2.0)]
+    x = 2 * noise(40, 3)
+    true = solve_mlp(tuple(w), x, None, 0.0, 1.0, 1e-12)
+    found = solve_mlp(tuple(w), x, None, 0.0, 1.0, tolerance)
+    for a, b in zip(found[:2], true[:2]):
+        assert ((a - b).abs() / (1 + b.abs())).max() < 30 * tolerance
+    assert found[2] < true[2]
+
+
+def test_an_easy_row_is_as_right_in_bad_company():
+    """A row alone, and among 63 that need shorter steps."""
+    w = tuple(t.detach() for t in weights(2, (16, 16), scale=2.0))
+    run = partial(solve_mlp, w, context=None, start=0.0, end=1.0)
+    easy = noise(1, 2)
+    hard = 3 * noise(63, 2, seed=1)
+    true = run(x=easy, tolerance=1e-10)[0]
+    alone = run(x=easy, tolerance=1e-5)[0]
+    among = run(x=torch.cat([easy, hard]), tolerance=1e-5)[0][:1]
+    own = (alone - true).abs().max()
+    assert (among - alone).abs().max() <= 10 * max(own, 1e-6)
+
+
+def test_the_steps_agree_with_torchdiffeq():
+    from torchdiffeq import odeint
+
+    w = tuple(t.detach() for t in weights(3, (8, 8), scale=1.5))
+    x = noise(6, 3)
+    field = mlp_field(w, None, 3)
+    theirs = odeint(
+        lambda t, state: field(t, state[0]),
+        (x, x.new_zeros(6)),
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    ours = solve_mlp(w, x, None, 0.0, 1.0, 1e-10)
+    for a, b in zip(ours[:2], theirs):
+        assert_close(a, b[-1], rtol=1e-8, atol=1e-8)
+
+
+def test_rows_that_are_not_finite_are_not_judged():
+    x = torch.tensor([[1.0], [math.nan]], dtype=torch.float64)
+    assert worst([x], (x,), 0.5) == 1.0
+    assert worst([x / 0], (torch.ones_like(x),), 1.0) == math.inf
+    w = tuple(t.detach() for t in weights(2, (8, 8)))
+    rows = torch.cat([noise(3, 2), torch.full((1, 2), math.nan).double()])
+    found, _, count = solve_mlp(w, rows, None, 0.0, 1.0, 1e-6)
+    alone, _, same = solve_mlp(w, rows[:3], None, 0.0, 1.0, 1e-6)
+    assert count == same
+    assert_close(found[:3], alone)
+    assert found[3].isnan().all()
+
+
+def test_a_solve_that_never_ends_is_given_up():
+    with pytest.raises(RuntimeError, match="too stiff"):
+        solve(
+            lambda t, x: ((1e6 * x).sin() * 1e5,),
+            (torch.ones(2, 1),),
+            0.0,
+            1.0,
+        )
