@@ -97,6 +97,7 @@ rows = {
             steps=16,
         ),
         reference="Grathwohl et al. 2019, eq. 8",
+        estimated=True,
         exempt={"ladj": "estimated from two probes", **_solver},
         **_slow,
     ),
