@@ -7,12 +7,14 @@ from flowcourse import zoo  # its `rows` are gathered when they are asked for
 from flowcourse.autoregressive import IAF, MAF, NAF
 from flowcourse.bases import DiagonalGaussian, GaussianMixture, Uniform
 from flowcourse.bnaf import BNAF
+from flowcourse.continuous import Continuous, MLPVelocity
 from flowcourse.core import Bijection, Compose, Flow, Inverse, StandardNormal
 from flowcourse.coupling import NICE, Coupling, Couplings, RealNVP
 from flowcourse.data import load
 from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
 from flowcourse.objectives import MaximumLikelihood, Objective, ReverseKL
 from flowcourse.planar import Planar, Radial, Sylvester
+from flowcourse.residual import ResidualFlow
 from flowcourse.splines import NSF
 from flowcourse.testing import check_bijection
 from flowcourse.toy_densities import toys
@@ -30,6 +32,7 @@ __all__ = [
     "AffineMap",
     "Bijection",
     "Compose",
+    "Continuous",
     "Coupling",
     "Couplings",
     "DiagonalGaussian",
@@ -37,12 +40,14 @@ __all__ = [
     "Flow",
     "GaussianMixture",
     "Inverse",
+    "MLPVelocity",
     "MaximumLikelihood",
     "Objective",
     "Planar",
     "Radial",
     "RealNVP",
     "Recipe",
+    "ResidualFlow",
     "ReverseKL",
     "StandardNormal",
     "Sylvester",

@@ -72,7 +72,8 @@ TOP = set(
     """
     Bijection Compose Inverse Flow StandardNormal DiagonalGaussian
     GaussianMixture Uniform Elementwise AffineMap AdditiveMap Coupling Couplings
-    NICE RealNVP NSF MAF IAF NAF BNAF Planar Radial Sylvester check_bijection load toys
+    NICE RealNVP NSF MAF IAF NAF BNAF Planar Radial Sylvester ResidualFlow Continuous
+    MLPVelocity check_bijection load toys
     fit Recipe Objective MaximumLikelihood ReverseKL
     """.split()
 )
