@@ -35,13 +35,16 @@ def check_fixed_point(
                 raise RuntimeError("the network was asked 20,000 times")
             return -c * (t + 0.1 * (3 * t).sin() / 3) / 1.1
 
-        z = x + network(x)
+        z = added = x + network(x)
+        for _ in range(100):
+            added = z + network(added)
         calls = 0
         got = answer(z, network, c, tolerance)
         slips = {
             "this is z itself: the network was not taken off": z,
             "one step is not enough: repeat it": z - network(z),
             "this adds the network; subtract it": z + network(z),
+            "this repeats z + F(x); the network is to be subtracted": added,
         }
         if isinstance(got, Tensor) and got.shape == x.shape:
             for hint, value in slips.items():
@@ -52,10 +55,11 @@ def check_fixed_point(
                 continue
             if not off < 1e3:
                 return f"at c = {c} the result runs away: what is subtracted from what?"
-            if off < 200 * tolerance:
+            if off < 600 * tolerance:
                 return (
                     f"at c = {c} a row is {off:.1e} from its root, where {tolerance:g} was "
-                    "asked for: a short step does not mean that the root is near"
+                    "asked for: neither a short step nor a fixed number of steps "
+                    "means that the root is near"
                 )
         return compare(f"x at c = {c}", got, x, tol=tolerance)
     return None
@@ -82,11 +86,20 @@ def check_terms(
         without_dim = 1
         while _bias_bound(1, c, without_dim) > tolerance:
             without_dim += 1
+        sharper, left = n, dim * -math.log1p(-c)
+        for k in range(1, n):
+            left -= dim * c**k / k
+            if left <= tolerance:
+                sharper = k
+                break
         slips: dict[str, Tensor | float] = {
+            "enough, by the exact worst case, which is sharper than the bound; the question is about the bound": sharper,
             "one too many: the first term left out is n + 1": n + 1,
             "one too few: the first term left out is n + 1": n - 1,
             "a trace has as many eigenvalues as there are dimensions": without_dim,
         }
+        if sharper >= n - 1:  # not to be told from one too few
+            slips.pop(next(iter(slips)))
         got = answer(dim, c, tolerance)
         hint = compare(f"the number for D = {dim}, c = {c}", got, n, slips)
         if hint:
@@ -107,7 +120,7 @@ def broken_roulette(terms, coin, stop):
     for term in terms[1:]:
         if coin() < stop:
             break
-        chance = (1 - stop) * chance * stop
+        chance = 1 - stop
         total = total + term / chance
     return total
 
@@ -136,11 +149,17 @@ def check_roulette(
         ([1.0, -0.5, 0.3, -0.2, 0.1], 0.25),
         ([0.0, 0.0, 0.0, 1.0], 0.4),
     ):
+        ended = float(answer(list(terms), lambda stop=stop: stop / 2, stop))
+        if abs(ended - terms[0]) > 1e-9:
+            return "where the first coin ends the game, the sum is the first term alone"
         got, want = _mean(answer, terms, stop), sum(terms)
         plain = sum(t * (1 - stop) ** k for k, t in enumerate(terms))
         exactly = terms[0] + sum(
             t * (1 - stop) ** k / (stop * (1 - stop) ** k)
             for k, t in enumerate(terms[1:], 1)
+        )
+        late = terms[0] + sum(
+            t * (1 - stop) ** (k - 1) for k, t in enumerate(terms[1:], 1)
         )
         hint = compare(
             f"the mean for the terms {terms} and a chance of {stop} to stop",
@@ -149,6 +168,7 @@ def check_roulette(
             {
                 "terms that come rarely must count more": plain,
                 "this divides by the chance that the game ends at the term": exactly,
+                "a late term has passed more than one coin": late,
                 "the first term is always taken: its chance is one": want
                 / (1 - stop),
             },
@@ -177,8 +197,16 @@ def check_residual_pinwheel(
     )
     with torch.no_grad():
         nats = -answer.log_prob(x.to(next(answer.parameters()))).mean().item()
-    if not nats < 2.62:
-        return f"the negative log-likelihood is {nats:.3f} nats on new data; below 2.62 is asked for"
+    if not nats < 2.55:
+        deep = sum(
+            f.layers for f in answer.modules() if isinstance(f, ResidualFlow)
+        )
+        why = (
+            "train longer, and let the learning rate fall"
+            if deep >= 8
+            else f"how steep can {deep} blocks be?"
+        )
+        return f"the negative log-likelihood is {nats:.3f} nats on new data; below 2.55 is asked for: {why}"
     return None
 
 # %% ../../nbs/10-residual-solutions.ipynb #e50357bc
@@ -207,6 +235,7 @@ def check_blocks(
             {
                 "one block keeps at least a slope of 1 - c": 1,
                 "squeezing is easier than stretching: what is the least slope of a block?": 3,
+                "that is enough, and fewer do: what is 0.1 times 0.1?": 4,
                 "the slopes 1 - c multiply, and 0.1 squared is 0.01": 7,
             },
         )
