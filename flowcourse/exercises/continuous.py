@@ -27,19 +27,18 @@ def check_longest_step(
     exact: float,  # The same of the exact flow
 ):
     """Check the limit of an Euler step, and of the flow itself."""
+    if not all(isinstance(x, (int, float)) for x in (euler, exact)):
+        return "give two numbers; math.inf stands for no limit"
     if agrees(torch.tensor(float(euler)), torch.tensor(2.0)):
         return "that is the Lipschitz constant; the step is in its denominator"
     if agrees(torch.tensor(float(euler)), torch.tensor(1.0)):
         return "at h = 1 the slope of x + h v(x) at 0 is -1: it folds"
-    hint = compare(
-        "the Euler step", torch.tensor(float(euler)), torch.tensor(0.5)
-    )
-    if hint:
-        return hint
-    if float(exact) != float("inf"):
-        return (
-            "the exact flow can be run backwards from any time: write math.inf"
-        )
+    if not agrees(torch.tensor(float(euler)), torch.tensor(0.5)):
+        if euler > 0.5:
+            return "an Euler step a little shorter than that still folds"
+        return "some longer Euler steps are bijections, too"
+    if exact != float("inf"):
+        return "can the exact flow not be run backwards from any time?"
     return None
 
 # %% ../../nbs/11-continuous-solutions.ipynb #5fdf059b
@@ -57,6 +56,9 @@ def check_velocities(
         "e": "solve dx/dt = x²: where is x at t = 1 if it starts at 2?",
         "f": "standing still is a bijection, too",
     }
+    unknown = set(str(letters).lower()) - set("abcdef ,;")
+    if unknown:
+        return f"the letters go from a to f, and {min(unknown)} is none of them"
     for letter in sorted(chosen ^ right):
         return f"{letter}: {reasons[letter]}"
     return None
@@ -115,12 +117,18 @@ def check_midpoint(
         v, div = field(t, x)
         middle, late = field(t + h / 2, x + h / 2 * v), field(t, x + h / 2 * v)
         slips = {
-            "this is Euler's step: ask again in the middle": x + h * v,
-            "ask at the time of the middle, too, t + h / 2": x + h * late[0],
+            "this is Euler's step: evaluate again in the middle": x + h * v,
+            "evaluate at the time of the middle, too, t + h / 2": x
+            + h * late[0],
+            "the whole step starts at x, not in the middle": x
+            + h / 2 * v
+            + h * middle[0],
+            "this is Heun's step, by the velocities at both ends": x
+            + h / 2 * (v + field(t + h, x + h * v)[0]),
             "the whole step takes h times the velocity in the middle": x
             + h / 2 * middle[0],
         }
-        got = answer(field, t, x, ladj, h)
+        got = answer(field, t, x.clone(), ladj.clone(), h)
         if not isinstance(got, tuple) or len(got) != 2:
             return "return the pair (x, ladj)"
         hint = compare("x", got[0], x + h * middle[0], slips)
