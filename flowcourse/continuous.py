@@ -24,24 +24,11 @@ from flowcourse.arguments import (
 )
 from flowcourse.core import Bijection
 from flowcourse.kernels import forward_mode, traced
-from flowcourse.kernels_continuous import (
-    equal_steps,
-    mlp_field,
-    run_steps,
-    solve,
-    solve_mlp,
-)
-from flowcourse.numerics import full_precision
+from flowcourse.kernels_continuous import mlp_field, solve_mlp
+from flowcourse.numerics import full_precision, rademacher
+from flowcourse.solver import equal_steps, run_steps, solve
 
 # %% ../nbs/11-continuous.ipynb #5b70db03
-def rademacher(
-    shape: tuple[int, ...],  # Of the result
-    **where,  # Of torch's random functions
-) -> Tensor:  # Signs
-    """Draw 1 and -1 with equal chance."""
-    return 1 - 2 * torch.rand(shape, **where).round()
-
-
 PROBES = {"rademacher": rademacher, "gaussian": torch.randn}
 
 

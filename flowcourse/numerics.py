@@ -156,6 +156,14 @@ def full_precision(
         return contextlib.nullcontext()
     return torch.autocast(t.device.type, enabled=False)
 
+# %% ../nbs/lib-numerics.ipynb #7ad0e002
+def rademacher(
+    shape: tuple[int, ...],  # Of the result
+    **where,  # Of torch's random functions
+) -> Tensor:  # Signs
+    """Draw 1 and -1 with equal chance."""
+    return 1 - 2 * torch.rand(shape, **where).round()
+
 # %% ../nbs/lib-numerics.ipynb #6738d56b
 def matrix_exp(
     matrix: Tensor,  # Shape `(*batch, size, size)`

@@ -31,20 +31,17 @@ from flowcourse.kernels_residual import (
     shrunk,
     trace_series,
 )
-from flowcourse.numerics import full_precision, softplus, softplus_inverse
+from flowcourse.numerics import (
+    full_precision,
+    rademacher,
+    softplus,
+    softplus_inverse,
+)
 
 # %% ../nbs/10-residual.ipynb #7811c114
 EXACT_UP_TO = 32  # dimensions, by default
 STOP = 0.2  # chance to stop, at each term of a random series
 _LONG = 100  # terms that leave nothing out
-
-
-def rademacher(
-    shape: tuple[int, ...],  # Of the result
-    **where,  # Of torch's random functions
-) -> Tensor:  # Signs
-    """Draw 1 and -1 with equal chance."""
-    return 1 - 2 * torch.rand(shape, **where).round()
 
 
 def _spread(*shape_and_width):

@@ -8,15 +8,14 @@ import torch
 from helpers import noise
 from torch.testing import assert_close
 
-from flowcourse.kernels_continuous import (
+from flowcourse.kernels_continuous import mlp_field, solve_mlp
+from flowcourse.solver import (
     ERROR,
     STAGES,
     TIMES,
     equal_steps,
-    mlp_field,
     run_steps,
     solve,
-    solve_mlp,
     worst,
 )
 
