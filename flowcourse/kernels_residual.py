@@ -20,25 +20,23 @@ SQUARINGS = 6  # so that the power of the Gram matrix is 64
 
 
 def shrunk(
-    matrix: Tensor,  # Shape `(*batch, m, n)`, real or complex
+    matrix: Tensor,  # Shape `(*batch, m, n)`
     bound: float,  # Above the spectral norm of the result
-    together: bool = False,  # One scale for the last batch dimension, by its largest
 ) -> Tensor:  # Of the same shape
     """The matrix where its spectral norm is well below the bound, and scaled to stay below it elsewhere."""
-    return matrix * shrinkage(matrix / bound, together)
+    return matrix * shrinkage(matrix / bound)
 
 
 def shrinkage(
-    matrix: Tensor,  # Shape `(*batch, m, n)`, real or complex
-    together: bool = False,  # One for the last batch dimension, by its largest
-) -> Tensor:  # Shape `(*batch, 1, 1)`, or `(*batch[:-1], 1, 1, 1)`
+    matrix: Tensor,  # Shape `(*batch, m, n)`
+) -> Tensor:  # Shape `(*batch, 1, 1)`
     """A factor that brings the spectral norm of a matrix below one, and is one where it is well below."""
     m, n = matrix.shape[-2:]
     tiny = torch.finfo(matrix.dtype).tiny
     # scales that change nothing but the range
     size = matrix.detach().abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
     log_scale, matrix = 2 * size.log(), matrix / size
-    gram = matrix.mH @ matrix if n < m else matrix @ matrix.mH
+    gram = matrix.mT @ matrix if n < m else matrix @ matrix.mT
     for squaring in range(SQUARINGS):
         size = torch.linalg.matrix_norm(gram.detach(), keepdim=True)
         size = size.clamp(min=tiny)
@@ -47,11 +45,8 @@ def shrinkage(
         if squaring < SQUARINGS - 1:
             gram = gram @ gram
     # the trace of the square is the sum of squares
-    trace = gram.abs().square() if gram.is_complex() else gram.square()
-    trace = trace.sum((-2, -1), keepdim=True).clamp(min=tiny)
+    trace = gram.square().sum((-2, -1), keepdim=True).clamp(min=tiny)
     log_trace = trace.log() + log_scale
-    if together:
-        log_trace = log_trace.logsumexp(-3, keepdim=True)
     return (F.softplus(log_trace) * (-(0.5 ** (SQUARINGS + 1)))).exp()
 
 # %% ../nbs/lib-kernels-residual.ipynb #902f5eb2
