@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from .experiments import Config
 from .files import save_bytes
 from .objectives import Objective
+from .recipe import Recipe
 from .records import origin, to_json
 from .trainer import TrainingDiverged, fit
 
@@ -300,3 +301,39 @@ class SideBySide(Objective):
         for i, objective in enumerate(objectives):
             for name, p in zip(self.names, self.stacked, strict=True):
                 objective.get_parameter(name).copy_(p[i])
+
+# %% ../nbs/lib-studies.ipynb #f394ac35
+def fit_for_seconds(
+    # Gives the untrained objective, a new one with each call
+    make: Callable[[], nn.Module],
+    seconds: float,  # Of processor time
+    train: torch.Tensor,  # Rows to learn from
+    validation: torch.Tensor,  # Rows to choose by
+    recipe: Recipe,  # But for its steps
+) -> tuple[nn.Module, dict]:  # The trained objective, and what it took
+    """Train for a time instead of a number of steps: at least 20, however long they take.
+
+    The learning rate follows a schedule over all steps, so their number must be known before the first;
+    it is that of the steps which go into the time at the speed of the first twenty.
+    """
+
+    def train_for(steps):
+        objective, start = make(), time.process_time()
+        history = fit(
+            objective,
+            train,
+            recipe,
+            validation=validation,
+            validate_every=max(steps // 20, 20),
+            steps=steps,
+            progress=False,
+        )
+        return objective, history, time.process_time() - start
+
+    train_for(2)  # what is done once is not counted
+    _, _, timed = train_for(20)
+    steps = max(int(20 * seconds / timed), 20)
+    objective, history, took = train_for(steps)
+    best = history.best_step
+    found = {"steps": steps, "best step": best, "seconds": round(took, 2)}
+    return objective, found

@@ -5,7 +5,8 @@ in one process on one thread; a few steps are timed first, and the rest of the t
 follow. So let no more processes run than there are cores.
 """
 
-import time
+import copy
+from functools import partial
 
 import torch
 from torch.distributions import constraints
@@ -13,8 +14,7 @@ from torch.distributions import constraints
 from flowcourse.configs_flows import FlowConfig
 from flowcourse.monotone_maps import monotone_maps
 from flowcourse.spline_maps import spline_maps
-from flowcourse.studies import SideBySide
-from flowcourse.trainer import fit
+from flowcourse.studies import SideBySide, fit_for_seconds
 from flowcourse.zoo_scalar_maps import scalar_maps
 
 torch.set_num_threads(1)  # what is compared is time on one thread
@@ -46,43 +46,41 @@ jobs = [
 ]
 
 
-def run(folder, data, kind, scalar_map, layers=4):
-    """Train three seeds of one flow for a fixed time, and judge them on their test rows."""
+def run(
+    folder,
+    data,
+    kind,
+    scalar_map="affine",
+    layers=4,
+    seconds=None,
+    together=True,
+):
+    """Train three seeds of one flow for a fixed time, and judge them on their test rows.
+
+    The time is that of all seeds `together`, side by side, or that of each, one after another.
+    """
+    seconds = SECONDS if seconds is None else seconds
     config = FlowConfig(
         data=data, kind=kind, scalar_map=scalar_map, layers=layers
     ).replace(lr=3e-3, **DATA[data])
     seeded = [config.replace(seed=seed) for seed in SEEDS]
     objectives = [config.objective() for config in seeded]
-    splits = [config.load() for config in seeded]
-    train, validation = (
-        torch.stack(parts, 1) for parts in zip(*(rows[:2] for rows in splits))
-    )
-
-    def train_for(steps):
-        together, start = SideBySide(objectives), time.process_time()
-        history = fit(
-            together,
-            train,
-            config.recipe,
-            validation=validation,
-            validate_every=max(steps // 20, 20),
-            steps=steps,
-            progress=False,
-        )
-        return together, history, time.process_time() - start
-
-    train_for(2)  # what is done once is not counted
-    _, _, timed = train_for(20)
-    steps = max(int(20 * SECONDS / timed), 20)
-    together, history, took = train_for(steps)
-    together.unstack(objectives)
+    splits = [config.load()[:2] for config in seeded]
+    recipe = config.recipe
+    if together:
+        rows = [torch.stack(part, 1) for part in zip(*splits, strict=True)]
+        make = partial(SideBySide, objectives)
+        trained, found = fit_for_seconds(make, seconds, *rows, recipe)
+        trained.unstack(objectives)
+    else:
+        runs = [
+            fit_for_seconds(partial(copy.deepcopy, one), seconds, *rows, recipe)
+            for one, rows in zip(objectives, splits, strict=True)
+        ]
+        objectives = [trained for trained, _ in runs]
+        found = {key: [run[key] for _, run in runs] for key in runs[0][1]}
     judged = [
         c.evaluate(o.eval()) for c, o in zip(seeded, objectives, strict=True)
     ]
-    return {
-        "results": judged,
-        "steps": steps,
-        "best step": history.best_step,
-        "seconds": round(took, 2),
-        "parameters": sum(p.numel() for p in objectives[0].parameters()),
-    }
+    parameters = sum(p.numel() for p in objectives[0].parameters())
+    return {"results": judged} | found | {"parameters": parameters}
