@@ -154,8 +154,8 @@ def check_joint(
         return call
 
     for step in maps:
-        step._forward = counted(step._forward)  # type: ignore[method-assign]
-        step._inverse = counted(step._inverse)  # type: ignore[method-assign]
+        step._forward = counted(step._forward)
+        step._inverse = counted(step._inverse)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         got = answer(64, maps, base)
