@@ -37,6 +37,8 @@ def check_reciprocal(
     got = answer(x)
     if isinstance(got, Tensor) and got.isnan().all():
         return "the logarithm of a negative derivative; take its absolute value"
+    if isinstance(got, Tensor) and (got == -math.inf).all():
+        return "no density above 1, but z = 1/2 leads to x = 2: where do the x lie?"
     slips = {
         "wrong sign: dz/dx is the derivative of the inverse, -1 / x^2": -want,
         "this is the density; return its logarithm": want.exp(),
@@ -142,9 +144,22 @@ def check_joint(
 ):
     """Check points of a chain that come with their log-density."""
     maps, base = [_Sinh(2), _DoublePlusOne(2)], StandardNormal(2)
+    calls = []
+
+    def counted(method):
+        def call(*given):
+            calls.append(method)
+            return method(*given)
+
+        return call
+
+    for step in maps:
+        step._forward = counted(step._forward)
+        step._inverse = counted(step._inverse)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         got = answer(64, maps, base)
+    passes = len(calls) / len(maps)
     if not (isinstance(got, tuple) and len(got) == 2):
         return (
             f"return a pair, points and log-densities; got {type(got).__name__}"
@@ -162,11 +177,17 @@ def check_joint(
             "the points are those of the base; they should be x = fK(... f1(z))"
         )
     at_z, at_x = base.log_prob(z), base.log_prob(x)
+    last = maps[-1].inverse(x)[1]
     slips = {
         "the base density is taken at the data, z_K; it belongs at z_0": at_x
         + ladj,
         "wrong sign: these ladj come from forward": at_z - ladj,
         "the ladj are missing": at_z,
+        "only the ladj of the last map is used; those of all maps add": at_z
+        + last,
+        "only the ladj of the first map is used; those of all maps add": at_z
+        + ladj
+        - last,
         "two things are still wrong: where is z_0, and whose ladj are these?": (
             at_x - ladj
         ),
@@ -175,6 +196,11 @@ def check_joint(
     if hint and "is right" in hint:
         return (
             "the log-density is not that of these points: are they drawn twice?"
+        )
+    if not hint and passes > 1:
+        return (
+            "right, but not in a single pass: forward has already returned "
+            "every ladj that is needed"
         )
     return hint
 
