@@ -273,4 +273,16 @@ def check_one_layer(
         return f"{said}: the columns that decide and those that follow are exchanged"
     if not (mask[0] or mask[3]):
         return f"{said}: what passes through looks like the base, but another column does so too; let it decide as well"
-    return f"{said}: every column that passes through has to look like the base already"
+    pairs = [
+        (0, 1),
+        (0, 3),
+        (1, 3),
+        (2, 3),
+    ]  # columns that depend on each other
+    linked = [f"{i + 1} and {j + 1}" for i, j in pairs if mask[i] and mask[j]]
+    also = (
+        f", and be independent of the others that do, as columns {linked[-1]} are not"
+        if linked
+        else ""
+    )
+    return f"{said}: every column that passes through has to look like the base already{also}"
