@@ -33,9 +33,7 @@ def check_seen_inputs(
 ):
     """Check how many inputs reach each output of a network with given degrees."""
     follow = "follow the connections backwards, layer by layer"
-    allowed = (
-        "so many it may see; are there units in both layers that pass it on?"
-    )
+    allowed = "so many inputs it may see; do units in both layers pass them on?"
     itself = "an output does not see its own coordinate"
     return (
         instead(
@@ -155,11 +153,14 @@ def check_undo_iaf(
     s_zero, t_zero = net(torch.zeros_like(x))
     s_x, t_x = net(x)
     short, swept, filled = torch.zeros_like(x), 0.0, 0.0
+    onward = torch.zeros_like(x)
     for i in range(x.shape[-1]):
         made = torch.where(torch.arange(x.shape[-1]) < i, z, 0.0)
         filled = filled - net(made)[0].sum(-1)
         s_short, t_short = net(short)
         swept = swept - s_short.sum(-1)
+        s_on, t_on = net(onward)
+        onward = x * s_on.exp() + t_on
         if i < x.shape[-1] - 1:
             short = (x - t_short) * (-s_short).exp()
     return compare_pair(
@@ -179,6 +180,7 @@ def check_undo_iaf(
             * (-s_x).exp(),
             "this is the sample of an IAF, from base to data": x * s_x.exp()
             + t_x,
+            "each round must undo the map: z = (x - t) exp(-s)": onward,
         },
         {
             "wrong sign: this direction scales by exp(-s)": s.sum(-1),
@@ -272,19 +274,25 @@ def check_affine_fit(
         return "expected autoregressive layers, such as those of MAF"
     if others:
         return f"affine maps only, got {others[0]}"
+    layers = [
+        m for m in flow.bijection.modules() if isinstance(m, Autoregressive)
+    ]
+    if len(layers) > 3:
+        return f"expected at most three layers, got {len(layers)}: choose their orders"
     x = _draw_bumps(20_000, 1)
     with torch.no_grad():
         gap = (_log_bumps(x) - flow.eval().log_prob(x)).mean().item()
     if not gap <= 0.55:
         told = f"the flow is {gap:.2f} nats from the target, 0.55 are asked for"
-        layers = [
-            m for m in flow.bijection.modules() if isinstance(m, Autoregressive)
-        ]
         orders = {tuple(m.made.sequence) for m in layers}
         if len(layers) == 1:
             return f"{told}: one affine layer makes normal conditionals only; what does a second one add?"
         if len(orders) == 1:
             return f"{told}: all layers have one order, and then the stack is no more than one affine layer; what is x1 as a function of z1?"
-        return f"{told}: more layers, or more steps? If neither helps, training is stuck: try another learning rate or seed, or begin with the other order"
+        if not gap < 1.6:
+            return f"{told}, as far as one affine layer: training has not got anywhere; try more steps or another learning rate"
+        if len(layers) == 2:
+            return f"{told}: add a third layer, or begin with the other order"
+        return f"{told}: try more steps or another seed"
     print(f"9.5: {gap:.2f} nats; the best single coupling has 0.44")
     return None
