@@ -326,10 +326,18 @@ def check_four_lumps(
         return f"{told}; {astray:.0%} of the draws are in no lump: the training came apart, so clip the gradients"
     if lost:
         return f"{told}; {lost} of the four lumps {'is' if lost == 1 else 'are'} missing: start wider, anneal longer"
+    with torch.no_grad():
+        x, log_q = flow.rsample_and_log_prob(50_000, generator=generator)
+        far = x.norm(dim=-1) > 5.5  # four standard deviations from a lump
+        # what they add to the divergence
+        cost = ((log_q - target.log_prob(x)) * far).mean()
+    if cost > 0.2:
+        return f"{told}; all lumps are there, but {far.float().mean():.2%} of the draws are lost far outside them and cost {cost:.1f} nat: their gradients are huge, so clip them, or lower the learning rate"
+    more = "clip the gradients if you do not yet; then take more steps, more layers, or a few layers of splines, for a steeper map"
     middle = 1 - outer.float().mean()
     if middle > 0.05:
-        return f"{told}; all lumps are there, but {middle:.0%} of the draws lie between them: clip the gradients, then more layers, more steps or splines for a steeper map"
-    return f"{told}; all lumps are there, and the gaps are nearly empty: clip the gradients, then more steps or layers"
+        return f"{told}; all lumps are there, but {middle:.0%} of the draws lie between them: {more}"
+    return f"{told}; all lumps are there, and the gaps are nearly empty: {more}"
 
 # %% ../../nbs/14-variational-solutions.ipynb #check-diagnosis
 @exercise(6)
