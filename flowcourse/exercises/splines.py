@@ -25,10 +25,10 @@ from ..toy_densities import toys
 @exercise(1)
 def check_knot_count(
     outputs: int,  # Of the network of a coupling of 64 pixels
-    box: int,  # Raw numbers in a box
-    circle: int,  # Raw numbers on a circle
+    narrowest: float,  # The least width of a bin
+    steepest: float,  # The largest mean slope of a bin
 ):
-    """Check how many raw numbers rational-quadratic splines with 10 bins take."""
+    """Check how many numbers 10 bins take, and how far the squeeze lets them go."""
     slips = {
         "that is one coordinate; a coupling moves half of 64 pixels": 29,
         "a coupling moves half of the pixels; the others pass through": 64 * 29,
@@ -45,17 +45,34 @@ def check_knot_count(
         "network_outputs: widths, heights and inner slopes for one pixel, "
         "times the pixels that move",
     )
+    least, most = (6 / (1 + 9 * math.exp(power)) for power in (3, -3))
     slips = {
-        "in a box the slopes at the two ends are free": 29,
-        "10 bins have 11 knots, and all their slopes are free": 30,
+        "that is its share; the box is 6 wide": least / 6,
+        "the box from -3 to 3 is 6 wide, not 3": least / 2,
+        "that is a twentieth of an equal bin; but when this bin shrinks, the "
+        "nine others grow": 0.6 * math.exp(-3),
+        "the nine others are not at 0; what makes them as wide as they can be?": 6
+        / (1 + 9 * math.exp(1.5)),
+        "1.5 bounds the sizes; 2 is for slopes": 6 / (1 + 9 * math.exp(4)),
     }
-    hint = hint or compare("in_a_box", box, 31, slips)
+    hint = hint or instead(
+        compare("narrowest", narrowest, least, slips, tol=5e-4),
+        "narrowest: its squeezed number is -1.5 and the nine others are 1.5; "
+        "which share does the softmax give it?",
+    )
     slips = {
-        "the shift is missing": 30,
-        "the two ends are one point, with one slope": 32,
-        "on a circle there are 10 knots, each with a slope, and there is a shift": 29,
+        "that bounds the slopes at the knots, not the mean slope": math.exp(2),
+        "that is the greatest height; divide it by the least width": most,
+        "a bin can be narrow and high at the same time": 0.6 / least,
+        "the heights add up to 6 as well, so a bin cannot be as high as the box": 6
+        / least,
+        "height and width can each be e^3 times another's; but both add up to "
+        "6": math.exp(6),
     }
-    return hint or compare("on_a_circle", circle, 31, slips)
+    return hint or instead(
+        compare("steepest", steepest, most / least, slips, tol=2e-2),
+        "steepest: the greatest height over the least width, in the same bin",
+    )
 
 # %% ../../nbs/07-splines-solutions.ipynb #630c4924
 @exercise(2)
