@@ -409,5 +409,7 @@ def check_triangle(
     slips = {
         "wrong sign: forward spreads the square out": log_prob(x),
         flipped: 2 * torch.log1p(x[:, 0]) - log_prob(x),
+        "the ladj of forward lacks the division by 1 + x1": torch.log1p(x[:, 0])
+        - log_prob(x),
     }
     return hint or compare("the ladj of forward", ladj, -log_prob(x), slips)
