@@ -292,7 +292,7 @@ def check_affine_fit(
         if not gap < 1.6:
             return f"{told}, as far as one affine layer: training has not got anywhere; try more steps or another learning rate"
         if len(layers) == 2:
-            return f"{told}: add a third layer, or begin with the other order"
+            return f"{told}: what would a third layer add, in the order of the first?"
         return f"{told}: try more steps or another seed"
     print(f"9.5: {gap:.2f} nats; the best single coupling has 0.44")
     return None
