@@ -324,6 +324,9 @@ def check_four_lumps(
         return f"{told}; hardly a draw is in any lump: is the flow trained?"
     if lost and astray > 0.5:
         return f"{told}; {astray:.0%} of the draws are in no lump: the training came apart, so clip the gradients"
+    # lumps that are missing cost no more than this, if the rest is right
+    if lost and found.kl > math.log(4 / (4 - lost)) + 1:
+        return f"{told}; {lost} of the four lumps {'is' if lost == 1 else 'are'} missing, which alone would cost {math.log(4 / (4 - lost)):.1f}: the gradients are huge, so clip them; and start wider, anneal longer"
     if lost:
         return f"{told}; {lost} of the four lumps {'is' if lost == 1 else 'are'} missing: start wider, anneal longer"
     with torch.no_grad():
