@@ -50,6 +50,9 @@ def check_best_gaussian(
             0
         ).log(),
         "this is the scale; the question is for its logarithm": variance.sqrt(),
+        "this is the scale, with n - 1; the question is for its logarithm, with n": x.std(
+            0
+        ),
         "this is the variance; the question is for the logarithm of the scale": variance,
         "this is the logarithm of the variance, twice what is asked for": variance.log(),
         "this is the logarithm of the variance, twice what is asked for; and divide by n": x.var(
@@ -337,7 +340,7 @@ def check_count_flow(
     if loss(0.0) < min(loss(-0.5), loss(0.5)) - 0.2:
         return f"{got:.2f} nats: your density has its mass on the whole numbers themselves; nothing is left for the cells"
     if got < 3.5 and loss(u - 0.5) < got - 0.03:
-        return f"{got:.2f} nats: your mass lies around n; the noise must fill the cell [n, n + 1) evenly"
+        return f"{got:.2f} nats: your mass lies around k; the noise must fill the cell [k, k + 1) evenly"
     inner = rows[rows[:, 1] > 0]
     with torch.no_grad():
         below, above = (
@@ -345,7 +348,7 @@ def check_count_flow(
             for shift in (-0.25, 0.75)
         )
     if got < 3.5 and below > above:
-        return f"{got:.2f} nats: half of your mass lies below n; the cell of the count n is [n, n + 1)"
+        return f"{got:.2f} nats: half of your mass lies below k; the cell of the count k is [k, k + 1)"
     if got < 4 and loss(u, measured=0.5) < got - 0.03:
         return f"{got:.2f} nats: your measurements are too large by about a half; was the noise added to both columns? Only the count needs it"
     if got > 6:
