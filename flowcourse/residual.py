@@ -21,16 +21,15 @@ from flowcourse.arguments import (
 from flowcourse.core import Bijection
 from flowcourse.kernels import forward_mode, traced
 from flowcourse.kernels_residual import (
-    ACTIVATIONS,
     Branch,
     gathered,
     log_det,
     reached,
     root,
     run_chain,
-    shrunk,
     trace_series,
 )
+from flowcourse.lipschitz import ACTIVATIONS, shrunk
 from flowcourse.numerics import (
     full_precision,
     rademacher,
@@ -229,11 +228,11 @@ class ResidualFlow(Bijection):
     def _weights(self, context):
         "What the context adds, betas, matrices and biases, of all blocks."
         each = self.lipschitz ** (1 / len(self.matrices))
-        matrices = [shrunk(m, each) for m in self.matrices]
+        matrices = shrunk(*self.matrices, bound=each)
         shift = None
         if context is not None:
             shift = context @ self.features.mT
-        return shift, softplus(self.raw_betas), matrices + list(self.biases)
+        return shift, softplus(self.raw_betas), [*matrices, *self.biases]
 
     def _run(self, t, context, way, generator=None):
         with full_precision(t):

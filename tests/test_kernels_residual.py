@@ -6,7 +6,6 @@ from helpers import noise, shaken
 from torch.testing import assert_close
 
 from flowcourse.kernels_residual import (
-    ACTIVATIONS,
     _Chain,
     eliminate,
     gathered,
@@ -15,6 +14,7 @@ from flowcourse.kernels_residual import (
     plain_chain,
     run_chain,
 )
+from flowcourse.lipschitz import ACTIVATIONS
 from flowcourse.residual import ResidualFlow
 
 

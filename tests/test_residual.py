@@ -10,13 +10,8 @@ from torch.func import functional_call, hessian, jacrev, vmap
 from torch.testing import assert_close
 
 from flowcourse.core import Compose, Flow, Inverse
-from flowcourse.kernels_residual import (
-    ACTIVATIONS,
-    reached,
-    root,
-    shrunk,
-    trace_series,
-)
+from flowcourse.kernels_residual import reached, root, trace_series
+from flowcourse.lipschitz import ACTIVATIONS, shrinkage, shrunk
 from flowcourse.planar import Planar
 from flowcourse.quadrature import total_mass
 from flowcourse.residual import STOP, ResidualFlow
@@ -35,26 +30,48 @@ def trained(dim=4, layers=3, steps=60, **options):
     return f.bijection.eval()
 
 
+def shrunk_one(w, bound=0.9):
+    return shrunk(w, bound=bound)[0]
+
+
 def test_the_norm_is_below_its_bound_whatever_the_weights_are():
     for shape in ((64, 8), (8, 64), (32, 32), (1, 5)):
         for dtype in (torch.float64, torch.float32):
             for scale in (0.0, 1e-20, 1e-3, 0.1, 1.0, 1e3, 1e10):
                 w = scale * noise(7, *shape).to(dtype)
-                found = torch.linalg.matrix_norm(shrunk(w, 0.9).double(), 2)
+                found = torch.linalg.matrix_norm(shrunk_one(w).double(), 2)
                 slack = 1e-12 if dtype == torch.float64 else 1e-5
                 assert (found < 0.9 * (1 + slack)).all()
                 given = torch.linalg.matrix_norm(w.double(), 2)
                 close = given.clamp(max=0.9) * min(shape) ** (-1 / 128)
                 assert (found >= close * 2 ** (-1 / 128) - 1e-6).all()
                 below = given < 0.8
-                assert_close(shrunk(w, 0.9)[below], w[below])
+                assert_close(shrunk_one(w)[below], w[below])
 
 
 def test_the_norm_has_derivatives_everywhere():
-    for w in (noise(3, 4), 0 * noise(3, 4), torch.eye(3).double()):
+    for w in (noise(1, 3, 4), 0 * noise(1, 3, 4), torch.eye(3)[None].double()):
         w.requires_grad_()
-        assert torch.autograd.gradcheck(lambda w: shrunk(w, 0.9), w)
-        assert torch.autograd.gradgradcheck(lambda w: shrunk(w, 0.9), w)
+        assert torch.autograd.gradcheck(shrunk_one, w)
+        assert torch.autograd.gradgradcheck(shrunk_one, w)
+
+
+def test_the_gradient_of_the_norm_by_hand():
+    """Several shapes at once, small, large and orthogonal matrices among them."""
+    scale = torch.tensor([0.0, 1e-3, 0.9, 1.0, 1e5]).double()[:, None, None]
+    given = [scale * noise(5, *s) for s in ((6, 3), (3, 6), (6, 6), (2, 3))]
+    given.append(torch.linalg.qr(given[2]).Q)
+    g = [noise(*w.shape, seed=3) for w in given]
+    found = []
+    for run in (
+        lambda ws: shrunk(*ws, bound=0.9),
+        lambda ws: [w * shrinkage(w / 0.9) for w in ws],
+    ):
+        leaves = [w.detach().requires_grad_() for w in given]
+        out = run(leaves)
+        found.append([*out, *torch.autograd.grad(out, leaves, g)])
+    for quick, slow in zip(*found):
+        assert_close(quick, slow, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS.values())
