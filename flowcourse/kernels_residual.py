@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../nbs/lib-kernels-residual.ipynb #bba0154d
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -237,60 +236,61 @@ def gathered(
 class _Memory:
     "Numbers on the CPU that a later call uses again: fresh pages cost as much as the arithmetic."
 
-    spare: deque[Tensor] = deque(maxlen=2)
+    spare: list[Tensor] = []  # at most two
     LARGEST = 2**24  # that is kept
 
-    def __init__(self, like, *sizes):
-        total = sum(sizes)
-        try:
-            flat = self.spare.pop()
-        except IndexError:
-            flat = None
-        fits = flat is not None and flat.numel() >= total
-        if not fits or (flat.dtype, flat.device) != (like.dtype, like.device):
+    def __init__(self, like, sizes):
+        total, spare = sum(sizes), self.spare
+        self.flat = None
+        for i in reversed(range(len(spare))):
+            if spare[i].numel() >= total and spare[i].dtype == like.dtype:
+                if like.device.type == "cpu":
+                    self.flat = spare.pop(i)
+                    break
+        if self.flat is None:
             with torch.inference_mode(False):
-                flat = like.new_empty(total)
-        self.flat = flat
-        self.parts = flat[:total].split(sizes)
+                self.flat = like.new_empty(total)
+        self.parts = self.flat[:total].split(sizes)
 
     def __del__(self):
-        flat = self.flat
+        flat, spare = self.flat, self.spare
         if flat.device.type == "cpu" and flat.numel() <= self.LARGEST:
-            self.spare.append(flat)
+            spare.append(flat)
+            if len(spare) > 2:
+                spare.pop(0)
 
 
 class _Chain(torch.autograd.Function):
-    "All blocks, with the chain rule written out."
+    "All blocks, with the chain rule written out; betas are in the weights."
 
     @staticmethod
-    def forward(ctx, x, shift, betas, kind, *weights):
+    def forward(ctx, x, shift, kind, *weights):
         m, d, n = len(weights) // 2, x.shape[-1], len(x)
-        matrices, biases = weights[:m], weights[m:]
-        layers, keep = len(betas), ctx is not None
-        widths = [w.shape[-2] for w in matrices[:-1]]
+        widths = [w.shape[-2] for w in weights[: m - 1]]
+        blocks = [*zip(*(w.unbind() for w in weights))]
+        layers, keep = len(blocks), ctx is not None
         held = widths[1:] * (layers if keep else 1)
-        memory = _Memory(x, *(d * n * w for w in (max(widths), *held)))
+        memory = _Memory(x, [d * n * w for w in (max(widths), *held)])
         scratch, *us = memory.parts
         given, kept = x, []
         # a[k, j] = dF_k / dx_j, of all blocks and rows
         a = x.new_empty(d, d, layers, n)
-        first = matrices[0].mT.contiguous().unsqueeze(2)
-        for at in range(layers):
-            into, units, u, t = x, [], first[at], None
-            for i in range(m):
-                w = matrices[i][at]
-                h = torch.addmm(biases[i][at], into, w.mT)
+        first = weights[0].mT.contiguous().unsqueeze(2).unbind()
+        ts = [scratch[: d * n * w].view(d, n, w) for w in widths]
+        for at, block in enumerate(blocks):
+            into, units, u = x, [], first[at]
+            for i, w in enumerate(block[:m]):
+                h = torch.addmm(block[m + i], into, w.mT)
                 if i == m - 1:
                     break
                 if i == 0 and shift is not None:
                     h += shift[at]
-                value, slope = kind.both(h, betas[at, i])
+                value, slope = kind.unit(h)
                 if i:
                     j = (at if keep else 0) * (m - 2) + i - 1
                     u = us[j].view(d * n, -1)
                     u = torch.mm(t, w.mT, out=u).view(d, n, -1)
-                t = scratch[: d * n * widths[i]].view(d, n, -1)
-                t = torch.mul(u, slope, out=t).view(d * n, -1)
+                t = torch.mul(u, slope, out=ts[i]).view(d * n, -1)
                 units.append((into, h, value, slope, u))
                 into = value
             a[:, :, at] = torch.mm(w, t.mT).view(d, d, n)
@@ -301,18 +301,26 @@ class _Chain(torch.autograd.Function):
         flat = a.view(d, d, -1)
         ladj = (eliminate if keep else pivots)(flat).view(layers, n).sum(0)
         if keep:
-            ctx.save_for_backward(given, shift, betas, *weights)
+            ctx.save_for_backward(given, shift, *weights)
             ctx.kind, ctx.kept, ctx.inverses, ctx.memory = kind, kept, a, memory
         return x, ladj
 
     @staticmethod
     def backward(ctx, g_x, g_ladj):
-        given, shift, betas, *weights = ctx.saved_tensors
+        given, shift, *weights = ctx.saved_tensors
         kind = ctx.kind
         if torch.is_grad_enabled():  # for derivatives of these derivatives
-            inputs = [given, shift, betas, *weights]
+            inputs = [given, shift, *weights]
             some = [t for t in inputs if t is not None and t.requires_grad]
-            out = plain_chain(given, gathered(shift, betas, kind, *weights))
+            one = torch.ones_like(weights[-1][:, :1]).expand(
+                -1, len(weights) // 2 - 1
+            )
+            last = len(weights) // 2 - 1
+            plain = [
+                w * kind.steepest if 0 < i <= last else w
+                for i, w in enumerate(weights)
+            ]
+            out = plain_chain(given, gathered(shift, one, kind, *plain))
             found = iter(
                 torch.autograd.grad(
                     out,
@@ -326,52 +334,45 @@ class _Chain(torch.autograd.Function):
                 next(found) if t is not None and t.requires_grad else None
                 for t in inputs
             ]
-            return *g[:3], None, *g[3:]
+            return *g[:2], None, *g[2:]
         m, d, n = len(weights) // 2, given.shape[-1], len(given)
-        matrices = weights[:m]
         g_weights = [torch.empty_like(w) for w in weights]
-        g_bends = betas.new_empty(2, *betas.shape)
+        blocks = [*zip(*(w.unbind() for w in weights[:m]))]
+        g_blocks = [*zip(*(g.unbind() for g in g_weights))]
         g_shift = None if shift is None else torch.empty_like(shift)
         # what the tangents get: the inverses, transposed
         starts = (
             (ctx.inverses * g_ladj).permute(2, 0, 3, 1).reshape(-1, d * n, d)
         )
-        most = d * n * max(w.shape[-2] for w in matrices[:-1])
-        memory = _Memory(given, most, most, most)
-        scratch, *two = memory.parts
-        for at in reversed(range(len(betas))):
-            units, into = ctx.kept[at]
-            g_t, g_h = starts[at], g_x
+        sizes = [d * n * w.shape[-2] for w in weights[: m - 1]]
+        scratch, *two = _Memory(given, [max(sizes)] * 3).parts
+        ts = [scratch[:size].view(d, n, -1) for size in sizes]
+        g_us = [
+            two[i % 2][:size].view(d * n, -1) for i, size in enumerate(sizes)
+        ]
+        for at in reversed(range(len(blocks))):
+            (units, into), g_t, g_h = ctx.kept[at], starts[at], g_x
             for i in reversed(range(1, m)):
-                w, g_w = matrices[i][at], g_weights[i][at]
+                w, g_w, t = blocks[at][i], g_blocks[at][i], ts[i - 1]
                 before, h, value, slope, u = units[i - 1]
-                size = d * n * w.shape[-1]
-                t = scratch[:size].view(d, n, -1)
                 torch.mul(u, slope, out=t)
                 torch.mm(g_h.mT, into, out=g_w)
                 g_w.addmm_(g_t.mT, t.view(d * n, -1))
-                torch.sum(g_h, 0, out=g_weights[m + i][at])
-                g_u = two[i % 2][:size].view(d * n, -1)
-                g_u = torch.mm(g_t, w, out=g_u).view(d, n, -1)
-                g_value = g_h @ w
-                beta = betas[at, i - 1]
+                torch.sum(g_h, 0, out=g_blocks[at][m + i])
+                g_u = torch.mm(g_t, w, out=g_us[i - 1]).view(d, n, -1)
                 g_slope = torch.mul(g_u, u, out=t).sum(0)
                 g_t = g_u.mul_(slope).view(d * n, -1)
-                bend = g_slope.mul_(kind.curve(h, beta, value, slope))
-                lean = torch.addcmul(-value, h, slope)
-                torch.dot(
-                    g_value.view(-1), lean.view(-1), out=g_bends[0, at, i - 1]
+                g_h = kind.bend(g_slope, h, value, slope).addcmul_(
+                    g_h @ w, slope
                 )
-                torch.dot(bend.view(-1), h.view(-1), out=g_bends[1, at, i - 1])
-                g_h = bend.addcmul_(g_value, slope)
                 into = before
-            torch.mm(g_h.mT, into, out=g_weights[0][at])
-            g_weights[0][at].add_(g_t.view(d, n, -1).sum(1).mT)
-            torch.sum(g_h, 0, out=g_weights[m][at])
+            g_w = torch.mm(g_h.mT, into, out=g_blocks[at][0])
+            g_w += g_t.view(d, n, -1).sum(1).mT
+            torch.sum(g_h, 0, out=g_blocks[at][m])
             if g_shift is not None:
                 g_shift[at] = g_h
-            g_x = torch.addmm(g_x, g_h, matrices[0][at])
-        return g_x, g_shift, g_bends.sum(0) / betas, None, *g_weights
+            g_x = torch.addmm(g_x, g_h, blocks[at][0])
+        return g_x, g_shift, None, *g_weights
 
 
 def run_chain(
@@ -386,11 +387,26 @@ def run_chain(
     plain = plain or x.shape[-1] > IN_STEP
     if plain or not len(x):
         return plain_chain(x, gathered(shift, betas, kind, *weights))
-    parts = (x, shift, betas, *weights)
+    # betas, and what makes the activation no steeper than one, into the weights
+    m = len(weights) // 2
+    betas = betas.unsqueeze(-1)
+    after, matrices, biases = None, [], []
+    for i, (w, b) in enumerate(zip(weights[:m], weights[m:])):
+        factor = after
+        if i < m - 1:
+            beta = betas[:, i]
+            b = b * beta
+            if i == 0 and shift is not None:
+                shift = shift * beta.unsqueeze(-1)
+            factor = beta if after is None else after * beta
+            after = 1 / (beta * kind.steepest)
+        matrices.append(w * factor.unsqueeze(-1))
+        biases.append(b)
+    parts = (x, shift, *matrices, *biases)
     graph = any(t is not None and t.requires_grad for t in parts)
     if graph and torch.is_grad_enabled():
-        return _Chain.apply(x, shift, betas, kind, *weights)
-    return _Chain.forward(None, x, shift, betas, kind, *weights)
+        return _Chain.apply(x, shift, kind, *matrices, *biases)
+    return _Chain.forward(None, x, shift, kind, *matrices, *biases)
 
 # %% ../nbs/lib-kernels-residual.ipynb #24072b40
 def reached(

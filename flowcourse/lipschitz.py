@@ -115,6 +115,8 @@ def shrunk(
 class LipSwish:
     """`x sigmoid(beta x) / 1.1`, whose slope is at most one for any beta."""
 
+    steepest = 1.1  # of `unit`
+
     @staticmethod
     def both(
         x: Tensor,  # Any real numbers
@@ -126,22 +128,29 @@ class LipSwish:
         return value, s / 1.1 + beta * value * (1 - s)
 
     @staticmethod
-    def curve(
-        x: Tensor,  # Where
-        beta: Tensor,  # Above zero, of a shape that broadcasts
-        value: Tensor,  # There
-        slope: Tensor,  # There
-    ) -> Tensor:  # Of the same shape
-        """Its second derivative."""
-        s = torch.sigmoid(beta * x)
-        # (2 s (1 - s) + u s (1 - s) (1 - 2 s)) beta / 1.1 with u = beta x
-        return (
-            torch.addcmul(2 / 1.1 * s, beta * value, 1 - 2 * s) * (1 - s) * beta
-        )
+    def unit(
+        u: Tensor,  # Any real numbers
+    ) -> tuple[Tensor, Tensor]:  # Value and slope, without gradients
+        """`u sigmoid(u)` and its slope, each in one pass."""
+        one = u.new_ones(()).expand_as(u)
+        return F.silu(u), torch.ops.aten.silu_backward(one, u)
+
+    @staticmethod
+    def bend(
+        g: Tensor,  # What each slope gets; overwritten
+        u: Tensor,  # Where
+        value: Tensor,  # Of `unit` there
+        slope: Tensor,  # Of `unit` there
+    ) -> Tensor:  # g times the second derivative of `unit`
+        """The derivative of `unit`'s slope, `s (1 - s) (2 + u - 2 u s)`."""
+        g.mul_(torch.sub(u, value, alpha=2).add_(2))
+        return torch.ops.aten.sigmoid_backward(g, u.sigmoid())
 
 
 class ELU:
     """`x` above zero and `(exp(beta x) - 1) / beta` below; its slope has a kink at zero."""
+
+    steepest = 1.0  # of `unit`
 
     @staticmethod
     def both(
@@ -153,14 +162,21 @@ class ELU:
         return x.clamp(min=0.0) + low.expm1() / beta, low.exp()
 
     @staticmethod
-    def curve(
-        x: Tensor,  # Where
-        beta: Tensor,  # Above zero, of a shape that broadcasts
-        value: Tensor,  # There
-        slope: Tensor,  # There
-    ) -> Tensor:  # Of the same shape
-        """Its second derivative; at the kink that of the right."""
-        return torch.where(x < 0, beta * slope, 0.0)
+    def unit(
+        u: Tensor,  # Any real numbers
+    ) -> tuple[Tensor, Tensor]:  # Value and slope, without gradients
+        """The same for a beta of one."""
+        return F.elu(u), u.clamp(max=0.0).exp_()
+
+    @staticmethod
+    def bend(
+        g: Tensor,  # What each slope gets; overwritten
+        u: Tensor,  # Where
+        value: Tensor,  # Of `unit` there
+        slope: Tensor,  # Of `unit` there
+    ) -> Tensor:  # g times the second derivative of `unit`
+        """The derivative of `unit`'s slope; at the kink that of the right."""
+        return g.mul_(slope).masked_fill_(u >= 0, 0.0)
 
 
 ACTIVATIONS = {"lipswish": LipSwish, "elu": ELU}
