@@ -28,7 +28,6 @@ class Branch(NamedTuple):
 
     matrices: Sequence[Tensor]  # Each of shape `(n_out, n_in)`
     biases: Sequence[Tensor]  # Each of shape `(n_out,)`
-    betas: Tensor  # Of the activations, shape `(hidden layers,)`
     kind: Any  # Of the activation
     # What the context adds in the first hidden layer, or zero
     shift: Tensor | float = 0.0
@@ -40,22 +39,31 @@ class Branch(NamedTuple):
         )
         shift = self.shift
         shift = shift.detach() if isinstance(shift, Tensor) else shift
-        return Branch(matrices, biases, self.betas.detach(), self.kind, shift)
+        return Branch(matrices, biases, self.kind, shift)
+
+    def image(
+        self,
+        x: Tensor,  # Points, shape `(n, d)`
+    ) -> Tensor:  # F(x)
+        """The network alone."""
+        h = F.linear(x, self.matrices[0], self.biases[0]) + self.shift
+        for matrix, bias in zip(self.matrices[1:], self.biases[1:]):
+            h = F.linear(self.kind.value(h), matrix, bias)
+        return h
 
     def __call__(
         self,
         x: Tensor,  # Points, shape `(n, d)`
     ) -> tuple[Tensor, list[Tensor]]:  # F(x), slopes of the hidden layers
         """The network, and the slopes of its units."""
+        slow = torch.is_grad_enabled() or traced() or forward_mode()
+        activation = self.kind.both if slow else self.kind.quick
         slopes: list[Tensor] = []
-        h = x
-        for i, (matrix, bias) in enumerate(zip(self.matrices, self.biases)):
+        h = F.linear(x, self.matrices[0], self.biases[0]) + self.shift
+        for matrix, bias in zip(self.matrices[1:], self.biases[1:]):
+            h, slope = activation(h)
+            slopes.append(slope)
             h = F.linear(h, matrix, bias)
-            if i == 0:
-                h = h + self.shift
-            if i < len(self.matrices) - 1:
-                h, slope = self.kind.both(h, self.betas[i])
-                slopes.append(slope)
         return h, slopes
 
     def jacobian(
@@ -153,7 +161,7 @@ def root(
         one = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
         inverse = invert(one + still.jacobian(still(x)[1])).detach()
     for _ in range(2):  # steps of length zero
-        residual = x + branch(x)[0] - y
+        residual = x + branch.image(x) - y
         residual = residual - residual.detach()
         x = x - (inverse @ residual.unsqueeze(-1)).squeeze(-1)
     return x
@@ -171,9 +179,9 @@ def _search(y, branch, lipschitz):
         r = x + image - y
         return r, r.square().sum(-1, keepdim=True), slopes
 
-    x = y - branch(y)[0]
-    for _ in range(CONTRACTIONS - 1):
-        x = y - branch(x)[0]
+    x = y
+    for _ in range(CONTRACTIONS):
+        x = y - branch.image(x)
     r, size, slopes = look(x)
     # what rounding leaves of a residual
     length = y.norm(dim=-1, keepdim=True)
@@ -215,7 +223,6 @@ def plain_chain(
 
 def gathered(
     shift: Tensor | None,  # Shape `(layers, n, width)`
-    betas: Tensor,  # Shape `(layers, hidden layers)`
     kind: Any,  # Of the activation
     *weights: Tensor,  # Matrices, then biases, of all layers in each
 ) -> list[Branch]:  # One for each layer
@@ -225,11 +232,10 @@ def gathered(
         Branch(
             [w[i] for w in weights[:m]],
             [b[i] for b in weights[m:]],
-            betas[i],
             kind,
             0.0 if shift is None else shift[i],
         )
-        for i in range(len(betas))
+        for i in range(len(weights[0]))
     ]
 
 
@@ -243,10 +249,10 @@ class _Memory:
         total, spare = sum(sizes), self.spare
         self.flat = None
         for i in reversed(range(len(spare))):
-            if spare[i].numel() >= total and spare[i].dtype == like.dtype:
-                if like.device.type == "cpu":
-                    self.flat = spare.pop(i)
-                    break
+            fits = spare[i].numel() >= total and spare[i].dtype == like.dtype
+            if fits and like.device.type == "cpu":
+                self.flat = spare.pop(i)
+                break
         if self.flat is None:
             with torch.inference_mode(False):
                 self.flat = like.new_empty(total)
@@ -261,7 +267,7 @@ class _Memory:
 
 
 class _Chain(torch.autograd.Function):
-    "All blocks, with the chain rule written out; betas are in the weights."
+    "All blocks, with the chain rule written out; and `quick` activations."
 
     @staticmethod
     def forward(ctx, x, shift, kind, *weights):
@@ -285,7 +291,7 @@ class _Chain(torch.autograd.Function):
                     break
                 if i == 0 and shift is not None:
                     h += shift[at]
-                value, slope = kind.unit(h)
+                value, slope = kind.quick(h)
                 if i:
                     j = (at if keep else 0) * (m - 2) + i - 1
                     u = us[j].view(d * n, -1)
@@ -312,15 +318,7 @@ class _Chain(torch.autograd.Function):
         if torch.is_grad_enabled():  # for derivatives of these derivatives
             inputs = [given, shift, *weights]
             some = [t for t in inputs if t is not None and t.requires_grad]
-            one = torch.ones_like(weights[-1][:, :1]).expand(
-                -1, len(weights) // 2 - 1
-            )
-            last = len(weights) // 2 - 1
-            plain = [
-                w * kind.steepest if 0 < i <= last else w
-                for i, w in enumerate(weights)
-            ]
-            out = plain_chain(given, gathered(shift, one, kind, *plain))
+            out = plain_chain(given, gathered(shift, kind, *weights))
             found = iter(
                 torch.autograd.grad(
                     out,
@@ -378,7 +376,6 @@ class _Chain(torch.autograd.Function):
 def run_chain(
     x: Tensor,  # Points, shape `(n, d)`
     shift: Tensor | None,  # Of the context, shape `(layers, n, width)`
-    betas: Tensor,  # Shape `(layers, hidden layers)`
     kind: Any,  # Of the activation
     *weights: Tensor,  # Matrices, then biases, of all layers in each
 ) -> tuple[Tensor, Tensor]:  # Where points go, ladj of shape `(n,)`
@@ -386,27 +383,11 @@ def run_chain(
     plain = traced() or forward_mode() or x.is_meta
     plain = plain or x.shape[-1] > IN_STEP
     if plain or not len(x):
-        return plain_chain(x, gathered(shift, betas, kind, *weights))
-    # betas, and what makes the activation no steeper than one, into the weights
-    m = len(weights) // 2
-    betas = betas.unsqueeze(-1)
-    after, matrices, biases = None, [], []
-    for i, (w, b) in enumerate(zip(weights[:m], weights[m:])):
-        factor = after
-        if i < m - 1:
-            beta = betas[:, i]
-            b = b * beta
-            if i == 0 and shift is not None:
-                shift = shift * beta.unsqueeze(-1)
-            factor = beta if after is None else after * beta
-            after = 1 / (beta * kind.steepest)
-        matrices.append(w * factor.unsqueeze(-1))
-        biases.append(b)
-    parts = (x, shift, *matrices, *biases)
-    graph = any(t is not None and t.requires_grad for t in parts)
+        return plain_chain(x, gathered(shift, kind, *weights))
+    graph = any(t is not None and t.requires_grad for t in (x, shift, *weights))
     if graph and torch.is_grad_enabled():
-        return _Chain.apply(x, shift, kind, *matrices, *biases)
-    return _Chain.forward(None, x, shift, kind, *matrices, *biases)
+        return _Chain.apply(x, shift, kind, *weights)
+    return _Chain.forward(None, x, shift, kind, *weights)
 
 # %% ../nbs/lib-kernels-residual.ipynb #24072b40
 def reached(

@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../nbs/lib-lipschitz.ipynb #9aaa3b45
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -113,25 +116,24 @@ def shrunk(
 
 # %% ../nbs/lib-lipschitz.ipynb #02c5801b
 class LipSwish:
-    """`x sigmoid(beta x) / 1.1`, whose slope is at most one for any beta."""
+    """`u sigmoid(u)`, and its slope."""
 
-    steepest = 1.1  # of `unit`
+    steepest = 1.1
+    value = staticmethod(F.silu)
 
     @staticmethod
     def both(
-        x: Tensor,  # Any real numbers
-        beta: Tensor,  # Above zero, of a shape that broadcasts
+        u: Tensor,  # Any real numbers
     ) -> tuple[Tensor, Tensor]:  # Value and slope
         """Its value and its slope."""
-        s = torch.sigmoid(beta * x)
-        value = x * s / 1.1
-        return value, s / 1.1 + beta * value * (1 - s)
+        s = u.sigmoid()
+        return F.silu(u), s + u * s * (1 - s)
 
     @staticmethod
-    def unit(
+    def quick(
         u: Tensor,  # Any real numbers
     ) -> tuple[Tensor, Tensor]:  # Value and slope, without gradients
-        """`u sigmoid(u)` and its slope, each in one pass."""
+        """The same, each in one pass."""
         one = u.new_ones(()).expand_as(u)
         return F.silu(u), torch.ops.aten.silu_backward(one, u)
 
@@ -139,44 +141,65 @@ class LipSwish:
     def bend(
         g: Tensor,  # What each slope gets; overwritten
         u: Tensor,  # Where
-        value: Tensor,  # Of `unit` there
-        slope: Tensor,  # Of `unit` there
-    ) -> Tensor:  # g times the second derivative of `unit`
-        """The derivative of `unit`'s slope, `s (1 - s) (2 + u - 2 u s)`."""
+        value: Tensor,  # There
+        slope: Tensor,  # There
+    ) -> Tensor:  # g times the second derivative
+        """The derivative of the slope, `s (1 - s) (2 + u - 2 u s)`."""
         g.mul_(torch.sub(u, value, alpha=2).add_(2))
         return torch.ops.aten.sigmoid_backward(g, u.sigmoid())
 
 
 class ELU:
-    """`x` above zero and `(exp(beta x) - 1) / beta` below; its slope has a kink at zero."""
+    """`u` above zero and `exp(u) - 1` below; its slope has a kink at zero."""
 
-    steepest = 1.0  # of `unit`
+    steepest = 1.0
+    value = staticmethod(F.elu)
 
     @staticmethod
     def both(
-        x: Tensor,  # Any real numbers
-        beta: Tensor,  # Above zero, of a shape that broadcasts
+        u: Tensor,  # Any real numbers
     ) -> tuple[Tensor, Tensor]:  # Value and slope
         """Its value and its slope."""
-        low = beta * x.clamp(max=0.0)
-        return x.clamp(min=0.0) + low.expm1() / beta, low.exp()
+        return F.elu(u), u.clamp(max=0.0).exp()
 
-    @staticmethod
-    def unit(
-        u: Tensor,  # Any real numbers
-    ) -> tuple[Tensor, Tensor]:  # Value and slope, without gradients
-        """The same for a beta of one."""
-        return F.elu(u), u.clamp(max=0.0).exp_()
+    quick = both
 
     @staticmethod
     def bend(
         g: Tensor,  # What each slope gets; overwritten
         u: Tensor,  # Where
-        value: Tensor,  # Of `unit` there
-        slope: Tensor,  # Of `unit` there
-    ) -> Tensor:  # g times the second derivative of `unit`
-        """The derivative of `unit`'s slope; at the kink that of the right."""
+        value: Tensor,  # There
+        slope: Tensor,  # There
+    ) -> Tensor:  # g times the second derivative
+        """The derivative of the slope; at the kink that of the right."""
         return g.mul_(slope).masked_fill_(u >= 0, 0.0)
 
 
 ACTIVATIONS = {"lipswish": LipSwish, "elu": ELU}
+
+# %% ../nbs/lib-lipschitz.ipynb #6eb8eac6
+def folded(
+    kind: Any,  # Of the activation
+    betas: Tensor,  # Above zero, shape `(layers, hidden layers)`
+    shift: Tensor | None,  # Of the context, shape `(layers, n, width)`
+    matrices: Sequence[Tensor],  # Each of shape `(layers, ...)`
+    biases: Sequence[Tensor],  # Each of shape `(layers, width)`
+) -> tuple[
+    Tensor | None, list[Tensor], list[Tensor]
+]:  # Shift, matrices, biases
+    """The numbers of networks with `psi` in place of `psi(beta x) / (a beta)`."""
+    betas = betas.unsqueeze(-1)
+    before, scaled, shifts = 1.0, [], list(biases)
+    for i, w in enumerate(matrices[:-1]):
+        beta = betas[:, i]
+        scaled.append(w * _like(before * beta, w))
+        shifts[i] = biases[i] * beta
+        if i == 0 and shift is not None:
+            shift = shift * beta.unsqueeze(-1)
+        before = 1 / (kind.steepest * beta)
+    scaled.append(matrices[-1] * _like(before, matrices[-1]))
+    return shift, scaled, shifts
+
+
+def _like(factor, w):
+    return factor.view(-1, *[1] * (w.dim() - 1))

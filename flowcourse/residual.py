@@ -29,7 +29,7 @@ from flowcourse.kernels_residual import (
     run_chain,
     trace_series,
 )
-from flowcourse.lipschitz import ACTIVATIONS, shrunk
+from flowcourse.lipschitz import ACTIVATIONS, folded, shrunk
 from flowcourse.numerics import (
     full_precision,
     rademacher,
@@ -221,26 +221,32 @@ class ResidualFlow(Bijection):
         Branch
     ]:  # The network of each block, nearest the cheap side first
         """The networks that the blocks compute with, their norms bounded."""
-        kind = ACTIVATIONS[self.activation]
-        shift, betas, weights = self._weights(context)
-        return gathered(shift, betas, kind, *weights)
+        shift, weights = self._weights(context)
+        return gathered(shift, ACTIVATIONS[self.activation], *weights)
 
     def _weights(self, context):
-        "What the context adds, betas, matrices and biases, of all blocks."
+        "What the context adds, matrices and biases, of all blocks."
         each = self.lipschitz ** (1 / len(self.matrices))
         matrices = shrunk(*self.matrices, bound=each)
         shift = None
         if context is not None:
             shift = context @ self.features.mT
-        return shift, softplus(self.raw_betas), [*matrices, *self.biases]
+        shift, matrices, biases = folded(
+            ACTIVATIONS[self.activation],
+            softplus(self.raw_betas),
+            shift,
+            matrices,
+            self.biases,
+        )
+        return shift, matrices + biases
 
     def _run(self, t, context, way, generator=None):
         with full_precision(t):
             batch, t, context = self._flat(t, context)
             if way == self.cheap and not self.estimated:
-                shift, betas, weights = self._weights(context)
+                shift, weights = self._weights(context)
                 kind = ACTIVATIONS[self.activation]
-                t, ladj = run_chain(t, shift, betas, kind, *weights)
+                t, ladj = run_chain(t, shift, kind, *weights)
                 return t.view(*batch, self.dim), ladj.view(batch)
             t, sign, blocks = self._through(t, context, way)
             if self.estimated:

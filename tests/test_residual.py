@@ -10,8 +10,8 @@ from torch.func import functional_call, hessian, jacrev, vmap
 from torch.testing import assert_close
 
 from flowcourse.core import Compose, Flow, Inverse
-from flowcourse.kernels_residual import reached, root, trace_series
-from flowcourse.lipschitz import ACTIVATIONS, shrinkage, shrunk
+from flowcourse.kernels_residual import gathered, reached, root, trace_series
+from flowcourse.lipschitz import ACTIVATIONS, folded, shrinkage, shrunk
 from flowcourse.planar import Planar
 from flowcourse.quadrature import total_mass
 from flowcourse.residual import STOP, ResidualFlow
@@ -76,12 +76,36 @@ def test_the_gradient_of_the_norm_by_hand():
 
 @pytest.mark.parametrize("kind", ACTIVATIONS.values())
 def test_no_activation_is_steeper_than_one(kind):
-    for beta in (1e-3, 1.0, 50.0):
-        x = torch.linspace(-30, 30, 60_001, dtype=torch.float64) / beta
-        x.requires_grad_()
-        value, slope = kind.both(x, torch.tensor(beta, dtype=torch.float64))
-        assert slope.abs().max() <= 1
-        assert_close(torch.autograd.grad(value.sum(), x)[0], slope)
+    u = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    u.requires_grad_()
+    value, slope = kind.both(u)
+    assert slope.abs().max() <= kind.steepest
+    assert_close(torch.autograd.grad(value.sum(), u)[0], slope)
+    with torch.no_grad():
+        for quick, slow in zip(kind.quick(u), (value, slope)):
+            assert_close(quick, slow, rtol=1e-12, atol=1e-12)
+    if slope.requires_grad:
+        (wanted,) = torch.autograd.grad(slope.sum(), u)
+        found = kind.bend(
+            torch.ones_like(u), *(t.detach() for t in (u, value, slope))
+        )
+        off = u.detach() != 0
+        assert_close(found[off], wanted[off], rtol=1e-12, atol=1e-12)
+
+
+def test_betas_are_folded_into_the_matrices():
+    for kind in ACTIVATIONS.values():
+        betas = noise(1, 2).exp()
+        w1, w2, w3 = noise(1, 5, 3), noise(1, 4, 5), noise(1, 3, 4)
+        biases = [noise(1, 5), noise(1, 4), noise(1, 3)]
+        x, shift = noise(7, 3), noise(1, 7, 5)
+        h = x @ w1[0].mT + biases[0] + shift[0]
+        for beta, w, b in zip(betas[0], (w2, w3), biases[1:]):
+            h = kind.value(beta * h) / (beta * kind.steepest) @ w[0].mT + b
+        shift, *weights = folded(kind, betas, shift, (w1, w2, w3), biases)
+        (branch,) = gathered(shift, kind, *weights[0], *weights[1])
+        assert_close(branch.image(x), h)
+        assert_close(branch(x)[0], h)
 
 
 @pytest.mark.parametrize("cheap", ["inverse", "forward"])
