@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/lib-kernels-residual.ipynb #bba0154d
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowcourse.kernels import forward_mode, traced
+
+# %% ../nbs/lib-kernels-residual.ipynb #3948cd55
+class _Memory:
+    "Numbers on the CPU that a later call uses again: fresh pages cost as much as the arithmetic."
+
+    spare: list[Tensor] = []  # at most two
+    LARGEST = 2**24  # that is kept
+
+    def __init__(self, like, sizes):
+        total, spare = sum(sizes), self.spare
+        self.flat = None
+        for i in reversed(range(len(spare))):
+            fits = spare[i].numel() >= total and spare[i].dtype == like.dtype
+            if fits and like.device.type == "cpu":
+                self.flat = spare.pop(i)
+                break
+        if self.flat is None:
+            with torch.inference_mode(False):
+                self.flat = like.new_empty(total)
+        self.parts = self.flat[:total].split(sizes)
+
+    def __del__(self):
+        flat, spare = self.flat, self.spare
+        if flat.device.type == "cpu" and flat.numel() <= self.LARGEST:
+            spare.append(flat)
+            if len(spare) > 2:
+                spare.pop(0)
 
 # %% ../nbs/lib-kernels-residual.ipynb #47f230cd
 def _times(t, matrix):
@@ -31,6 +58,11 @@ class Branch(NamedTuple):
     kind: Any  # Of the activation
     # What the context adds in the first hidden layer, or zero
     shift: Tensor | float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Of an event."""
+        return self.matrices[0].shape[-1]
 
     def detached(self) -> "Branch":
         """The same numbers, without a graph."""
@@ -76,6 +108,25 @@ class Branch(NamedTuple):
         for slope, matrix in zip(slopes, rest):
             tangents = _times(tangents * slope, matrix.mT)
         return tangents.movedim(0, -1)
+
+    def columns(
+        self,
+        slopes: list[Tensor],  # Of the hidden layers, at the points
+    ) -> Tensor:  # dF_k/dx_j at `[k, j]`, shape `(d, d, n)`
+        """The Jacobian in the layout of an elimination, without gradients."""
+        first, *rest = self.matrices
+        d, n = first.shape[-1], len(slopes[0])
+        memory = _Memory(first, [d * n * s.shape[-1] for s in slopes] * 2)
+        m = len(slopes)
+        tangents = first.mT.contiguous().unsqueeze(1)
+        for i, (slope, matrix) in enumerate(zip(slopes, rest)):
+            scaled = memory.parts[i].view(d, n, -1)
+            scaled = torch.mul(tangents, slope, out=scaled).view(d * n, -1)
+            if i < m - 1:
+                tangents = memory.parts[m + i + 1].view(d * n, -1)
+                torch.mm(scaled, matrix.mT, out=tangents)
+                tangents = tangents.view(d, n, -1)
+        return torch.mm(matrix, scaled.mT).view(d, d, n)
 
     def pull(
         self,
@@ -132,15 +183,42 @@ def pivots(
     return a.diagonal().log().sum(-1)
 
 
-def invert(
-    matrices: Tensor,  # `I + J`, shape `(n, d, d)`
-) -> Tensor:  # Their inverses
-    """Inverses of the Jacobians of blocks."""
-    if traced() or forward_mode() or matrices.shape[-1] > IN_STEP:
-        return torch.linalg.inv_ex(matrices)[0]
-    a = matrices.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
-    eliminate(a)
-    return a.permute(2, 0, 1)
+def in_step(
+    d: int,  # Size of the events
+) -> bool:
+    """Whether matrices may be eliminated in place."""
+    return not (traced() or forward_mode()) and d <= IN_STEP
+
+
+def solver(
+    branch: Any,  # The network of a block, without a graph
+    slopes: list[Tensor],  # Of its hidden layers, at points of shape `(n, d)`
+) -> Callable[[Tensor], Tensor]:  # Of vectors, shape `(n, d)`
+    """Multiply by the inverse of `I + J` at some points."""
+    with torch.no_grad():
+        if in_step(branch.size):
+            a = branch.columns(slopes)
+            a.diagonal().add_(1)
+            eliminate(a)
+            return lambda r: (a * r.mT).sum(1).mT
+        j = branch.jacobian(slopes)
+        one = torch.eye(branch.size, dtype=j.dtype, device=j.device)
+        inverse = torch.linalg.inv_ex(one + j)[0].detach()
+    return lambda r: (inverse @ r.unsqueeze(-1)).squeeze(-1)
+
+
+def log_dets(
+    blocks: list[tuple[Any, list[Tensor]]],  # Networks, and slopes at points
+) -> Tensor:  # Shape `(n,)`
+    """The log-determinant of several blocks."""
+    d = blocks[0][0].size
+    if torch.is_grad_enabled() or not in_step(d):
+        jacobians = [branch.jacobian(slopes) for branch, slopes in blocks]
+        return log_det(torch.stack(jacobians)).sum(0)
+    columns = [branch.columns(slopes) for branch, slopes in blocks]
+    a = torch.stack(columns, 2)
+    a.diagonal().add_(1)
+    return pivots(a.view(d, d, -1)).view(len(blocks), -1).sum(0)
 
 # %% ../nbs/lib-kernels-residual.ipynb #47b457eb
 CONTRACTIONS, NEWTONS = 4, 12  # steps without a branch
@@ -158,20 +236,16 @@ def root(
     if not torch.is_grad_enabled() and not forward_mode():
         return x
     with torch.no_grad():
-        one = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-        inverse = invert(one + still.jacobian(still(x)[1])).detach()
+        solve = solver(still, still(x)[1])
     for _ in range(2):  # steps of length zero
         residual = x + branch.image(x) - y
-        residual = residual - residual.detach()
-        x = x - (inverse @ residual.unsqueeze(-1)).squeeze(-1)
+        x = x - solve(residual - residual.detach())
     return x
 
 
 @torch.no_grad()
 def _search(y, branch, lipschitz):
     "The root, to rounding."
-    d = y.shape[-1]
-    one = torch.eye(d, dtype=y.dtype, device=y.device)
     fixed = traced() or y.is_meta
 
     def look(x):
@@ -186,11 +260,13 @@ def _search(y, branch, lipschitz):
     # what rounding leaves of a residual
     length = y.norm(dim=-1, keepdim=True)
     done = (16 * torch.finfo(y.dtype).eps * (1 + length)) ** 2
-    inverse = invert(one + branch.jacobian(slopes))
+    solve, slow = None, True
     for _ in range(NEWTONS if fixed else MOST):
         if not fixed and bool((size <= done).all()):
             break
-        step = (inverse @ r.unsqueeze(-1)).squeeze(-1)
+        if slow:
+            solve = solver(branch, slopes)
+        step = solve(r)
         nearer = look(x - step)
         # at the root nothing comes nearer
         good = (nearer[1] <= lipschitz**2 * size) | (nearer[1] <= done)
@@ -203,9 +279,7 @@ def _search(y, branch, lipschitz):
             (nearer[1] > torch.maximum(size / 100, done)).any()
         )
         r, size, slopes = nearer
-        if slow:
-            inverse = invert(one + branch.jacobian(slopes))
-    return x - (inverse @ r.unsqueeze(-1)).squeeze(-1)
+    return x - (r if solve is None else solve(r))
 
 # %% ../nbs/lib-kernels-residual.ipynb #2e0fb497
 def plain_chain(
@@ -213,12 +287,12 @@ def plain_chain(
     branches: list[Branch],  # The network of each block
 ) -> tuple[Tensor, Tensor]:  # Where points go, ladj of shape `(n,)`
     """Blocks one after another, with their exact log-determinant."""
-    jacobians = []
+    blocks = []
     for branch in branches:
         image, slopes = branch(x)
-        jacobians.append(branch.jacobian(slopes))
+        blocks.append((branch, slopes))
         x = x + image
-    return x, log_det(torch.stack(jacobians)).sum(0)
+    return x, log_dets(blocks)
 
 
 def gathered(
@@ -239,33 +313,6 @@ def gathered(
     ]
 
 
-class _Memory:
-    "Numbers on the CPU that a later call uses again: fresh pages cost as much as the arithmetic."
-
-    spare: list[Tensor] = []  # at most two
-    LARGEST = 2**24  # that is kept
-
-    def __init__(self, like, sizes):
-        total, spare = sum(sizes), self.spare
-        self.flat = None
-        for i in reversed(range(len(spare))):
-            fits = spare[i].numel() >= total and spare[i].dtype == like.dtype
-            if fits and like.device.type == "cpu":
-                self.flat = spare.pop(i)
-                break
-        if self.flat is None:
-            with torch.inference_mode(False):
-                self.flat = like.new_empty(total)
-        self.parts = self.flat[:total].split(sizes)
-
-    def __del__(self):
-        flat, spare = self.flat, self.spare
-        if flat.device.type == "cpu" and flat.numel() <= self.LARGEST:
-            spare.append(flat)
-            if len(spare) > 2:
-                spare.pop(0)
-
-
 class _Chain(torch.autograd.Function):
     "All blocks, with the chain rule written out; and `quick` activations."
 
@@ -284,7 +331,7 @@ class _Chain(torch.autograd.Function):
         first = weights[0].mT.contiguous().unsqueeze(2).unbind()
         ts = [scratch[: d * n * w].view(d, n, w) for w in widths]
         for at, block in enumerate(blocks):
-            into, units, u = x, [], first[at]
+            into, units, u, t = x, [], first[at], scratch
             for i, w in enumerate(block[:m]):
                 h = torch.addmm(block[m + i], into, w.mT)
                 if i == m - 1:
