@@ -114,6 +114,27 @@ def shrunk(
             found[i] = t.mT if flat else t
     return found
 
+# %% ../nbs/lib-lipschitz.ipynb #31059fe1
+GRID = 16  # frequencies along an axis
+
+
+def shrunk_filters(
+    filters: Tensor,  # Shape `(layers, n_out, n_in, width, width)`, odd width
+    size: tuple[int, int],  # Of the images, height and width
+    bound: float,  # Above the norms of the results
+) -> Tensor:  # Of the same shape
+    """Filters whose convolution, with zeros around an image, has a norm below the bound."""
+    reach, slack, grid = filters.shape[-1] // 2, 1.0, []
+    for n in size:
+        n = max(n + reach, 2 * reach + 1)
+        coarse = max(GRID, 4 * reach)
+        if reach and n > coarse:
+            n, slack = coarse, slack * (coarse / (coarse - 2 * reach)) ** 0.5
+        grid.append(n if reach else 1)
+    waves = torch.fft.rfft2(filters, s=grid).flatten(-2).movedim(-1, 1)
+    factor = shrinkage(waves * (slack / bound), (-3, -2, -1))
+    return filters * factor.unsqueeze(-1)
+
 # %% ../nbs/lib-lipschitz.ipynb #02c5801b
 class LipSwish:
     """`u sigmoid(u)`, and its slope."""

@@ -5,14 +5,8 @@ import torch
 from helpers import noise, shaken
 from torch.testing import assert_close
 
-from flowcourse.kernels_residual import (
-    eliminate,
-    gathered,
-    log_det,
-    pivots,
-    plain_chain,
-    run_chain,
-)
+from flowcourse.branches import eliminate, log_det, pivots
+from flowcourse.kernels_residual import gathered, plain_chain, run_chain
 from flowcourse.lipschitz import ACTIVATIONS
 from flowcourse.residual import ResidualFlow
 

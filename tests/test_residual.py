@@ -14,7 +14,7 @@ from flowcourse.kernels_residual import gathered, reached, root, trace_series
 from flowcourse.lipschitz import ACTIVATIONS, folded, shrinkage, shrunk
 from flowcourse.planar import Planar
 from flowcourse.quadrature import total_mass
-from flowcourse.residual import STOP, ResidualFlow
+from flowcourse.residual import ResidualFlow
 
 
 def trained(dim=4, layers=3, steps=60, **options):
@@ -230,17 +230,17 @@ def test_roulette_is_unbiased_in_value_and_gradient():
     f = trained(4, 1, lipschitz=0.8)
     g = torch.Generator().manual_seed(0)
     x, n, chunk = noise(1, 4)[0], 10_000, 100
-    branch = f.branches()[0]
+    branch, stop = f.branches()[0], (1 - f.lipschitz**2) / 2
     slopes = branch(x[None])[1]
     values, gradients = [], []
     weight = f.matrices[1]
     for _ in range(n // chunk):
         # as the flow draws it: one end for a call
         extra = int(
-            torch.rand((), generator=g).double().log() / math.log(1 - STOP)
+            torch.rand((), generator=g).double().log() / math.log(1 - stop)
         )
         v = 1 - 2.0 * torch.randint(0, 2, (chunk, 1, 4), generator=g).double()
-        found = trace_series(branch, slopes, v, reached(2, extra, STOP), True)
+        found = trace_series(branch, slopes, v, reached(2, extra, stop), True)
         values.append(found.mean().detach())
         (gradient,) = torch.autograd.grad(
             found.mean(), weight, retain_graph=True
