@@ -24,7 +24,9 @@ class Memory:
     LARGEST = 2**24  # that is kept
 
     def __init__(self, like, sizes):
-        total, spare = sum(sizes), self.spare
+        # as a part is aligned, so it rounds
+        wide = [-(-size // 64) * 64 for size in sizes]
+        total, spare = sum(wide), self.spare
         self.flat = None
         for i in reversed(range(len(spare))):
             fits = spare[i].numel() >= total and spare[i].dtype == like.dtype
@@ -34,7 +36,8 @@ class Memory:
         if self.flat is None:
             with torch.inference_mode(False):
                 self.flat = like.new_empty(total)
-        self.parts = self.flat[:total].split(sizes)
+        parts = self.flat[:total].split(wide)
+        self.parts = [t[:size] for t, size in zip(parts, sizes)]
 
     def __del__(self):
         flat, spare = self.flat, self.spare
@@ -108,8 +111,16 @@ class Branch(NamedTuple):
         x: Tensor,  # Points, shape `(n, d)`
     ) -> tuple[Tensor, list[Tensor]]:  # F(x), slopes of the hidden layers
         """The network, and the slopes of its units."""
-        slow = torch.is_grad_enabled() or traced() or forward_mode()
-        activation = self.kind.both if slow else self.kind.quick
+        return self._run(x, self.kind.both)
+
+    def look(
+        self,
+        x: Tensor,  # Points, shape `(n, d)`
+    ) -> tuple[Tensor, list[Tensor]]:  # F(x), slopes of the hidden layers
+        """The same, quicker, to rounding and without gradients."""
+        return self._run(x, self.kind.both if traced() else self.kind.quick)
+
+    def _run(self, x, activation):
         slopes: list[Tensor] = []
         h = self._first(x)
         for i in range(1, len(self.matrices)):
@@ -131,9 +142,13 @@ class Branch(NamedTuple):
             return self._push(v, slopes).movedim(0, -1)
         first, *rest = self.matrices
         tangents = first.mT.contiguous().unsqueeze(1)
-        for slope, matrix in zip(slopes, rest):
-            tangents = _times(tangents * slope, matrix.mT)
-        return tangents.movedim(0, -1)
+        for slope, matrix in zip(slopes, rest[:-1]):
+            scaled = (tangents * slope).flatten(0, 1)
+            tangents = (scaled @ matrix.mT).unflatten(0, (len(first.mT), -1))
+        # laid out for an elimination
+        scaled = (tangents * slopes[-1]).flatten(0, 1)
+        columns = rest[-1] @ scaled.mT
+        return columns.unflatten(1, (len(first.mT), -1)).permute(2, 0, 1)
 
     def push(
         self,
@@ -160,7 +175,7 @@ class Branch(NamedTuple):
     ) -> Tensor:  # Rows v'J, of the same shape
         """Vectors times the Jacobian, the network run backwards."""
         shape = v.shape
-        v = v.reshape(-1, *shape[-2:])
+        v = v.reshape(shape[:-2].numel(), *shape[-2:])
         for i in reversed(range(len(self.matrices))):
             w = self.matrices[i]
             if self.shape is None:
@@ -187,12 +202,12 @@ class Branch(NamedTuple):
         m = len(slopes)
         tangents = first.mT.contiguous().unsqueeze(1)
         for i, (slope, matrix) in enumerate(zip(slopes, rest)):
-            scaled = memory.parts[i].view(d, n, -1)
-            scaled = torch.mul(tangents, slope, out=scaled).view(d * n, -1)
+            scaled = memory.parts[i].view(d, *slope.shape)
+            scaled = torch.mul(tangents, slope, out=scaled).flatten(0, 1)
             if i < m - 1:
-                tangents = memory.parts[m + i + 1].view(d * n, -1)
+                tangents = memory.parts[m + i + 1].view(d * n, len(matrix))
                 torch.mm(scaled, matrix.mT, out=tangents)
-                tangents = tangents.view(d, n, -1)
+                tangents = tangents.view(d, n, len(matrix))
         return torch.mm(matrix, scaled.mT).view(d, d, n)
 
 # %% ../nbs/lib-branches.ipynb #807d1696
@@ -235,7 +250,7 @@ def pivots(
         row = a[k, k + 1 :] / a[k, k]
         below = a[k + 1 :, k].unsqueeze(1)
         a[k + 1 :, k + 1 :].addcmul_(below, row.unsqueeze(0), value=-1)
-    return a.diagonal().log().sum(-1)
+    return torch.stack([a[k, k] for k in range(len(a))]).log_().sum(0)
 
 
 def in_step(
@@ -267,10 +282,33 @@ def log_dets(
 ) -> Tensor:  # Shape `(n,)`
     """The log-determinant of several blocks."""
     d = blocks[0][0].size
-    if torch.is_grad_enabled() or not in_step(d):
+    if not in_step(d):
         jacobians = [branch.jacobian(slopes) for branch, slopes in blocks]
         return log_det(torch.stack(jacobians)).sum(0)
+    if torch.is_grad_enabled():
+        columns = [
+            branch.jacobian(slopes).permute(1, 2, 0)
+            for branch, slopes in blocks
+        ]
+        return _LogDet.apply(torch.stack(columns, 2)).sum(0)
     columns = [branch.columns(slopes) for branch, slopes in blocks]
-    a = torch.stack(columns, 2)
-    a.diagonal().add_(1)
-    return pivots(a.view(d, d, -1)).view(len(blocks), -1).sum(0)
+    return _LogDet.forward(None, torch.stack(columns, 2)).sum(0)
+
+
+class _LogDet(torch.autograd.Function):
+    "By elimination, so that it rounds alike with gradients and without."
+
+    @staticmethod
+    def forward(ctx, columns):
+        if ctx is not None:
+            ctx.save_for_backward(columns)
+        a = columns.clone(memory_format=torch.contiguous_format)
+        a.diagonal().add_(1)
+        return pivots(a.flatten(2)).view(a.shape[2:])
+
+    @staticmethod
+    def backward(ctx, g):
+        j = ctx.saved_tensors[0].permute(2, 3, 0, 1)
+        one = torch.eye(j.shape[-1], dtype=j.dtype, device=j.device)
+        inverse = torch.linalg.inv_ex(one + j)[0]
+        return (g[..., None, None] * inverse.mT).permute(2, 3, 0, 1)

@@ -64,7 +64,7 @@ def _search(y, branch, lipschitz):
     fixed = traced() or y.is_meta
 
     def look(x):
-        image, slopes = branch(x)
+        image, slopes = branch.look(x)
         r = x + image - y
         return r, r.square().sum(-1, keepdim=True), slopes
 

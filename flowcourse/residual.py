@@ -123,6 +123,8 @@ class ResidualFlow(Bijection):
         require_choice(ladj, "ladj", ("exact", "series", "roulette"))
         self.activation, self.cheap, self.ladj = activation, cheap, ladj
         self.terms = as_int(terms, "terms", 1)
+        # at each term of a random series
+        self.stop = (1 - self.lipschitz**2) / 2
         self.probes = as_int(probes, "probes", 1)
         self.kernel_size = as_int(kernel_size, "kernel_size", 1)
         if self.kernel_size % 2 == 0:
@@ -324,7 +326,7 @@ class ResidualFlow(Bijection):
         if self.ladj == "roulette":
             stop, extra = 0.0, rounds(self.lipschitz, _REST)
             if fresh:
-                stop = (1 - self.lipschitz**2) / 2
+                stop = self.stop
                 chance = draw(torch.rand, (), t, generator).double()
                 extra = int((-chance).log1p() / math.log1p(-stop))
             weights = reached(self.terms, extra, stop)
