@@ -59,7 +59,7 @@ rows = {
     ),
     "residual-image-roulette": _row(
         partial(
-            _residual, hidden=(3,), ladj="roulette", terms=2, lipschitz=0.9
+            _residual, hidden=(2,), ladj="roulette", terms=2, lipschitz=0.5
         ),
         reference="Chen et al. 2019, section 3",
         estimated=True,
