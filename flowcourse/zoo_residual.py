@@ -46,7 +46,7 @@ rows = {
         **_wide,
     ),
     "residual-roulette": _row(
-        partial(_residual, ladj="roulette", terms=2),
+        partial(_residual, ladj="roulette", terms=2, lipschitz=0.8),
         reference="Chen et al. 2019, eq. 6",
         estimated=True,
         exempt={"ladj": "estimated from one probe"},
