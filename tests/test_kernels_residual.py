@@ -106,3 +106,17 @@ def test_elimination_without_pivoting(dtype):
         )
         a = matrices.permute(1, 2, 0).clone()
         assert_close(pivots(a), log_det(j), rtol=1e3 * eps, atol=1e4 * eps)
+
+
+def test_memory_that_is_used_again_is_free():
+    """Not while a graph needs it, nor when it was made in inference mode."""
+    f = ResidualFlow(3, 2, hidden=(5, 6))
+    x, weight = noise(4, 3).float(), f.matrices[1]
+    with torch.inference_mode():
+        f.inverse(x)
+    a, b = f.inverse(x)[1].sum(), f.inverse(2 * x)[1].sum()
+    first = torch.autograd.grad(a, weight, retain_graph=True)
+    torch.autograd.grad(b, weight)
+    with torch.no_grad():
+        f.inverse(3 * x)
+    assert torch.equal(torch.autograd.grad(a, weight)[0], first[0])
