@@ -18,18 +18,22 @@ from flowcourse.arguments import (
     draw,
     require_choice,
 )
+from flowcourse.branches import Branch, log_dets
+from flowcourse.contractions import rounds
 from flowcourse.core import Bijection
 from flowcourse.kernels import forward_mode, traced
 from flowcourse.kernels_residual import (
-    ACTIVATIONS,
-    Branch,
     gathered,
-    log_det,
     reached,
     root,
     run_chain,
-    shrunk,
     trace_series,
+)
+from flowcourse.lipschitz import (
+    ACTIVATIONS,
+    folded,
+    shrunk,
+    shrunk_filters,
 )
 from flowcourse.numerics import (
     full_precision,
@@ -40,8 +44,7 @@ from flowcourse.numerics import (
 
 # %% ../nbs/10-residual.ipynb #7811c114
 EXACT_UP_TO = 32  # dimensions, by default
-STOP = 0.2  # chance to stop, at each term of a random series
-_LONG = 100  # terms that leave nothing out
+_REST = 1e-4  # of a probe, where a random series ends in eval mode
 
 
 def _spread(*shape_and_width):
@@ -54,15 +57,17 @@ class ResidualFlow(Bijection):
     r"""Residual blocks `x + F(x)`, each with a network of Lipschitz constant below one.
 
     The ladj is $\sum \log\det(I + \partial F/\partial x)$, by default exactly: all
-    unit directions go through the network. `ladj="series"` cuts a power series off,
-    `"roulette"` stops it at random, so that its mean is right; its variance is
-    sure to be finite for `lipschitz` below 0.89, since each further term comes
-    with a chance of 0.8.
+    unit directions go through the network. `ladj="series"` cuts a power series off.
+    `"roulette"` stops it at random, so that its mean is right, with a chance of
+    `(1 - lipschitz**2) / 2` at each term, half of what keeps the variance finite;
+    in eval mode it is a series of fixed length. An image's networks convolve, with
+    windows of `kernel_size` first and last and of one between.
 
-    Behrmann et al. 2019; Chen et al. 2019. One direction is a pass of O(dim) network
+    Behrmann et al. 2019; Chen et al. 2019. One direction is a pass of O(D) network
     evaluations (exact) or a handful (estimated); the other solves each block, by
-    Newton steps guarded by the contraction. The bound on the norms holds for any
-    parameters. A block's slope stays between `1 - lipschitz` and `1 + lipschitz`.
+    Newton steps guarded by the contraction, or beyond 32 estimated dimensions by
+    Anderson's. The bound on the norms holds for any parameters. A block's slope
+    stays between `1 - lipschitz` and `1 + lipschitz`.
 
         >>> f = ResidualFlow(2, 4, context_dim=3)
         >>> z, ladj = f.inverse(torch.randn(5, 2), torch.randn(5, 3))
@@ -74,11 +79,12 @@ class ResidualFlow(Bijection):
 
     def __init__(
         self,
-        dim: int,  # Size of the event
+        # Size of a vector, or `(channels, height, width)` of an image
+        event_shape: int | tuple[int, ...],
         layers: int = 4,  # Number of blocks
         *,
         context_dim: int = 0,  # Number of context features
-        # Widths of each network's hidden layers
+        # Widths of each network's hidden layers; of an image's, their channels
         hidden: tuple[int, ...] = (64, 64),
         lipschitz: float = 0.97,  # Of each network, below one
         # "lipswish", or "elu", whose second derivative has a jump
@@ -93,10 +99,17 @@ class ResidualFlow(Bijection):
         # random one
         terms: int = 8,
         probes: int = 1,  # Random directions for each estimate
+        kernel_size: int = 3,  # Of an image's windows, odd
     ):
-        dim, layers = as_int(dim, "dim", 1), as_int(layers, "layers", 1)
-        super().__init__(dim, context_dim)
-        self.dim, self.layers = dim, layers
+        shape = as_shape(event_shape, "event_shape")
+        if len(shape) not in (1, 3):
+            raise ValueError(
+                "event_shape: expected a size or (channels, height, width), "
+                f"got {event_shape}"
+            )
+        super().__init__(shape, context_dim)
+        self.dim = dim = math.prod(shape)
+        self.layers = layers = as_int(layers, "layers", 1)
         self.hidden = as_shape(hidden, "hidden")
         self.lipschitz = as_float(lipschitz, "lipschitz", 0.0, strict=True)
         if not self.lipschitz < 1:
@@ -110,11 +123,23 @@ class ResidualFlow(Bijection):
         require_choice(ladj, "ladj", ("exact", "series", "roulette"))
         self.activation, self.cheap, self.ladj = activation, cheap, ladj
         self.terms = as_int(terms, "terms", 1)
+        # at each term of a random series
+        self.stop = (1 - self.lipschitz**2) / 2
         self.probes = as_int(probes, "probes", 1)
-        sizes = [dim, *self.hidden, dim]
-        pairs = [*zip(sizes, sizes[1:])]
+        self.kernel_size = as_int(kernel_size, "kernel_size", 1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size: expected an odd number, got {kernel_size}"
+            )
+        sizes = [shape[0], *self.hidden, shape[0]]
+        pairs, ends = [*zip(sizes, sizes[1:])], (0, len(self.hidden))
+        windows = [
+            (self.kernel_size if i in ends else 1,) * (len(shape) - 1)
+            for i in range(len(pairs))
+        ]
         self.matrices = nn.ParameterList(
-            _spread(layers, n_out, n_in, n_in) for n_in, n_out in pairs
+            _spread(layers, n_out, n_in, *window, n_in * math.prod(window))
+            for (n_in, n_out), window in zip(pairs, windows)
         )
         self.biases = nn.ParameterList(
             _spread(layers, n_out, n_in) for n_in, n_out in pairs
@@ -149,7 +174,7 @@ class ResidualFlow(Bijection):
 
     def forward(
         self,
-        z: Tensor,  # Base points, shape `(*batch, dim)`
+        z: Tensor,  # Base points, shape `(*batch, *event)`
         # Features, broadcast: `(*batch, context_dim)`
         context: Tensor | None = None,
         # Of the probes and the ends of series, where the ladj is estimated;
@@ -163,7 +188,7 @@ class ResidualFlow(Bijection):
 
     def inverse(
         self,
-        x: Tensor,  # Data points, shape `(*batch, dim)`
+        x: Tensor,  # Data points, shape `(*batch, *event)`
         # Features, broadcast: `(*batch, context_dim)`
         context: Tensor | None = None,
         generator: torch.Generator | None = None,  # As in `forward`
@@ -180,7 +205,7 @@ class ResidualFlow(Bijection):
 
     def with_error(
         self,
-        x: Tensor,  # Data points, shape `(*batch, dim)`
+        x: Tensor,  # Data points, shape `(*batch, *event)`
         # Features, broadcast: `(*batch, context_dim)`
         context: Tensor | None = None,
         probes: int = 16,  # Independent estimates for each point, at least 2
@@ -209,9 +234,11 @@ class ResidualFlow(Bijection):
 
     def bias_bound(self) -> float:  # In nats, of each point's ladj
         """How far cutting the series off can move the ladj; 0 where its mean is right."""
-        if self.ladj != "series":
-            return 0.0
         c, n = self.lipschitz, self.terms + 1
+        if self.ladj == "roulette" and not self.training:
+            n += rounds(c, _REST)
+        elif self.ladj != "series":
+            return 0.0
         return self.layers * self.dim * c**n / (n * (1 - c))
 
     def branches(
@@ -222,39 +249,50 @@ class ResidualFlow(Bijection):
         Branch
     ]:  # The network of each block, nearest the cheap side first
         """The networks that the blocks compute with, their norms bounded."""
+        shift, weights = self._weights(context)
         kind = ACTIVATIONS[self.activation]
-        shift, betas, weights = self._weights(context)
-        return gathered(shift, betas, kind, *weights)
+        shape = self.event_shape if self.event_dim == 3 else None
+        return gathered(shift, kind, *weights, shape=shape)
 
     def _weights(self, context):
-        "What the context adds, betas, matrices and biases, of all blocks."
+        "What the context adds, matrices and biases, of all blocks."
         each = self.lipschitz ** (1 / len(self.matrices))
-        matrices = [shrunk(m, each) for m in self.matrices]
+        if self.event_dim == 1:
+            matrices = shrunk(*self.matrices, bound=each)
+        else:
+            size = self.event_shape[1:]
+            matrices = [shrunk_filters(w, size, each) for w in self.matrices]
         shift = None
         if context is not None:
             shift = context @ self.features.mT
-        return shift, softplus(self.raw_betas), matrices + list(self.biases)
+        shift, matrices, biases = folded(
+            ACTIVATIONS[self.activation],
+            softplus(self.raw_betas),
+            shift,
+            matrices,
+            self.biases,
+        )
+        return shift, matrices + biases
 
     def _run(self, t, context, way, generator=None):
         with full_precision(t):
-            batch, t, context = self._flat(t, context)
-            if way == self.cheap and not self.estimated:
-                shift, betas, weights = self._weights(context)
+            batch, points, context = self._flat(t, context)
+            if way == self.cheap and not self.estimated and self.event_dim == 1:
+                shift, weights = self._weights(context)
                 kind = ACTIVATIONS[self.activation]
-                t, ladj = run_chain(t, shift, betas, kind, *weights)
-                return t.view(*batch, self.dim), ladj.view(batch)
-            t, sign, blocks = self._through(t, context, way)
+                out, ladj = run_chain(points, shift, kind, *weights)
+                return out.view(t.shape), ladj.view(batch)
+            out, sign, blocks = self._through(points, context, way)
             if self.estimated:
-                found = self._estimates(blocks, t, self.probes, generator)
+                found = self._estimates(blocks, out, self.probes, generator)
                 ladj = sign * found.mean(0)
             else:
-                jacobians = torch.stack([f.jacobian(s) for f, s in blocks])
-                ladj = sign * log_det(jacobians).sum(0)
-        return t.view(*batch, self.dim), ladj.view(batch)
+                ladj = sign * log_dets(blocks)
+        return out.view(t.shape), ladj.view(batch)
 
     def _flat(self, t, context):
         "The batch's shape, and points and features in rows."
-        batch = t.shape[:-1]
+        batch = t.shape[: t.dim() - self.event_dim]
         t = t.reshape(batch.numel(), self.dim)
         if context is not None:
             context = context.expand(*batch, self.context_dim)
@@ -270,8 +308,9 @@ class ResidualFlow(Bijection):
                 blocks.append((branch, slopes))
                 t = t + image
             return t, 1, blocks
+        newton = not self.estimated or self.dim <= EXACT_UP_TO
         for branch in reversed(branches):
-            t = root(t, branch, self.lipschitz)
+            t = root(t, branch, self.lipschitz, newton)
             blocks.append((branch, branch(t)[1]))
         return t, -1, blocks
 
@@ -285,13 +324,12 @@ class ResidualFlow(Bijection):
             v = self.fixed_probes.unsqueeze(1).expand(shape)
         weights = [1.0] * self.terms
         if self.ladj == "roulette":
-            extra = _LONG  # in eval mode: so long that nothing is missing
+            stop, extra = 0.0, rounds(self.lipschitz, _REST)
             if fresh:
-                chance = draw(torch.rand, (), t, generator)
-                extra = int(chance.double().log() / math.log(1 - STOP))
-            weights = reached(
-                self.terms, min(extra, _LONG), STOP if fresh else 0.0
-            )
+                stop = self.stop
+                chance = draw(torch.rand, (), t, generator).double()
+                extra = int((-chance).log1p() / math.log1p(-stop))
+            weights = reached(self.terms, extra, stop)
         neumann = fresh and not traced() and not forward_mode()
         return sum(
             trace_series(branch, slopes, v, weights, neumann)

@@ -46,10 +46,24 @@ rows = {
         **_wide,
     ),
     "residual-roulette": _row(
-        partial(_residual, ladj="roulette", terms=2),
+        partial(_residual, ladj="roulette", terms=2, lipschitz=0.8),
         reference="Chen et al. 2019, eq. 6",
         estimated=True,
         exempt={"ladj": "estimated from one probe"},
         **_wide,
+    ),
+    "residual-image": _row(
+        partial(_residual, hidden=(4,)),
+        reference="Behrmann et al. 2019, section 4.2",
+        event_shapes=((1, 3, 4), (2, 3, 2)),
+    ),
+    "residual-image-roulette": _row(
+        partial(
+            _residual, hidden=(2,), ladj="roulette", terms=2, lipschitz=0.5
+        ),
+        reference="Chen et al. 2019, section 3",
+        estimated=True,
+        event_shapes=((1, 8, 8),),
+        exempt={"ladj": "estimated from one probe"},
     ),
 }

@@ -10,16 +10,17 @@ from torch.func import functional_call, hessian, jacrev, vmap
 from torch.testing import assert_close
 
 from flowcourse.core import Compose, Flow, Inverse
-from flowcourse.kernels_residual import (
+from flowcourse.kernels_residual import gathered, reached, root, trace_series
+from flowcourse.lipschitz import (
     ACTIVATIONS,
-    reached,
-    root,
+    folded,
+    shrinkage,
     shrunk,
-    trace_series,
+    shrunk_filters,
 )
 from flowcourse.planar import Planar
 from flowcourse.quadrature import total_mass
-from flowcourse.residual import STOP, ResidualFlow
+from flowcourse.residual import ResidualFlow
 
 
 def trained(dim=4, layers=3, steps=60, **options):
@@ -35,36 +36,82 @@ def trained(dim=4, layers=3, steps=60, **options):
     return f.bijection.eval()
 
 
+def shrunk_one(w, bound=0.9):
+    return shrunk(w, bound=bound)[0]
+
+
 def test_the_norm_is_below_its_bound_whatever_the_weights_are():
     for shape in ((64, 8), (8, 64), (32, 32), (1, 5)):
         for dtype in (torch.float64, torch.float32):
             for scale in (0.0, 1e-20, 1e-3, 0.1, 1.0, 1e3, 1e10):
                 w = scale * noise(7, *shape).to(dtype)
-                found = torch.linalg.matrix_norm(shrunk(w, 0.9).double(), 2)
+                found = torch.linalg.matrix_norm(shrunk_one(w).double(), 2)
                 slack = 1e-12 if dtype == torch.float64 else 1e-5
                 assert (found < 0.9 * (1 + slack)).all()
                 given = torch.linalg.matrix_norm(w.double(), 2)
                 close = given.clamp(max=0.9) * min(shape) ** (-1 / 128)
                 assert (found >= close * 2 ** (-1 / 128) - 1e-6).all()
                 below = given < 0.8
-                assert_close(shrunk(w, 0.9)[below], w[below])
+                assert_close(shrunk_one(w)[below], w[below])
 
 
 def test_the_norm_has_derivatives_everywhere():
-    for w in (noise(3, 4), 0 * noise(3, 4), torch.eye(3).double()):
+    for w in (noise(1, 3, 4), 0 * noise(1, 3, 4), torch.eye(3)[None].double()):
         w.requires_grad_()
-        assert torch.autograd.gradcheck(lambda w: shrunk(w, 0.9), w)
-        assert torch.autograd.gradgradcheck(lambda w: shrunk(w, 0.9), w)
+        assert torch.autograd.gradcheck(shrunk_one, w)
+        assert torch.autograd.gradgradcheck(shrunk_one, w)
+
+
+def test_the_gradient_of_the_norm_by_hand():
+    """Several shapes at once, small, large and orthogonal matrices among them."""
+    scale = torch.tensor([0.0, 1e-3, 0.9, 1.0, 1e5]).double()[:, None, None]
+    given = [scale * noise(5, *s) for s in ((6, 3), (3, 6), (6, 6), (2, 3))]
+    given.append(torch.linalg.qr(given[2]).Q)
+    g = [noise(*w.shape, seed=3) for w in given]
+    found = []
+    for run in (
+        lambda ws: shrunk(*ws, bound=0.9),
+        lambda ws: [w * shrinkage(w / 0.9) for w in ws],
+    ):
+        leaves = [w.detach().requires_grad_() for w in given]
+        out = run(leaves)
+        found.append([*out, *torch.autograd.grad(out, leaves, g)])
+    for quick, slow in zip(*found):
+        assert_close(quick, slow, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS.values())
 def test_no_activation_is_steeper_than_one(kind):
-    for beta in (1e-3, 1.0, 50.0):
-        x = torch.linspace(-30, 30, 60_001, dtype=torch.float64) / beta
-        x.requires_grad_()
-        value, slope = kind.both(x, torch.tensor(beta, dtype=torch.float64))
-        assert slope.abs().max() <= 1
-        assert_close(torch.autograd.grad(value.sum(), x)[0], slope)
+    u = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    u.requires_grad_()
+    value, slope = kind.both(u)
+    assert slope.abs().max() <= kind.steepest
+    assert_close(torch.autograd.grad(value.sum(), u)[0], slope)
+    with torch.no_grad():
+        for quick, slow in zip(kind.quick(u), (value, slope)):
+            assert_close(quick, slow, rtol=1e-12, atol=1e-12)
+    if slope.requires_grad:
+        (wanted,) = torch.autograd.grad(slope.sum(), u)
+        found = kind.bend(
+            torch.ones_like(u), *(t.detach() for t in (u, value, slope))
+        )
+        off = u.detach() != 0
+        assert_close(found[off], wanted[off], rtol=1e-12, atol=1e-12)
+
+
+def test_betas_are_folded_into_the_matrices():
+    for kind in ACTIVATIONS.values():
+        betas = noise(1, 2).exp()
+        w1, w2, w3 = noise(1, 5, 3), noise(1, 4, 5), noise(1, 3, 4)
+        biases = [noise(1, 5), noise(1, 4), noise(1, 3)]
+        x, shift = noise(7, 3), noise(1, 7, 5)
+        h = x @ w1[0].mT + biases[0] + shift[0]
+        for beta, w, b in zip(betas[0], (w2, w3), biases[1:]):
+            h = kind.value(beta * h) / (beta * kind.steepest) @ w[0].mT + b
+        shift, *weights = folded(kind, betas, shift, (w1, w2, w3), biases)
+        (branch,) = gathered(shift, kind, *weights[0], *weights[1])
+        assert_close(branch.image(x), h)
+        assert_close(branch(x)[0], h)
 
 
 @pytest.mark.parametrize("cheap", ["inverse", "forward"])
@@ -189,17 +236,17 @@ def test_roulette_is_unbiased_in_value_and_gradient():
     f = trained(4, 1, lipschitz=0.8)
     g = torch.Generator().manual_seed(0)
     x, n, chunk = noise(1, 4)[0], 10_000, 100
-    branch = f.branches()[0]
+    branch, stop = f.branches()[0], f.stop
     slopes = branch(x[None])[1]
     values, gradients = [], []
     weight = f.matrices[1]
     for _ in range(n // chunk):
         # as the flow draws it: one end for a call
         extra = int(
-            torch.rand((), generator=g).double().log() / math.log(1 - STOP)
+            torch.rand((), generator=g).double().log() / math.log(1 - stop)
         )
         v = 1 - 2.0 * torch.randint(0, 2, (chunk, 1, 4), generator=g).double()
-        found = trace_series(branch, slopes, v, reached(2, extra, STOP), True)
+        found = trace_series(branch, slopes, v, reached(2, extra, stop), True)
         values.append(found.mean().detach())
         (gradient,) = torch.autograd.grad(
             found.mean(), weight, retain_graph=True
@@ -219,6 +266,73 @@ def test_roulette_is_unbiased_in_value_and_gradient():
     # of hundreds of numbers, no more leave three errors than chance has
     assert (gradient.abs() < 3).double().mean() > 0.98
     assert gradient.square().mean() < 2
+
+
+def test_the_variance_of_roulette_is_finite():
+    """For any bound: the weights of the terms grow more slowly than the terms shrink."""
+    for c in (0.1, 0.5, 0.9, 0.97, 0.999):
+        f = ResidualFlow(40, 1, hidden=(4,), lipschitz=c)
+        assert f.ladj == "roulette"
+        assert c**2 < 1 - f.stop
+        # of the worst Jacobian, c times the identity: sum over the ends
+        second = reach = total = 0.0
+        for k in range(1, 200_000):
+            weight = (1 - f.stop) ** -max(k - f.terms, 0)
+            total += (-1) ** (k + 1) * c**k / k * weight
+            if k >= f.terms:
+                chance = f.stop * (1 - f.stop) ** (k - f.terms)
+                second, reach = second + chance * total**2, reach + chance
+            if reach > 1 - 1e-13:
+                break
+        assert abs(second**0.5 / math.log1p(c) - 1) < 0.2
+
+
+def test_in_eval_mode_a_random_series_is_a_long_one():
+    f = trained(4, 2, lipschitz=0.8)
+    f.ladj, f.terms = "roulette", 2
+    f.probes, f.fixed_probes = (
+        4,
+        torch.tensor(
+            [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+        ).double(),
+    )
+    x = noise(16, 4)
+    found = f.inverse(x)[1]
+    f.ladj = "exact"
+    assert_close(found, f.inverse(x)[1], rtol=0, atol=1e-6)
+    f.ladj = "roulette"
+    assert f.bias_bound() < 1e-4 and f.train().bias_bound() == 0
+
+
+def saved_bytes(call):
+    """What autograd keeps for the way back, each storage once."""
+    held = {}
+
+    def pack(t):
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    return sum(held.values()), result
+
+
+def test_a_neumann_gradient_keeps_little():
+    """It does not grow with the number of terms, and the value is the same."""
+    f = ResidualFlow(64, 1, hidden=(32, 32), ladj="series")
+    branch, x = shaken(f, 0.3).branches()[0], torch.randn(128, 64)
+    slopes, v = branch(x)[1], torch.randn(1, 128, 64).sign()
+    kept = {}
+    for terms in (5, 20):
+        for neumann in (True, False):
+            kept[terms, neumann], _alive = saved_bytes(
+                lambda t=terms, n=neumann: trace_series(
+                    branch, slopes, v, [1.0] * t, n
+                )
+            )
+    assert kept[20, True] == kept[5, True]
+    assert kept[20, False] > 3 * kept[5, False]
+    assert kept[20, False] > 10 * kept[20, True]
 
 
 def test_estimates_follow_the_generator_and_say_their_error():
@@ -274,6 +388,97 @@ def test_gradients_of_parameters_under_functional_call():
         assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def dense(filters, height, width):
+    """The matrix of a convolution with zeros around the image."""
+    n = filters.shape[1]
+    one = torch.eye(n * height * width).to(filters)
+    one = one.view(-1, n, height, width)
+    padding = filters.shape[-1] // 2
+    return torch.conv2d(one, filters, padding=padding).flatten(1).mT
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_the_norm_of_filters_is_below_its_bound(width):
+    """Small images, one narrower than the filter, and one that takes the coarse grid."""
+    for size in ((1, 4), (2, 3), (6, 5), (21, 17)):
+        for scale in (0.0, 1e-3, 0.3, 1e4):
+            w = scale * noise(2, 3, 2, width, width)
+            small = shrunk_filters(w, size, 0.9)
+            norms = [
+                torch.linalg.matrix_norm(dense(t, *size), 2) for t in small
+            ]
+            given = [torch.linalg.matrix_norm(dense(t, *size), 2) for t in w]
+            for found, norm in zip(norms, given):
+                assert found < 0.9 * (1 + 1e-12)
+                # no more is taken than the slack says, and the borders
+                assert found >= min(norm, 0.9) * 0.3
+            if scale == 1e-3:
+                assert_close(small, w)
+
+
+def image_flow(**options):
+    options = {"hidden": (4, 5), "lipschitz": 0.9} | options
+    return shaken(ResidualFlow((2, 3, 4), 2, **options).double(), 1.0).eval()
+
+
+@pytest.mark.parametrize("cheap", ["inverse", "forward"])
+def test_images(cheap):
+    f = image_flow(cheap=cheap, context_dim=2)
+    x, c = noise(3, 5, 2, 3, 4), noise(5, 2)
+    for branch in f.branches(c):
+        jacobian = branch.jacobian(branch(x[0].flatten(1))[1])
+        assert torch.linalg.matrix_norm(jacobian, 2).max() < f.lipschitz
+    z, ladj = f.inverse(x, c)
+    back, other = f(z, c)
+    assert z.shape == x.shape and ladj.shape == (3, 5)
+    assert_close(back, x, rtol=1e-12, atol=1e-12)
+    assert_close(ladj, -other, rtol=1e-10, atol=1e-10)
+    jacobian = vmap(jacrev(lambda x, c: f.inverse(x, c)[0].flatten()))
+    want = torch.linalg.slogdet(jacobian(x[0], c).flatten(2)).logabsdet
+    assert_close(ladj[0], want, rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(ladj, f.inverse(x, -c)[1])
+
+
+def test_the_root_of_large_events_and_its_derivatives():
+    """Anderson's search and Newton's, with the same first and second derivatives."""
+    f = image_flow(hidden=(4,))
+    branch, y = f.branches()[0], noise(6, 24)
+    found = []
+    for newton in (True, False):
+        t = y.clone().requires_grad_()
+        x = root(t, branch, f.lipschitz, newton)
+        leaves = [t, branch.matrices[0]]
+        g = torch.autograd.grad(x.sin().sum(), leaves, create_graph=True)
+        gg = torch.autograd.grad(sum(p.square().sum() for p in g), leaves)
+        found.append((x, *g, *gg))
+    for a, b in zip(*found):
+        assert_close(a, b, rtol=1e-9, atol=1e-9)
+    still = branch.detached()
+    many = vmap(lambda y: root(y[None], still, f.lipschitz, False)[0])(y)
+    assert_close(many, found[0][0].detach(), rtol=1e-9, atol=1e-12)
+    (alone,) = root(y[2:3], still, f.lipschitz, False)
+    assert_close(alone, found[1][0][2].detach(), rtol=0, atol=1e-13)
+
+
+def test_large_events_train_and_come_back():
+    torch.manual_seed(0)
+    f = Flow(ResidualFlow((1, 6, 6), 2, hidden=(4,), lipschitz=0.9))
+    assert f.bijection.ladj == "roulette"
+    x = torch.randn(64, 1, 6, 6).cumsum(-1) / 2
+    optimizer = torch.optim.Adam(f.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (-f.log_prob(x).mean()).backward()
+        optimizer.step()
+    z, ladj = f.bijection.inverse(x)
+    assert_close(f.bijection(z)[0], x, rtol=1e-5, atol=1e-5)
+    z, ladj, error = f.bijection.with_error(x, probes=64)
+    f.bijection.ladj = "exact"
+    off = (ladj - f.bijection.inverse(x)[1]) / error
+    assert off.abs().max() < 5 and off.square().mean() < 3
+    assert f.eval().sample((3,)).shape == (3, 1, 6, 6)
+
+
 @pytest.mark.parametrize("cheap", ["inverse", "forward"])
 def test_it_runs_beside_another_default_device(cheap):
     check_beside_another_device(
@@ -291,8 +496,10 @@ def test_it_runs_beside_another_default_device(cheap):
         ({"ladj": "guess"}, "ladj: expected one of 'exact'"),
         ({"layers": 0}, "layers: expected a whole number of at least 1"),
         ({"hidden": ()}, "hidden: expected positive integers"),
+        ({"kernel_size": 2}, "kernel_size: expected an odd number, got 2"),
+        ({"event_shape": (2, 3)}, r"event_shape: expected a size or \(chan"),
     ],
 )
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        ResidualFlow(2, **options)
+        ResidualFlow(**{"event_shape": 2, **options})

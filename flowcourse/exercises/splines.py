@@ -229,8 +229,8 @@ def _what_next(flow, lost_outside):
         )
     if bins and max(bins) < 16:
         return (
-            "a line through the rings crosses eight edges, and each wants "
-            f"about two bins: {max(bins)} bins are few"
+            "a line through the rings crosses eight bumps with sixteen edges, "
+            f"and each edge wants two bins: {max(bins)} bins are few"
         )
     if lost_outside:
         return (
