@@ -336,7 +336,7 @@ def check_four_lumps(
         cost = ((log_q - target.log_prob(x)) * far).mean()
     if cost > 0.2:
         return f"{told}; all lumps are there, but {far.float().mean():.2%} of the draws are lost far outside them and cost {cost:.1f} nat: their gradients are huge, so clip them, or lower the learning rate"
-    more = "clip the gradients if you do not yet; then take more steps, more layers, or a few layers of splines, for a steeper map"
+    more = "clip the gradients if you do not yet; then let beta rise more slowly, start wider, and take more steps"
     middle = 1 - outer.float().mean()
     if middle > 0.05:
         return f"{told}; all lumps are there, but {middle:.0%} of the draws lie between them: {more}"
