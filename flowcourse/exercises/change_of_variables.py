@@ -370,6 +370,9 @@ def check_triangle(
     if hint := missing_direction(f, z):
         return hint
     x = -torch.log(z) * torch.tensor([1.0, 0.5])
+    for call, got in (("forward", f.forward(z)), ("inverse", f.inverse(x))):
+        if not (isinstance(got, tuple) and len(got) == 2):
+            return f"{call} should return a pair, the point and its ladj; got {type(got).__name__}"
 
     def log_prob(x):
         x1, x2 = x.unbind(-1)
