@@ -247,6 +247,9 @@ class Continuous(Bijection):
     def _inverse(self, x, context):
         return self._between(x, context, (1.0, 0.0))
 
+    def _push(self, z, context):  # no divergence: half the work
+        return self._between(z, context, (0.0, 1.0), rated=False)
+
     def path(
         self,
         x: Tensor,  # Points at the first time, shape `(*batch, *event)`
@@ -344,22 +347,29 @@ class Continuous(Bijection):
         "Whether the velocity knows its divergence, and is asked for it."
         return not self.estimated and hasattr(self.velocity, "with_divergence")
 
-    def _between(self, x, context, times, generator=None):
+    def _between(self, x, context, times, generator=None, rated=True):
         batch, points, features = self._flat(x, context)
         v = self.velocity
         plain = traced() or forward_mode() or x.is_meta or not x.numel()
-        if type(v) is MLPVelocity and self._closed and not plain:
+        fast = type(v) is MLPVelocity and (self._closed or not rated)
+        if fast and not plain:
             equal = None if self.adaptive else equal_steps(*times, self.steps)
+            given = *times, self.tolerance, equal, rated
             with full_precision(points):
                 end, ladj, self.evaluations = solve_mlp(
-                    v.weights(), points, features, *times, self.tolerance, equal
+                    v.weights(), points, features, *given
                 )
-        else:
+        elif rated:
             e = self._probes_for(points, generator)
             field = self._field(features, e)
             state = points, points.flatten(1).sum(-1) * 0
             end, ladj = self._integrate(field, state, times)
-        return end.reshape(x.shape), ladj.reshape(batch)
+        else:
+            (end,) = self._integrate(
+                lambda t, y: (self._at(t, y, features),), (points,), times
+            )
+        end = end.reshape(x.shape)
+        return (end, ladj.reshape(batch)) if rated else end
 
     def _flat(self, x, context):
         "The batch's shape, and points and features in rows."

@@ -262,6 +262,23 @@ def test_the_energy_of_a_perceptron_is_that_of_any_network():
         assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "own"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_sample_needs_no_divergence(kind, gradients, monkeypatch):
+    if kind == "mlp":
+        f = flow_of(tolerance=1e-9)
+    else:
+        f = Continuous(Net().double(), 3, tolerance=1e-9)
+    z = noise(20, 3)
+    x, _ = f(z)
+    count = f.evaluations
+    monkeypatch.setattr(f, "_field", None)
+    with torch.set_grad_enabled(gradients):
+        assert_close(f.push(z), x, rtol=1e-7, atol=1e-7)
+    assert 0 < f.evaluations <= count
+    assert Flow(f).double().sample(5).shape == (5, 3)
+
+
 def test_float32_is_within_the_tolerance():
     f = flow_of(3, tolerance=1e-5)
     z = noise(50, 3)
