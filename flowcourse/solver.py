@@ -127,7 +127,9 @@ def first_length(
         return span
     short = min(0.01 * max(size, 1.0) / speed, span)
     bend = change(short) / short
-    return min(100 * short, (0.01 / max(speed, bend)) ** 0.2, span)
+    # the book has 0.01, which networks seldom need: a step too many costs as
+    # much as one that is refused
+    return min(100 * short, (10 / max(speed, bend)) ** 0.2, span)
 
 
 class Pace:
