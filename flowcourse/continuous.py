@@ -26,7 +26,12 @@ from flowcourse.core import Bijection
 from flowcourse.kernels import forward_mode, traced
 from flowcourse.kernels_continuous import mlp_field, solve_mlp
 from flowcourse.numerics import full_precision, rademacher
-from flowcourse.solver import equal_steps, run_steps, solve
+from flowcourse.solver import (
+    equal_steps,
+    run_steps,
+    solve,
+    solve_by_torchdiffeq,
+)
 
 # %% ../nbs/11-continuous.ipynb #5b70db03
 PROBES = {"rademacher": rademacher, "gaussian": torch.randn}
@@ -169,6 +174,8 @@ class Continuous(Bijection):
         probes: int = 1,  # For each estimate
         # Of the probes: "rademacher", or "gaussian", whose error is larger
         noise: str = "rademacher",
+        # "own", or "torchdiffeq" for that package's, where steps are chosen
+        solver: str = "own",
     ):
         require_instance(velocity, "velocity", nn.Module, "a module")
         if event_shape is None:
@@ -193,7 +200,8 @@ class Continuous(Bijection):
         self.steps = as_int(steps, "steps", 1)
         require_choice(divergence, "divergence", ("exact", "hutchinson"))
         require_choice(noise, "noise", PROBES)
-        self.divergence, self.noise = divergence, noise
+        require_choice(solver, "solver", ("own", "torchdiffeq"))
+        self.divergence, self.noise, self.solver = divergence, noise, solver
         self.probes = as_int(probes, "probes", 1)
         # in eval mode always the same
         shape = (self.probes, *self.event_shape)
@@ -352,6 +360,7 @@ class Continuous(Bijection):
         v = self.velocity
         plain = traced() or forward_mode() or x.is_meta or not x.numel()
         fast = type(v) is MLPVelocity and (self._closed or not rated)
+        fast = fast and (self.solver == "own" or not self.adaptive)
         if fast and not plain:
             equal = None if self.adaptive else equal_steps(*times, self.steps)
             given = *times, self.tolerance, equal, rated
@@ -386,8 +395,9 @@ class Continuous(Bijection):
         if self.adaptive and not (
             traced() or points.is_meta or not len(points)
         ):
-            end, pace = solve(field, state, *times, self.tolerance)
-            self.evaluations = pace.evaluations
+            run = solve if self.solver == "own" else solve_by_torchdiffeq
+            end, told = run(field, state, *times, self.tolerance)
+            self.evaluations = told.evaluations
             return end
         if not traced():
             self.evaluations = 1 + 6 * self.steps

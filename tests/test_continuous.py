@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -279,6 +280,35 @@ def test_a_sample_needs_no_divergence(kind, gradients, monkeypatch):
     assert Flow(f).double().sample(5).shape == (5, 3)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "own", "hutchinson"])
+def test_the_other_solver_agrees(kind):
+    if kind == "own":
+        f = Continuous(Net(context_dim=2).double(), 3, 2, tolerance=1e-9)
+    else:
+        how = {} if kind == "mlp" else {"divergence": kind}
+        f = flow_of(context_dim=2, tolerance=1e-9, **how).eval()
+    z, context = noise(5, 3).requires_grad_(), noise(5, 2)
+    found = []
+    for f.solver in ("own", "torchdiffeq"):
+        f.evaluations = 0
+        x, ladj = f(z, context)
+        assert f.evaluations > 0
+        grads = torch.autograd.grad(
+            x.square().sum() + ladj.sum(), [z, *f.parameters()]
+        )
+        pushed = f.push(z, context)
+        found.append([x, ladj, *f.inverse(x, context), pushed, *grads])
+    for a, b in zip(*found):
+        assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_without_torchdiffeq_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    f = flow_of(solver="torchdiffeq")
+    with pytest.raises(ImportError, match="pip install torchdiffeq"):
+        f(noise(2, 3))
+
+
 def test_float32_is_within_the_tolerance():
     f = flow_of(3, tolerance=1e-5)
     z = noise(50, 3)
@@ -317,6 +347,7 @@ def test_beside_another_device(context_dim):
         (lambda: Continuous(MLPVelocity(2), tolerance=0), "tolerance"),
         (lambda: Continuous(MLPVelocity(2), divergence="both"), "divergence"),
         (lambda: Continuous(MLPVelocity(2), noise="pink"), "noise"),
+        (lambda: Continuous(MLPVelocity(2), solver="euler"), "solver"),
         (
             lambda: Continuous(MLPVelocity(2)).with_error(
                 torch.zeros(1, 2), probes=1
