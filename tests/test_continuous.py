@@ -12,7 +12,10 @@ from torch.testing import assert_close
 
 from flowcourse.continuous import Continuous, MLPVelocity
 from flowcourse.core import Flow
+from flowcourse.coupling import RealNVP
+from flowcourse.objectives import MaximumLikelihood
 from flowcourse.quadrature import total_mass
+from flowcourse.trainer import fit
 
 
 def flow_of(dim=3, hidden=(8, 8), context_dim=0, sd=0.7, **options):
@@ -379,6 +382,23 @@ def test_it_learns_a_density():
         found = -flow.log_prob(x).mean()
     assert abs(found - entropy) < 0.06
     assert flow.bijection.evaluations > 0
+
+
+def test_a_history_counts_the_evaluations():
+    torch.manual_seed(0)
+    flow = Flow(
+        Continuous(MLPVelocity(2, hidden=(4,)), adaptive=False, steps=3)
+    )
+    rows = torch.randn(32, 2)
+    recipe = {"steps": 4, "progress": False}
+    history = fit(MaximumLikelihood(flow), rows, **recipe)
+    assert history.evaluations == [19] * 4  # six a step, and the first
+    flow.bijection.adaptive = True
+    history = fit(MaximumLikelihood(flow), rows, **recipe)
+    assert len(history.evaluations) == 4 and min(history.evaluations) > 0
+    assert history.to_dict()["evaluations"] == history.evaluations
+    plain = Flow(RealNVP(2, 2))
+    assert not fit(MaximumLikelihood(plain), rows, **recipe).evaluations
 
 
 def test_images_have_any_event_shape():
