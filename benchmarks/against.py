@@ -33,6 +33,7 @@ def serve(root, threads):
 
     if Path(flowcourse.__file__).parents[1] != root:
         raise ValueError(f"expected flowcourse of {root}")
+    torch.set_flush_denormal(True)  # first: new threads take it over
     torch.set_num_threads(threads)
     ours = {
         name: case for name, case in cases.items() if OURS in case.contestants

@@ -54,6 +54,7 @@ class Runner:
     ) -> Callable[[], object]:  # Without arguments
         """What is timed; the model is put into the right state for it."""
         self.model.train(mode == "train")
+        self.model.prepare(mode)
         return getattr(self, mode)
 
     def train(self) -> Tensor:

@@ -30,7 +30,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
-from cases import FLOOR, OURS, awake, batch, cases, curves
+from cases import FLOOR, OURS, awake, batch, cases, curved, curves, trained
 from measure import (
     Runner,
     check,
@@ -68,6 +68,7 @@ def surroundings(options):
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "threads": options.threads,
         "dtype": "float32",
+        "flush_denormal": True,
         "quick": options.quick,
         "versions": versions,
     }
@@ -93,15 +94,18 @@ def limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def build(contestant, sizes, compiled=False):
+def build(contestant, sizes, compiled=False, steps=0):
     """A runner of a contestant; all start from the same seed and see the same data."""
     torch.manual_seed(SEED)
     data = batch(sizes)
     torch.manual_seed(SEED)
-    return Runner(awake(contestant.build(**sizes)), data, compiled)
+    model = awake(contestant.build(**sizes))
+    if steps:
+        model, data = trained(model, steps, data[0]), (curved(data[0]),)
+    return Runner(model, data, compiled)
 
 
-def compile_all(case, entrants, sizes, seconds):
+def compile_all(case, entrants, sizes, seconds, steps):
     """Compiled runners, and for each mode that did not compile the name of what was raised."""
     # a library's layers share their code
     torch._dynamo.config.recompile_limit = 256
@@ -112,7 +116,10 @@ def compile_all(case, entrants, sizes, seconds):
     torch.compile(torch.sin)(torch.ones(8))
     runners, notes = {}, {}
     for name, contestant in entrants.items():
-        runners[name], notes[name] = build(contestant, sizes, compiled=True), {}
+        runners[name] = build(contestant, sizes, compiled=True, steps=steps)
+        if case.equalise and name != FLOOR:
+            case.equalise(runners[name].model, runners[name].batch[0])
+        notes[name] = {}
         for mode in case.modes:
             if mode in contestant.dies:
                 notes[name][mode] = {"failed": "memory error"}
@@ -204,12 +211,16 @@ def run_case(name, options):
         f"{name}: {', '.join(entrants)}"
         + (f"; absent: {', '.join(absent)}" if absent else "")
     )
-    runners = {(n, "eager"): build(c, sizes) for n, c in entrants.items()}
+    steps = min(case.steps, 2) if options.quick else case.steps
+    runners = {
+        (n, "eager"): build(c, sizes, steps=steps) for n, c in entrants.items()
+    }
     record = {
         "case": name,
         "title": case.title,
         "sizes": sizes,
         "modes": list(case.modes),
+        "steps": steps,
     }
     record |= {"note": case.note, "rounds": options.rounds, "absent": absent}
     record |= surroundings(options) | {"contestants": {}}
@@ -217,6 +228,9 @@ def run_case(name, options):
     # the floor first: its count is the measure
     for n, c in reversed(entrants.items()):
         runner = runners[n, "eager"]
+        equal = {}
+        if case.equalise and n != FLOOR:
+            equal = case.equalise(runner.model, runner.batch[0])
         check(runner, case.modes)
         count = sum(
             p.numel() for p in runner.model.parameters() if p.requires_grad
@@ -230,13 +244,12 @@ def run_case(name, options):
         # so that the step makes its gradients anew
         runner.optimizer.zero_grad()
         entry["peak_bytes"] = peak_memory(runner.call("train"))
-        if case.accuracy and n != FLOOR:
-            entry["log_density_error"] = case.accuracy(
-                runner.model, runner.batch[0]
-            )
+        entry |= equal
         record["contestants"][n] = entry | {"eager": {}, "compiled": {}}
     if options.compile:
-        more, notes = compile_all(case, entrants, sizes, options.compile_limit)
+        more, notes = compile_all(
+            case, entrants, sizes, options.compile_limit, steps
+        )
         runners |= {(n, "compiled"): runner for n, runner in more.items()}
         for n, modes in notes.items():
             record["contestants"][n]["compiled"] = modes
@@ -430,6 +443,7 @@ def main():
     (name,) = options.cases
     # of the peers, about functions that torch will drop
     warnings.filterwarnings("ignore")
+    torch.set_flush_denormal(True)  # first: new threads take it over
     torch.set_num_threads(options.threads)
     if name == "overheads":
         write(run_overheads(options), options.out / f"{name}.json")

@@ -26,7 +26,12 @@ from flowcourse.core import Bijection
 from flowcourse.kernels import forward_mode, traced
 from flowcourse.kernels_continuous import mlp_field, solve_mlp
 from flowcourse.numerics import full_precision, rademacher
-from flowcourse.solver import equal_steps, run_steps, solve
+from flowcourse.solver import (
+    equal_steps,
+    run_steps,
+    solve,
+    solve_by_torchdiffeq,
+)
 
 # %% ../nbs/11-continuous.ipynb #5b70db03
 PROBES = {"rademacher": rademacher, "gaussian": torch.randn}
@@ -169,6 +174,8 @@ class Continuous(Bijection):
         probes: int = 1,  # For each estimate
         # Of the probes: "rademacher", or "gaussian", whose error is larger
         noise: str = "rademacher",
+        # "own", or "torchdiffeq" for that package's, where steps are chosen
+        solver: str = "own",
     ):
         require_instance(velocity, "velocity", nn.Module, "a module")
         if event_shape is None:
@@ -193,7 +200,8 @@ class Continuous(Bijection):
         self.steps = as_int(steps, "steps", 1)
         require_choice(divergence, "divergence", ("exact", "hutchinson"))
         require_choice(noise, "noise", PROBES)
-        self.divergence, self.noise = divergence, noise
+        require_choice(solver, "solver", ("own", "torchdiffeq"))
+        self.divergence, self.noise, self.solver = divergence, noise, solver
         self.probes = as_int(probes, "probes", 1)
         # in eval mode always the same
         shape = (self.probes, *self.event_shape)
@@ -246,6 +254,9 @@ class Continuous(Bijection):
 
     def _inverse(self, x, context):
         return self._between(x, context, (1.0, 0.0))
+
+    def _push(self, z, context):  # no divergence: half the work
+        return self._between(z, context, (0.0, 1.0), rated=False)
 
     def path(
         self,
@@ -344,22 +355,30 @@ class Continuous(Bijection):
         "Whether the velocity knows its divergence, and is asked for it."
         return not self.estimated and hasattr(self.velocity, "with_divergence")
 
-    def _between(self, x, context, times, generator=None):
+    def _between(self, x, context, times, generator=None, rated=True):
         batch, points, features = self._flat(x, context)
         v = self.velocity
         plain = traced() or forward_mode() or x.is_meta or not x.numel()
-        if type(v) is MLPVelocity and self._closed and not plain:
+        fast = type(v) is MLPVelocity and (self._closed or not rated)
+        fast = fast and (self.solver == "own" or not self.adaptive)
+        if fast and not plain:
             equal = None if self.adaptive else equal_steps(*times, self.steps)
+            given = *times, self.tolerance, equal, rated
             with full_precision(points):
                 end, ladj, self.evaluations = solve_mlp(
-                    v.weights(), points, features, *times, self.tolerance, equal
+                    v.weights(), points, features, *given
                 )
-        else:
+        elif rated:
             e = self._probes_for(points, generator)
             field = self._field(features, e)
             state = points, points.flatten(1).sum(-1) * 0
             end, ladj = self._integrate(field, state, times)
-        return end.reshape(x.shape), ladj.reshape(batch)
+        else:
+            (end,) = self._integrate(
+                lambda t, y: (self._at(t, y, features),), (points,), times
+            )
+        end = end.reshape(x.shape)
+        return (end, ladj.reshape(batch)) if rated else end
 
     def _flat(self, x, context):
         "The batch's shape, and points and features in rows."
@@ -376,8 +395,9 @@ class Continuous(Bijection):
         if self.adaptive and not (
             traced() or points.is_meta or not len(points)
         ):
-            end, pace = solve(field, state, *times, self.tolerance)
-            self.evaluations = pace.evaluations
+            run = solve if self.solver == "own" else solve_by_torchdiffeq
+            end, told = run(field, state, *times, self.tolerance)
+            self.evaluations = told.evaluations
             return end
         if not traced():
             self.evaluations = 1 + 6 * self.steps

@@ -126,6 +126,17 @@ class Bijection(nn.Module):
             *self._check("z", z, context, self.event_shape, self.event_dim)
         )
 
+    def push(
+        self,
+        z: Tensor,  # Base points, shape `(*batch, *event)`
+        # Features, broadcast: `(*batch, context_dim)`
+        context: Tensor | None = None,
+    ) -> Tensor:  # `x` alone
+        """Map base points to data without the ladj: `forward`'s point, as cheaply as it can be had."""
+        return self._push(
+            *self._check("z", z, context, self.event_shape, self.event_dim)
+        )
+
     def inverse(
         self,
         x: Tensor,  # Data points, shape `(*batch, *event)`
@@ -144,6 +155,9 @@ class Bijection(nn.Module):
         self, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} defines no _inverse")
+
+    def _push(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self._forward(z, context)[0]
 
     @property
     def _onto(self):
@@ -312,6 +326,11 @@ class Compose(Bijection):
             z, ladj = f._forward(z, context if f.context_dim else None)
             total = total + ladj
         return z, total
+
+    def _push(self, z, context):
+        for f in self.bijections:
+            z = f._push(z, context if f.context_dim else None)
+        return z
 
     def _inverse(self, x, context):
         return self._back("_inverse", x, context)
@@ -626,7 +645,7 @@ class Flow(nn.Module):
     ) -> Tensor:  # Data points, shape `(*shape, *batch, *event)`
         """Draw data points: one forward pass."""
         z = self.base.sample(self._shape(shape, context), generator)
-        return self.bijection.forward(z, context)[0]
+        return self.bijection.push(z, context)
 
     def rsample_and_log_prob(
         self,

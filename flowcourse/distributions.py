@@ -117,7 +117,7 @@ class FlowDistribution(TorchDistribution):
 
     def _points(self, draw_base, sample_shape):
         z = draw_base((*as_sample_shape(sample_shape), *self.batch_shape))
-        return self.flow.bijection.forward(z, self.context)[0]
+        return self.flow.bijection.push(z, self.context)
 
     def __repr__(self) -> str:
         batch, event = tuple(self.batch_shape), tuple(self.event_shape)

@@ -34,6 +34,8 @@ class History:
     lr: list[float] = _floats()  # Learning rate of the first parameter group
     validation_step: list[int] = _floats()  # Steps done when validated
     validation_loss: list[float] = _floats()  # Mean over the validation rows
+    # Of velocities, in each step; empty if the flow solves no equation
+    evaluations: list[float] = _floats()
     # Wall time of each step
     seconds: list[float] = field(default_factory=list, compare=False)
 

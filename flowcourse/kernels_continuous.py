@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/lib-kernels-continuous.ipynb #f8163dbf
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,55 +66,95 @@ def mlp_field(
     return field
 
 # %% ../nbs/lib-kernels-continuous.ipynb #3e00150d
+class _Given:
+    "Steps of given lengths, asked for as a pace is."
+
+    def __init__(self, start, lengths):
+        self.t, self.taken, self.lengths = start, [], [*lengths]
+
+    def next(self):
+        done = len(self.taken)
+        return self.lengths[done] if done < len(self.lengths) else None
+
+    def judge(self, h, error):
+        self.t += h
+        self.taken.append(h)
+        return True
+
+    @property
+    def evaluations(self):
+        return 1 + 6 * len(self.taken)
+
+
+@dataclass
+class _Plan:
+    "What is asked of a solve, and how many evaluations it took."
+
+    start: float
+    end: float
+    tolerance: float | None
+    lengths: list[float] | None
+    rated: bool
+    evaluations: int = 0
+
+
 class _Net:
-    "The matrices of a perceptron, as the solve needs them."
+    "The matrices of a perceptron as the solve needs them, with the twos of tanh inside."
 
     def __init__(self, weights, context, size):
-        self.into, bias, *inner, self.out, self.drift = weights
-        self.across = self.into[:, :size].contiguous()
-        self.clock = self.into[:, size]
-        self.inner, self.inner_bias = inner or (None, None)
-        product = self.across @ self.out  # `(first, last hidden)`
-        if inner:
-            self.mixed = self.inner * product.mT
-        else:
-            self.mixed = product.diagonal()
-        self.bias = bias
+        self.into, bias, *inner, self.out, drift = weights
+        self.size, self.deep = size, bool(inner)
+        self.across = self.into[:, :size]
+        self.product = self.across @ self.out  # `(first, last hidden)`
         if context is not None:
-            self.bias = torch.addmm(bias, context, self.into[:, size + 1 :].mT)
+            bias = torch.addmm(bias, context, self.into[:, size + 1 :].mT)
+        self.first, self.bias = 2 * self.across, 2 * bias
+        self.clock = 2 * self.into[:, size]
+        self.last, self.drift = 2 * self.out, drift - self.out.sum(1)
+        self.widths = [len(self.clock)]
+        if self.deep:
+            self.inner, inner_bias = inner
+            self.middle = 4 * self.inner
+            self.middle_bias = 2 * (inner_bias - self.inner.sum(1))
+            self.mixed = 16 * self.inner * self.product.mT
+            self.widths.append(len(inner_bias))
+        else:
+            self.mixed = 4 * self.product.diagonal()
 
-    def at(self, t, y, s, out):
-        "One evaluation into buffers: activations `s`, velocity `out`."
+    def at(self, t, y, q, velocity):
+        "One evaluation, into the buffers of `q` and of the velocity."
         bias = torch.add(self.bias, self.clock, alpha=t)
-        torch.addmm(bias, y, self.across.mT, out=s[0]).tanh_()
-        if self.inner is not None:
-            torch.addmm(self.inner_bias, s[0], self.inner.mT, out=s[1]).tanh_()
-        torch.addmm(self.drift, s[-1], self.out.mT, out=out)
+        torch.addmm(bias, y, self.first.mT, out=q[0]).sigmoid_()
+        if self.deep:
+            matrix = self.middle.mT
+            torch.addmm(self.middle_bias, q[0], matrix, out=q[1]).sigmoid_()
+        torch.addmm(self.drift, q[-1], self.last.mT, out=velocity)
 
-    def divergence(self, s):
-        "Of activations `(k, n, width)` of each layer: `(k, n)`."
-        slopes = [1 - a * a for a in s]
-        if self.inner is None:
-            return slopes[0] @ self.mixed
-        spread = slopes[0].flatten(0, 1) @ self.mixed.mT
-        return (spread.view_as(slopes[1]) * slopes[1]).sum(-1)
+    def divergence(self, q, p, spread, rate):
+        "Of `(k, n, width)` of each layer, into `(k, n)`; `p` and `spread` are buffers."
+        for a, b in zip(q, p):
+            torch.addcmul(a, a, a, value=-1, out=b)
+        if self.deep:
+            rows = p[0].flatten(0, 1)
+            torch.mm(rows, self.mixed.mT, out=spread.flatten(0, 1))
+            torch.sum(torch.mul(spread, p[1], out=p[1]), -1, out=rate)
+        else:
+            torch.matmul(p[0], self.mixed, out=rate)
 
 
 class _Solve(torch.autograd.Function):
     "A solve with a perceptron's velocity, with the chain rule written out."
 
     @staticmethod
-    def forward(ctx, x, context, start, lengths, pace_of, *weights):
+    def forward(ctx, x, context, plan, *weights):
         net = _Net(weights, context, x.shape[-1])
         keep = ctx is not None and any(ctx.needs_input_grad)
-        point, total, taken, kept = _march(
-            net, x, start, lengths, pace_of, keep
-        )
+        point, total, taken, kept = _march(net, x, plan, keep)
         if keep:
-            ctx.start, ctx.taken = start, taken
+            ctx.plan, ctx.taken = plan, taken
             ctx.has_context = context is not None
             head = [x, *weights] + ([context] if ctx.has_context else [])
-            ctx.parts, ctx.n_weights = len(head), len(weights)
+            ctx.parts = len(head)
             ctx.save_for_backward(*head, *(t for each in kept for t in each))
         return point, total
 
@@ -123,16 +164,17 @@ class _Solve(torch.autograd.Function):
         kept = ctx.saved_tensors[ctx.parts :]
         x, *weights = head
         context = weights.pop() if ctx.has_context else None
-        given = ctx.start, ctx.taken
+        given = ctx.plan.start, ctx.taken
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked
             inputs = [x, *weights] + ([context] if ctx.has_context else [])
             asked = [t for t in inputs if t.requires_grad]
             field = mlp_field(tuple(weights), context, x.shape[-1])
-            out = run_steps(field, (x, torch.zeros_like(x[:, 0])), *given)
+            point, total = run_steps(field, (x, x.new_zeros(len(x))), *given)
+            rated = ctx.plan.rated
             found = torch.autograd.grad(
-                out,
+                (point, total) if rated else point,
                 asked,
-                (g_point, g_total),
+                (g_point, g_total) if rated else g_point,
                 create_graph=True,
                 allow_unused=True,
             )
@@ -146,152 +188,188 @@ class _Solve(torch.autograd.Function):
             g_x, g_context, g_weights = _march_back(
                 net, g_point, g_total, *given, blocks, context
             )
-        return g_x, g_context, None, None, None, *g_weights
+        return g_x, g_context, None, *g_weights
 
 
-def _march(net, x, start, lengths, pace_of, keep):
-    "Go from `x` by given steps, or by those of a pace; keep what the way back needs."
+def _march(net, x, plan, keep):
+    "Go from `x` by given steps, or by chosen ones; keep what the way back needs."
     n, size = x.shape
-    widths = [w for w in (net.across.shape[0], net.out.shape[1])]
-    widths = widths if net.inner is not None else widths[:1]
-    stages = x.new_zeros(7, 7)
-    for i, row in enumerate(STAGES):
-        stages[i, : len(row)] = x.new_tensor(row)
-    weights, errors = stages[6], x.new_tensor(ERROR)
-    total = x.new_zeros(n)
-    velocity = x.new_empty(7, n, size)
-    flat, rate = velocity.view(7, -1), x.new_zeros(7, n)
+    table = [[*row, *[0.0] * (7 - len(row))] for row in STAGES]
+    stages, errors = x.new_tensor(table), x.new_tensor(ERROR)
+    rows = [stages[i : i + 1, :i] for i in range(7)]
+    velocity, rate = x.new_empty(7, n, size), x.new_zeros(7, n)
+    flat, velocities = velocity.view(7, -1), velocity.unbind(0)
+    so_far = [flat[:i] for i in range(7)]
+    p = [x.new_empty(7, n, w) for w in net.widths] if plan.rated else []
+    t, kept = plan.start, []
+    total = x.new_zeros(n) if plan.rated else None
 
-    def blocks():
-        return x.new_empty(7, n, size), [x.new_empty(7, n, w) for w in widths]
+    def block():
+        "Points, activations and `spread` of the stages of a step."
+        made = [x.new_empty(7, n, w) for w in [size, *net.widths]]
+        if plan.rated and net.deep:
+            made.append(x.new_empty(7, n, net.widths[1]))
+            made[-1][1] = 0.0  # counts nothing, but is looked at
+        y, q = made[0].unbind(0), made[1 : 1 + len(net.widths)]
+        lines = made[0].view(7, 1, -1).unbind(0)
+        return made, y, lines, [*zip(*(a.unbind(0) for a in q))]
 
-    y, s = blocks()
-    y[0] = x
-    net.at(start, y[0], [a[0] for a in s], velocity[0])
-    rate[0] = net.divergence([a[:1] for a in s])[0]
-    pace = given = None
-    if lengths is None:
-        pace = pace_of(net, y, s, velocity, rate, total)
+    def rates(a, b):
+        "The divergence of stages."
+        if plan.rated:
+            q = [m[a:b] for m in made[1:]]
+            spread = q.pop() if net.deep else None
+            net.divergence(q, [m[a:b] for m in p], spread, rate[a:b])
+
+    def parts(point, sums):
+        return [point, sums] if plan.rated else [point]
+
+    made, y, lines, q = block()
+    y[0].copy_(x)
+    net.at(t, y[0], q[0], velocities[0])
+    rates(0, 1)
+    if plan.lengths is None:
+        allowed = attainable(plan.tolerance, x)
+
+        def size_of(point, sums):
+            return worst(parts(point, sums), parts(y[0], total), allowed)
+
+        def change(h):
+            h = math.copysign(h, plan.end - t)
+            torch.add(y[0], velocities[0], alpha=h, out=y[2])
+            net.at(t + h, y[2], q[2], velocities[2])
+            rates(2, 3)
+            return size_of(velocities[2] - velocities[0], rate[2] - rate[0])
+
+        span = abs(plan.end - t)
+        speed = size_of(velocities[0], rate[0])
+        length = first_length(speed, size_of(y[0], total), change, span)
+        pace = Pace(t, plan.end, length)
     else:
-        given = iter(lengths)
-    t, taken, kept = start, [], []
-    while True:
-        h = next(given, None) if pace is None else pace.next()
-        if h is None:
-            break
-        t = t if pace is None else pace.t
-        here = y[0].view(1, -1)
+        pace = _Given(t, plan.lengths)
+    point, moved = y[0], False
+    while (h := pace.next()) is not None:
+        if moved:  # the last stage is the next step's first
+            if keep:
+                before = made
+                made, y, lines, q = block()
+                for old, new in zip(before[1:], made[1:]):
+                    new[0].copy_(old[6])
+            y[0].copy_(point)
+            velocities[0].copy_(velocities[6])
+            rate[0].copy_(rate[6])
         for i in range(1, 7):
-            torch.addmm(
-                here,
-                stages[i : i + 1, :i],
-                flat[:i],
-                alpha=h,
-                out=y[i].view(1, -1),
-            )
-            at = [a[i] for a in s]
-            net.at(t + TIMES[i] * h, y[i], at, velocity[i])
-        rate[2:] = net.divergence([a[2:] for a in s])
-        after = torch.addmv(total, rate.mT, weights, alpha=h)
-        if pace is not None:
-            error = (errors @ flat).view(n, size).mul_(h)
-            rows = (errors @ rate).mul_(h)
-            found = worst([error, rows], (y[0], total), pace.tolerance)
-            if not pace.judge(h, found):
-                continue
-        taken.append(h)
-        t, total = t + h, after
-        last = (y[6], *(a[6] for a in s))
-        if keep:
-            kept.append((y, *s))
-            y, s = blocks()
-        for block, end in zip((y, *s), last):
-            block[0] = end
-        velocity[0], rate[0] = velocity[6], rate[6]
+            torch.addmm(lines[0], rows[i], so_far[i], alpha=h, out=lines[i])
+            net.at(pace.t + TIMES[i] * h, y[i], q[i], velocities[i])
+        rates(2, 7)
+        error = 0.0
+        if plan.lengths is None:
+            found = (errors @ flat).view(n, size), errors @ rate
+            error = abs(h) * size_of(*found)
+        moved = pace.judge(h, error)
+        if moved:
+            point = y[6]
+            if plan.rated:
+                total = torch.addmv(total, rate.mT, stages[6], alpha=h)
+            if keep:
+                kept.append(made)
+    plan.evaluations = pace.evaluations
     # kept blocks are read only up to their sixth stage, but own the seventh
-    return y[0].clone(), total, taken, kept
+    return point.clone(), total, pace.taken, kept
 
 # %% ../nbs/lib-kernels-continuous.ipynb #59fab0c8
 def _march_back(net, g_point, g_total, start, taken, blocks, context):
     "Gradients in the point, the context and the weights, the last step first."
-    (n, size), deep = g_point.shape, net.inner is not None
-    like = g_point
+    (n, size), deep, like = g_point.shape, net.deep, g_point
     columns = like.new_zeros(7, 7)  # of stage i: what later stages took of it
     for j, row in enumerate(STAGES):
         columns[: len(row), j] = like.new_tensor(row)
-    weights = columns[:6, 6].contiguous()
     returned = like.new_empty(7, n, size)  # r of each stage, then λ
     returned[6] = g_point
-    flat = returned.view(7, -1)
+    later = [returned.view(7, -1)[i + 1 :] for i in range(6)]
     kappa = like.new_empty(6, n, size)
-    first, last = net.across.shape[0], net.out.shape[1]
-    hidden = [
-        like.new_empty(6, n, w) for w in ((first, last) if deep else (first,))
+    lines, kappas = kappa.view(6, 1, -1).unbind(0), kappa.unbind(0)
+    # of the arguments of the units, their slopes, and how the slopes bend
+    hidden, slopes, bends = (
+        [like.new_zeros(6, n, w) for w in net.widths] for _ in range(3)
+    )
+    # of each stage, the first layer's first
+    parts = [
+        [*zip(h.unbind(0), p.unbind(0), b.unbind(0))]
+        for h, p, b in zip(hidden, slopes, bends)
     ]
-    g_across, g_out = torch.zeros_like(net.across), torch.zeros_like(net.out)
-    g_inner = torch.zeros_like(net.inner) if deep else None
-    g_inner_bias = like.new_zeros(last) if deep else None
-    g_mixed, g_clock = torch.zeros_like(net.mixed), like.new_zeros(first)
-    g_drift, g_rows = like.new_zeros(size), like.new_zeros(n, first)
+    share = torch.empty_like(slopes[-1])
+    grads = [torch.zeros_like(m) for m in (net.first, net.clock, net.last)]
+    g_first, g_clock, g_last = grads
+    g_mixed, g_drift = torch.zeros_like(net.mixed), like.new_zeros(size)
+    g_bias = torch.zeros_like(net.bias)
+    if deep:
+        g_middle = torch.zeros_like(net.middle)
+        g_middle_bias = torch.zeros_like(net.middle_bias)
     t = start + math.fsum(taken)
-    for h, (y, *s) in zip(reversed(taken), reversed(blocks)):
-        t = t - h
-        y, s = y[:6], [a[:6] for a in s]
-        slopes = [1 - a * a for a in s]
-        # what the divergence adds, all stages in one product
-        share = (h * weights)[:, None, None] * g_total[:, None]
-        if deep:
-            after = slopes[1] * share
-            spread = (slopes[0].flatten(0, 1) @ net.mixed.mT).view_as(after)
-            bend2 = (spread.mul_(s[1]).mul_(after)).mul_(-2)
-            before = (after.flatten(0, 1) @ net.mixed).view_as(slopes[0])
-            bend1 = before.mul_(s[0]).mul_(slopes[0]).mul_(-2)
-            g_mixed.addmm_(after.flatten(0, 1).mT, slopes[0].flatten(0, 1))
-        else:
-            g_mixed += (share * slopes[0]).sum((0, 1))
-            bend1 = (net.mixed * share).mul(s[0]).mul_(slopes[0]).mul_(-2)
-        for i in range(5, -1, -1):
-            torch.mm(
-                columns[i : i + 1, i + 1 :],
-                flat[i + 1 :],
-                out=kappa[i].view(1, -1),
-            ).mul_(h)
-            at = kappa[i] @ net.out
+    for h, (y, *q) in zip(reversed(taken), reversed(blocks)):
+        t, took = t - h, columns * h
+        spread = q.pop() if len(q) > len(net.widths) else None
+        y, q = y[:6], [a[:6] for a in q]
+        for a, p in zip(q, slopes):
+            torch.addcmul(a, a, a, value=-1, out=p)
+        if g_total is not None:
+            # what the divergence adds, all stages in one product
+            each = took[:6, 6, None, None] * g_total[:, None]
+            torch.mul(slopes[-1], each, out=share)
             if deep:
-                torch.addcmul(bend2[i], at, slopes[1][i], out=hidden[1][i])
-                at = hidden[1][i] @ net.inner
-            torch.addcmul(bend1[i], at, slopes[0][i], out=hidden[0][i])
-            torch.mm(hidden[0][i], net.across, out=returned[i])
+                rows = share.flatten(0, 1)
+                g_mixed.addmm_(rows.mT, slopes[0].flatten(0, 1))
+                torch.mm(rows, net.mixed, out=bends[0].flatten(0, 1))
+                bends[0].mul_(slopes[0])
+                torch.mul(spread[:6], share, out=bends[1])
+            else:
+                g_mixed += share.sum((0, 1))
+                torch.mul(share, net.mixed, out=bends[0])
+            for a, b in zip(q, bends):
+                b.addcmul_(b, a, value=-2)
+        for i in range(5, -1, -1):
+            torch.mm(took[i : i + 1, i + 1 :], later[i], out=lines[i])
+            back = kappas[i] @ net.last
+            if deep:
+                at, slope, bend = parts[1][i]
+                torch.addcmul(bend, back, slope, out=at)
+                back = at @ net.middle
+            at, slope, bend = parts[0][i]
+            torch.addcmul(bend, back, slope, out=at)
+            torch.mm(at, net.first, out=returned[i])
         returned[6] = returned.sum(0)
         top = kappa.flatten(0, 1)
-        g_out.addmm_(top.mT, s[-1].flatten(0, 1))
+        g_last.addmm_(top.mT, q[-1].flatten(0, 1))
         g_drift += top.sum(0)
         if deep:
-            middle = hidden[1].flatten(0, 1)
-            g_inner.addmm_(middle.mT, s[0].flatten(0, 1))
-            g_inner_bias += middle.sum(0)
-        g_across.addmm_(hidden[0].flatten(0, 1).mT, y.flatten(0, 1))
+            rows = hidden[1].flatten(0, 1)
+            g_middle.addmm_(rows.mT, q[0].flatten(0, 1))
+            g_middle_bias += rows.sum(0)
+        g_first.addmm_(hidden[0].flatten(0, 1).mT, y.flatten(0, 1))
         at_stage = hidden[0].sum(1)
-        g_clock.addmv_(
-            at_stage.mT, like.new_tensor([t + c * h for c in TIMES[:6]])
-        )
-        g_rows += hidden[0].sum(0)
-    # mixed = inner * (across @ out)' , or the diagonal of that product
-    product = net.across @ net.out
+        times = like.new_tensor([t + c * h for c in TIMES[:6]])
+        g_clock.addmv_(at_stage.mT, times)
+        g_bias += at_stage.sum(0) if context is None else hidden[0].sum(0)
+    # out of the folded matrices, as `_Net` makes them
+    g_across, g_out = 2 * g_first, 2 * g_last - g_drift[:, None]
+    middle = ()
     if deep:
-        g_inner += g_mixed * product.mT
-        g_product = (g_mixed * net.inner).mT
+        g_inner = 4 * g_middle - 2 * g_middle_bias[:, None]
+        g_inner += 16 * g_mixed * net.product.mT
+        middle = g_inner, 2 * g_middle_bias
+        g_product = 16 * (g_mixed * net.inner).mT
     else:
-        g_product = g_mixed.diag()
-    g_across = torch.addmm(g_across, g_product, net.out.mT)
-    g_out = torch.addmm(g_out, net.across.mT, g_product)
-    g_into = [g_across, g_clock[:, None]]
+        g_product = (4 * g_mixed).diag()
+    g_across.addmm_(g_product, net.out.mT)
+    g_out.addmm_(net.across.mT, g_product)
+    g_into, g_bias = [g_across, 2 * g_clock[:, None]], 2 * g_bias
     g_context = None
     if context is not None:
-        g_into.append(g_rows.mT @ context)
-        g_context = g_rows @ net.into[:, size + 1 :]
-    middle = (g_inner, g_inner_bias) if deep else ()
-    g_weights = (torch.cat(g_into, 1), g_rows.sum(0), *middle, g_out, g_drift)
+        g_into.append(g_bias.mT @ context)
+        g_context = g_bias @ net.into[:, size + 1 :]
+        g_bias = g_bias.sum(0)
+    g_weights = (torch.cat(g_into, 1), g_bias, *middle, g_out, g_drift)
     return returned[6].clone(), g_context, g_weights
 
 
@@ -303,40 +381,14 @@ def solve_mlp(
     end: float,  # Where to arrive
     tolerance: float | None = 1e-5,  # Of a step's error; None for given steps
     lengths: list[float] | None = None,  # Of the steps, where they are given
+    rated: bool = True,  # False: leave the divergence out
 ) -> tuple[
-    Tensor, Tensor, int
+    Tensor, Tensor | None, int
 ]:  # Points, integral of the divergence, evaluations
     """Integrate a perceptron's velocity and divergence: `solve` or `run_steps`, and quicker."""
-    paces: list[Pace] = []
-
-    def pace_of(net, y, s, velocity, rate, total):
-        allowed = attainable(tolerance, x)
-        state = y[0], total
-        at_start = [velocity[0], rate[0]]
-
-        def change(h):
-            h = math.copysign(h, end - start)
-            torch.add(y[0], velocity[0], alpha=h, out=y[1])
-            net.at(start + h, y[1], [a[1] for a in s], velocity[1])
-            rate[1] = net.divergence([a[1:2] for a in s])[0]
-            moved = [velocity[1] - velocity[0], rate[1] - rate[0]]
-            rate[1] = 0.0
-            return worst(moved, state, allowed)
-
-        speed, size = (
-            worst(at_start, state, allowed),
-            worst(state, state, allowed),
-        )
-        length = first_length(speed, size, change, abs(end - start))
-        pace = Pace(start, end, length)
-        pace.tolerance = allowed
-        paces.append(pace)
-        return pace
-
-    inputs = (x, context, start, lengths, pace_of, *weights)
+    plan = _Plan(start, end, tolerance, lengths, rated)
     if torch.is_grad_enabled():
-        point, total = _Solve.apply(*inputs)
+        point, total = _Solve.apply(x, context, plan, *weights)
     else:
-        point, total = _Solve.forward(None, *inputs)
-    count = paces[0].evaluations if paces else 1 + 6 * len(lengths)
-    return point, total, count
+        point, total = _Solve.forward(None, x, context, plan, *weights)
+    return point, total, plan.evaluations

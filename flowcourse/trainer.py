@@ -170,6 +170,9 @@ class _Run:
         # moves it to the device
         self.engine = accelerator.prepare_model(Engine(objective))
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        # maps that say how often their last solve asked for the velocity
+        modules = objective.modules()
+        self.solvers = [m for m in modules if hasattr(m, "evaluations")]
         optimizer = recipe.make_optimizer(self.parameters)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         # only half precision needs accelerate's wrapper, which searches the
@@ -300,6 +303,8 @@ def _step(run, interrupted):
     history.loss.append(loss)
     history.gradient_norm.append(norm)
     history.parameter_norm.append(size)
+    if run.solvers:
+        history.evaluations.append(sum(m.evaluations for m in run.solvers))
     history.lr.append(run.optimizer.param_groups[0]["lr"])
     history.seconds.append(time.perf_counter() - start)
     return stop[0] > 0 if stop else bool(interrupted)

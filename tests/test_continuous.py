@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch.testing import assert_close
 
 from flowcourse.continuous import Continuous, MLPVelocity
 from flowcourse.core import Flow
+from flowcourse.coupling import RealNVP
+from flowcourse.objectives import MaximumLikelihood
 from flowcourse.quadrature import total_mass
+from flowcourse.trainer import fit
 
 
 def flow_of(dim=3, hidden=(8, 8), context_dim=0, sd=0.7, **options):
@@ -262,6 +266,52 @@ def test_the_energy_of_a_perceptron_is_that_of_any_network():
         assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "own"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_sample_needs_no_divergence(kind, gradients, monkeypatch):
+    if kind == "mlp":
+        f = flow_of(tolerance=1e-9)
+    else:
+        f = Continuous(Net().double(), 3, tolerance=1e-9)
+    z = noise(20, 3)
+    x, _ = f(z)
+    count = f.evaluations
+    monkeypatch.setattr(f, "_field", None)
+    with torch.set_grad_enabled(gradients):
+        assert_close(f.push(z), x, rtol=1e-7, atol=1e-7)
+    assert 0 < f.evaluations <= count
+    assert Flow(f).double().sample(5).shape == (5, 3)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "own", "hutchinson"])
+def test_the_other_solver_agrees(kind):
+    if kind == "own":
+        f = Continuous(Net(context_dim=2).double(), 3, 2, tolerance=1e-9)
+    else:
+        how = {} if kind == "mlp" else {"divergence": kind}
+        f = flow_of(context_dim=2, tolerance=1e-9, **how).eval()
+    z, context = noise(5, 3).requires_grad_(), noise(5, 2)
+    found = []
+    for f.solver in ("own", "torchdiffeq"):
+        f.evaluations = 0
+        x, ladj = f(z, context)
+        assert f.evaluations > 0
+        grads = torch.autograd.grad(
+            x.square().sum() + ladj.sum(), [z, *f.parameters()]
+        )
+        pushed = f.push(z, context)
+        found.append([x, ladj, *f.inverse(x, context), pushed, *grads])
+    for a, b in zip(*found):
+        assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_without_torchdiffeq_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    f = flow_of(solver="torchdiffeq")
+    with pytest.raises(ImportError, match="pip install torchdiffeq"):
+        f(noise(2, 3))
+
+
 def test_float32_is_within_the_tolerance():
     f = flow_of(3, tolerance=1e-5)
     z = noise(50, 3)
@@ -300,6 +350,7 @@ def test_beside_another_device(context_dim):
         (lambda: Continuous(MLPVelocity(2), tolerance=0), "tolerance"),
         (lambda: Continuous(MLPVelocity(2), divergence="both"), "divergence"),
         (lambda: Continuous(MLPVelocity(2), noise="pink"), "noise"),
+        (lambda: Continuous(MLPVelocity(2), solver="euler"), "solver"),
         (
             lambda: Continuous(MLPVelocity(2)).with_error(
                 torch.zeros(1, 2), probes=1
@@ -331,6 +382,23 @@ def test_it_learns_a_density():
         found = -flow.log_prob(x).mean()
     assert abs(found - entropy) < 0.06
     assert flow.bijection.evaluations > 0
+
+
+def test_a_history_counts_the_evaluations():
+    torch.manual_seed(0)
+    flow = Flow(
+        Continuous(MLPVelocity(2, hidden=(4,)), adaptive=False, steps=3)
+    )
+    rows = torch.randn(32, 2)
+    recipe = {"steps": 4, "progress": False}
+    history = fit(MaximumLikelihood(flow), rows, **recipe)
+    assert history.evaluations == [19] * 4  # six a step, and the first
+    flow.bijection.adaptive = True
+    history = fit(MaximumLikelihood(flow), rows, **recipe)
+    assert len(history.evaluations) == 4 and min(history.evaluations) > 0
+    assert history.to_dict()["evaluations"] == history.evaluations
+    plain = Flow(RealNVP(2, 2))
+    assert not fit(MaximumLikelihood(plain), rows, **recipe).evaluations
 
 
 def test_images_have_any_event_shape():

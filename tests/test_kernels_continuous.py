@@ -89,6 +89,31 @@ def test_without_gradients_it_is_the_same():
     assert with_graph[2] == without[2]
 
 
+@pytest.mark.parametrize("widths", [(7,), (7, 5)])
+def test_points_alone_are_those_of_a_field_without_a_divergence(widths):
+    w, x = weights(3, widths, 2), noise(6, 3).requires_grad_()
+    context = noise(6, 2)
+    field = mlp_field(tuple(w), context, 3)
+    (want,), pace = solve(lambda t, y: field(t, y)[:1], (x,), 0.0, 1.0, 1e-7)
+    point, total, count = solve_mlp(
+        tuple(w), x, context, 0.0, 1.0, 1e-7, rated=False
+    )
+    assert total is None and count == pace.evaluations
+    assert_close(point, want, rtol=1e-10, atol=1e-10)
+    ways = [
+        torch.autograd.grad(
+            end.square().sum(), [x, *w], retain_graph=True, create_graph=True
+        )
+        for end in (point, want)
+    ]
+    for way in [
+        torch.autograd.grad(end.square().sum(), [x, *w], retain_graph=True)
+        for end in (point, want)
+    ] + ways:
+        for a, b in zip(way, ways[1], strict=True):
+            assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_a_part_of_the_leaves_may_need_no_gradient():
     w, x = weights(3, (8, 8)), noise(6, 3)
     w = [t.detach() for t in w]

@@ -11,6 +11,7 @@ import torch
 from helpers import noise, shaken
 from torch import nn
 from torch.distributions import biject_to, constraints
+from torch.testing import assert_close
 
 import flowcourse
 from flowcourse.core import COSTS
@@ -164,6 +165,17 @@ def test_a_row_states_what_its_map_declares(name):
         assert f.estimated == row.estimated
         assert of_coordinates(f.domain) == str(row.domain)
     assert (ROOT / "nbs" / f"{row.lesson}.ipynb").exists()
+
+
+@pytest.mark.parametrize("name", rows)
+def test_a_push_is_the_point_of_forward(name):
+    row = rows[name]
+    f = shaken(row.make(row.event_shapes[0], 2).double(), 0.3)
+    z = biject_to(f.domain)(noise(5, *row.event_shapes[0]))
+    context = noise(2) if f.context_dim else None
+    with torch.no_grad():
+        point, _ = f(z, context)
+        assert_close(f.push(z, context), point, rtol=1e-8, atol=1e-8)
 
 
 def test_a_row_is_frozen():
