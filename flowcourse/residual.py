@@ -203,6 +203,20 @@ class ResidualFlow(Bijection):
     def _inverse(self, x, context):
         return self._run(x, context, "inverse")
 
+    def _push(self, z, context):  # no log-determinant
+        if self.cheap == "forward" and not self.estimated:
+            return self._forward(z, context)[0]
+        with full_precision(z):
+            _, t, context = self._flat(z, context)
+            branches = self.branches(context)
+            if self.cheap == "forward":
+                for branch in branches:
+                    t = t + branch(t)[0]
+            else:
+                for branch in reversed(branches):
+                    t = self._root(t, branch)
+        return t.view(z.shape)
+
     def with_error(
         self,
         x: Tensor,  # Data points, shape `(*batch, *event)`
@@ -308,11 +322,15 @@ class ResidualFlow(Bijection):
                 blocks.append((branch, slopes))
                 t = t + image
             return t, 1, blocks
-        newton = not self.estimated or self.dim <= EXACT_UP_TO
         for branch in reversed(branches):
-            t = root(t, branch, self.lipschitz, newton)
+            t = self._root(t, branch)
             blocks.append((branch, branch(t)[1]))
         return t, -1, blocks
+
+    def _root(self, t, branch):
+        "What the block leads from to `t`."
+        newton = not self.estimated or self.dim <= EXACT_UP_TO
+        return root(t, branch, self.lipschitz, newton)
 
     def _estimates(self, blocks, t, probes, generator, fresh=False):
         "Of the sum over blocks, one for each probe."
