@@ -230,7 +230,7 @@ def _what_next(flow, lost_outside):
     if bins and max(bins) < 16:
         return (
             "a line through the rings crosses eight bumps with sixteen edges, "
-            f"and each edge wants two bins: {max(bins)} bins are few"
+            f"and each edge wants one or two bins: {max(bins)} bins are few"
         )
     if lost_outside:
         return (
