@@ -134,6 +134,23 @@ def test_a_number_is_given_once():
             assert stem.removesuffix("-solutions") in notebooks()
 
 
+def test_imports_stand_in_cells_of_their_own():
+    """The site's build runs every cell with an import, and nothing that a cell beside it needs."""
+    mixed = []
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            code = "".join(cell["source"])
+            if cell["cell_type"] != "code" or code.startswith("#| hide"):
+                continue
+            kinds = {
+                isinstance(node, (ast.Import, ast.ImportFrom))
+                for node in ast.parse(code).body
+            }
+            if kinds == {True, False}:
+                mixed.append(f"{path.name}: {code[:60]!r}")
+    assert not mixed, mixed
+
+
 def test_packages_within_are_empty():
     for path in PACKAGE.rglob("__init__.py"):
         if path.parent != PACKAGE:
