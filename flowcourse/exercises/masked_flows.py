@@ -294,5 +294,5 @@ def check_affine_fit(
         if len(layers) == 2:
             return f"{told}: what would a third layer add, in the order of the first?"
         return f"{told}: try more steps or another seed"
-    print(f"9.5: {gap:.2f} nats; the best single coupling has 0.44")
+    print(f"9.5: {gap:.2f} nats; the best single coupling has 0.43")
     return None
