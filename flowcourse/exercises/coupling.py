@@ -221,6 +221,8 @@ def check_leapfrog(
                 [q - eps * (p - eps / 2 * force(q)), p - eps * force(q)], -1
             ),
             "the blocks are in the wrong order": steps(-eps).roll(3, -1),
+            "turn the momentum back in the end": steps(-eps)
+            * torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0]),
         },
         {
             "one number for each point, of shape (*batch,)": torch.tensor(0.0),
@@ -234,11 +236,11 @@ def check_leapfrog(
     )
 
 # %% ../../nbs/06-coupling-solutions.ipynb #1b4c48c2
-def bent_columns(
+def bent_points(
     n: int,  # Number of rows
     generator: torch.Generator,  # Source of randomness
 ) -> Tensor:  # Shape `(n, 4)`
-    """Four columns, of which two decide about the others."""
+    """Four coordinates, of which two decide about the others."""
     u, e = torch.randn(2, n, 2, generator=generator).unbind()
     first = u[:, 0].square() - 1 + 0.3 * e[:, 0]
     fourth = (2 * u[:, 0]).sin() + u[:, 1]
@@ -248,15 +250,15 @@ def bent_columns(
 # %% ../../nbs/06-coupling-solutions.ipynb #a572856f
 @exercise(6)
 def check_one_layer(
-    flow: Flow,  # A trained flow of the four columns, with a single coupling
+    flow: Flow,  # A trained flow of the points, with a single coupling
 ):
-    """Check a flow of the four columns: one coupling, near the entropy of the data."""
+    """Check a flow of the four coordinates: one coupling, near the entropy of the data."""
     if not isinstance(flow, Flow):
         return f"my_flow should be a Flow, got {type(flow).__name__}"
     layers = [m for m in flow.modules() if isinstance(m, Coupling)]
     if len(layers) != 1:
         return f"exactly one coupling is asked for, got {len(layers)}"
-    x = bent_columns(10_000, torch.Generator().manual_seed(1))
+    x = bent_points(10_000, torch.Generator().manual_seed(1))
     entropy = 2 * (1 + math.log(2 * math.pi)) + math.log(0.3 * 0.2)
     with torch.no_grad():
         gap = -flow.eval().log_prob(x).mean().item() - entropy
@@ -270,19 +272,19 @@ def check_one_layer(
     if right:
         return f"{said}: the mask is right, train for longer or with a wider network"
     if mask == [True, False, False, True]:
-        return f"{said}: the columns that decide and those that follow are exchanged"
+        return f"{said}: the coordinates that decide and those that follow are exchanged"
     if not (mask[0] or mask[3]):
-        return f"{said}: what passes through looks like the base, but another column does so too; let it decide as well"
+        return f"{said}: what passes through looks like the base, but another coordinate does so too; let it decide as well"
     pairs = [
         (0, 1),
         (0, 3),
         (1, 3),
         (2, 3),
-    ]  # columns that depend on each other
+    ]  # coordinates that depend on each other
     linked = [f"{i + 1} and {j + 1}" for i, j in pairs if mask[i] and mask[j]]
     also = (
-        f", and be independent of the others that do, as columns {linked[-1]} are not"
+        f", and be independent of the others that do, as coordinates {linked[-1]} are not"
         if linked
         else ""
     )
-    return f"{said}: every column that passes through has to look like the base already{also}"
+    return f"{said}: every coordinate that passes through has to look like the base already{also}"
