@@ -271,6 +271,9 @@ def check_reverse_kl(
         "the ladj is missing: log q(x) is not the base's density": (
             base - target
         ).mean(),
+        "log p_Z(z) is missing: log q(x) is the base's log-density at z minus the ladj": (
+            -ladj - target
+        ).mean(),
         "the signs are exchanged; it is log q minus log target": -want,
         "a sum; take the mean over the draws": want * len(z),
         "one number for each draw; take their mean": base - ladj - target,
