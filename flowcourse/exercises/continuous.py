@@ -7,9 +7,10 @@ __all__ = ['check_longest_step', 'check_velocities', 'check_trace', 'check_midpo
 
 # %% ../../nbs/11-continuous-solutions.ipynb #dfc50fe9
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import Flow
 from flowcourse.exercises.common import (
@@ -17,6 +18,7 @@ from flowcourse.exercises.common import (
     compare,
     exercise,
     fixed_noise,
+    instead,
 )
 from ..toy_densities import EightGaussians
 
@@ -63,43 +65,60 @@ def check_velocities(
         return f"{letter}: {reasons[letter]}"
     return None
 
-# %% ../../nbs/11-continuous-solutions.ipynb #81f670d5
-def trace_estimate(J, probes, generator):
-    """Estimate the trace of each matrix in `J`, shape `(n, d, d)`."""
-    n, d, _ = J.shape
-    e = 2 * torch.rand(probes, n, d, generator=generator) - 1
-    return torch.einsum("kni,nij,knj->kn", e, J, e).mean(0)
-
 # %% ../../nbs/11-continuous-solutions.ipynb #539269e3
-@exercise(3, given=trace_estimate)
+@exercise(3)
 def check_trace(
-    # From matrices `(n, d, d)`, a number of probes and a generator
-    answer: Callable[..., Tensor],
+    # From points and `A`, `W1`, `b`, `W2` to velocities and traces
+    answer: Callable[..., tuple[Tensor, Tensor]],
 ):
-    """Check that an estimate of the trace is unbiased, and follows the generator."""
-    J = fixed_noise(5, 4, 4)
-    J = J + 2 * torch.eye(4)
-    true = J.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-    def drawn(seed, probes=4000):
-        return answer(J, probes, torch.Generator().manual_seed(seed))
-
-    got = drawn(0)
-    if not isinstance(got, Tensor) or got.shape != true.shape:
-        return compare("the estimate", got, true)
-    if not torch.equal(got, drawn(0)):
-        return "the same generator should give the same estimate"
-    if agrees(got, true, 1e-6):
-        return "this is the trace itself; it should need only products J e"
-    if agrees(got, true / 3, 0.05):
-        return "a third of the trace: what is the variance of an entry of e?"
-    if agrees(got, true / 4, 0.05):
-        return "divided by d: e should not have length one"
-    if not agrees(got, true, 0.06):
-        return "the mean of many estimates is not the trace; is E ee' the identity?"
-    if agrees(drawn(0, 1), true, 1e-3):
-        return "one probe should leave an error"
-    return None
+    """Check the velocity and the trace of one hidden layer with a skip."""
+    noise = fixed_noise(117).double()
+    x, A, W1, b, W2 = (
+        part.view(size) / 2
+        for part, size in zip(
+            noise.split([15, 25, 35, 7, 35]),
+            ((3, 5), (5, 5), (7, 5), (7,), (5, 7)),
+        )
+    )
+    got = answer(x, A, W1, b, W2)
+    if not isinstance(got, tuple) or len(got) != 2:
+        return "return the pair (velocity, trace)"
+    before = x @ W1.T + b
+    s = before.tanh()
+    skip, layer = x @ A.T, s @ W2.T
+    hint = compare(
+        "the velocity",
+        got[0],
+        skip + layer,
+        {
+            "the skip A x is missing": layer,
+            "tanh of the hidden layer is missing": skip + before @ W2.T,
+            "each row of x is a point, so A x is x @ A.T": x @ A + layer,
+        },
+    )
+    if hint:
+        return instead(hint, "the velocity is not A x + W2 tanh(W1 x + b)")
+    weights, slopes = W1 @ W2, 1 - s**2
+    loops = weights.diagonal()
+    trace = A.trace() + slopes @ loops
+    missing = "the slopes of the units are missing"
+    slips = {
+        "the skip A x has a trace, too": slopes @ loops,
+        missing: A.trace() + loops.sum().expand(3),
+        missing + " ": A.trace() + loops.sum(),
+        "the slope of tanh is 1 - tanh², not tanh": A.trace() + s @ loops,
+        "the slope is 1 - s², where s is tanh of W1 x + b": A.trace()
+        + (1 - before**2) @ loops,
+        "only the diagonal of W1 W2 counts": A.trace()
+        + slopes @ weights.sum(1),
+        "one trace for each point; do not sum over them": trace.sum(),
+        "shape (n,), without a last dimension": trace[:, None],
+    }
+    hint = compare("the trace", got[1], trace, slips)
+    return instead(
+        hint.strip() if hint else hint,
+        "the trace is not that of the Jacobian A + W2 diag(slopes) W1",
+    )
 
 # %% ../../nbs/11-continuous-solutions.ipynb #b73c987c
 @exercise(4)
@@ -148,8 +167,10 @@ def check_midpoint(
 @exercise(5)
 def check_clusters(
     flow: Flow,  # Trained on samples of `EightGaussians`, as they are
+    # Evaluations in the last training step, over those in the first
+    growth: float,
 ):
-    """Check a continuous flow by its nats above the entropy on fresh points."""
+    """Check a continuous flow by its nats above the entropy, and how its evaluations grew."""
     if not isinstance(flow, Flow):
         return f"expected a Flow, got {type(flow).__name__}"
     if type(flow.bijection).__name__ != "Continuous":
@@ -160,4 +181,19 @@ def check_clusters(
         above = float(-flow.log_prob(x).mean()) - toy.entropy
     if not above < 0.25:
         return f"{above:.2f} nats above the entropy; below 0.25 is asked for"
+    if not isinstance(growth, (int, float, Tensor)):
+        return "growth: give a number, the last evaluations over the first"
+    fresh = deepcopy(flow).bijection
+    for p in fresh.velocity.parameters():
+        nn.init.zeros_(p)
+    counts = []
+    with torch.no_grad():
+        for bijection in (fresh, deepcopy(flow).bijection):
+            bijection.inverse(x[:256])
+            counts.append(bijection.evaluations)
+    if not 0.5 < float(growth) * counts[0] / counts[1] < 2:
+        return (
+            f"your flow now takes {counts[1]} evaluations per solve, and a "
+            f"velocity of zero takes {counts[0]}; growth is their ratio"
+        )
     return None
