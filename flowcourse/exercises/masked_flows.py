@@ -33,7 +33,9 @@ def check_seen_inputs(
 ):
     """Check how many inputs reach each output of a network with given degrees."""
     follow = "follow the connections backwards, layer by layer"
-    allowed = "so many inputs it may see; do units in both layers pass them on?"
+    allowed = (
+        "it may see that many inputs; do units in both layers pass them on?"
+    )
     itself = "an output does not see its own coordinate"
     return (
         instead(
