@@ -64,7 +64,7 @@ class ResidualFlow(Bijection):
     windows of `kernel_size` first and last and of one between.
 
     Behrmann et al. 2019; Chen et al. 2019. One direction is a pass of O(D) network
-    evaluations (exact) or a handful (estimated); the other solves each block, by
+    evaluations (exact) or one for each term of the series; the other solves each block, by
     Newton steps guarded by the contraction, or beyond 32 estimated dimensions by
     Anderson's. The bound on the norms holds for any parameters. A block's slope
     stays between `1 - lipschitz` and `1 + lipschitz`.
