@@ -49,7 +49,8 @@ def check_velocities(
     letters: str,  # Of the velocities that give a bijection
 ):
     """Check which velocities are allowed, and say why for one that is wrong."""
-    chosen, right = set(str(letters).lower()) & set("abcdef"), set("bcf")
+    given = "".join(str(part) for part in letters).lower()
+    chosen, right = set(given) & set("abcdef"), set("bcf")
     reasons = {
         "a": "then a point's path depends on the company that it is in",
         "b": "ReLU is Lipschitz, which is all that existence and uniqueness ask",
@@ -58,9 +59,11 @@ def check_velocities(
         "e": "solve dx/dt = x²: where is x at t = 1 if it starts at 2?",
         "f": "standing still is a bijection, too",
     }
-    unknown = set(str(letters).lower()) - set("abcdef ,;")
+    unknown = set(given) - set("abcdef ,;")
     if unknown:
         return f"the letters go from a to f, and {min(unknown)} is none of them"
+    if not chosen:
+        return "name at least one letter"
     for letter in sorted(chosen ^ right):
         return f"{letter}: {reasons[letter]}"
     return None
@@ -109,6 +112,7 @@ def check_trace(
         "the slope of tanh is 1 - tanh², not tanh": A.trace() + s @ loops,
         "the slope is 1 - s², where s is tanh of W1 x + b": A.trace()
         + (1 - before**2) @ loops,
+        "the trace of A is the sum of its diagonal": A.sum() + slopes @ loops,
         "only the diagonal of W1 W2 counts": A.trace()
         + slopes @ weights.sum(1),
         "one trace for each point; do not sum over them": trace.sum(),
@@ -142,6 +146,9 @@ def check_midpoint(
             "the whole step starts at x, not in the middle": x
             + h / 2 * v
             + h * middle[0],
+            "the step starts at x, and takes the whole of h": x
+            + h / 2 * v
+            + h / 2 * middle[0],
             "this is Heun's step, by the velocities at both ends": x
             + h / 2 * (v + field(t + h, x + h * v)[0]),
             "the whole step takes h times the velocity in the middle": x
