@@ -8,9 +8,12 @@ from torch.testing import assert_close
 
 from flowcourse import configs_flows as module
 from flowcourse.configs_flows import FlowConfig
+from flowcourse.continuous import Continuous
 from flowcourse.data import bits_per_dim, from_logit, load, split
 from flowcourse.elementwise import InverseMap
+from flowcourse.residual import ResidualFlow
 from flowcourse.toy_densities import toys
+from flowcourse.trainer import fit
 
 WRONG = [
     ("data", "mnist", "'old-faithful'"),
@@ -188,3 +191,21 @@ def test_a_density_needs_no_numerical_inverse():
             "InverseMap" in repr(flow)
         )
         assert turned == (scalar_map.inverse_cost == "numerical"), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "bijection"),
+    [("residual", ResidualFlow), ("continuous", Continuous)],
+)
+def test_a_family_without_a_scalar_map_learns_too(kind, bijection):
+    config = FlowConfig(
+        data="moons", kind=kind, layers=2, hidden=(16, 16)
+    ).replace(steps=20, batch_size=64, lr=1e-2)
+    assert config.about.startswith(f"{kind} flow on moons")
+    objective, rows = config.objective(), config.load()
+    made = objective.flow.bijection
+    assert type(made) is bijection and made.event_shape == (2,)
+    gap = "gap to the true density [nat]"
+    before = config.evaluate(objective.eval())[gap]
+    fit(objective.train(), rows.train, config.recipe, progress=False)
+    assert 0 < config.evaluate(objective.eval())[gap] < before - 0.05
