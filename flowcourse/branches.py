@@ -118,7 +118,10 @@ class Branch(NamedTuple):
         x: Tensor,  # Points, shape `(n, d)`
     ) -> tuple[Tensor, list[Tensor]]:  # F(x), slopes of the hidden layers
         """The same, quicker, to rounding and without gradients."""
-        return self._run(x, self.kind.both if traced() else self.kind.quick)
+        kind = self.kind
+        if traced():
+            return self._run(x, kind.both)
+        return self._run(x, lambda u: (kind.value(u), kind.slope(u)))
 
     def _run(self, x, activation):
         slopes: list[Tensor] = []
@@ -229,16 +232,15 @@ def eliminate(
 ) -> Tensor:  # Their log-determinants, shape `(n,)`
     """Invert matrices in place by elimination without pivoting, all in step."""
     pivots = []
-    for k in range(len(a)):
-        pivot = a[k, k].clone()
+    rows, columns = a.unbind(), a.unbind(1)
+    for k, (row, column) in enumerate(zip(rows, columns)):
+        pivot = row[k].clone()
         pivots.append(pivot)
-        row = a[k] / pivot
-        column = a[:, k].clone()
-        a[:, k] = 0
-        a.addcmul_(column.unsqueeze(1), row.unsqueeze(0), value=-1)
-        a[k] = row
-        a[:, k] = column / -pivot
-        a[k, k] = pivot.reciprocal()
+        scaled, kept = row / pivot, column / -pivot
+        a.addcmul_(column.unsqueeze(1).clone(), scaled.unsqueeze(0), value=-1)
+        row.copy_(scaled)
+        column.copy_(kept)
+        torch.reciprocal(pivot, out=row[k])
     return torch.stack(pivots).log_().sum(0)
 
 

@@ -131,7 +131,10 @@ def gathered(
 
 
 class _Chain(torch.autograd.Function):
-    "All blocks, with the chain rule written out; and `quick` activations."
+    """All blocks, with the chain rule written out.
+
+    What needs no block to come before it is done for all of them at once.
+    """
 
     @staticmethod
     def forward(ctx, x, shift, kind, *weights):
@@ -139,41 +142,51 @@ class _Chain(torch.autograd.Function):
         widths = [w.shape[-2] for w in weights[: m - 1]]
         blocks = [*zip(*(w.unbind() for w in weights))]
         layers, keep = len(blocks), ctx is not None
+        given = x
+        points = x.new_empty(layers + 1, n, d)  # before, between, after
+        points[0] = x
+        # the numbers of hidden units, before and after their activations
+        before, after = (
+            [x.new_empty(layers, n, w) for w in widths] for _ in range(2)
+        )
+        stacks = [[*zip(u.unbind(), v.unbind())] for u, v in zip(before, after)]
+        steps = points.unbind()
+        for at, block in enumerate(blocks):
+            h = x = steps[at]
+            for i in range(m - 1):
+                u, v = stacks[i][at]
+                torch.addmm(block[m + i], h, block[i].mT, out=u)
+                if i == 0 and shift is not None:
+                    u += shift[at]
+                h = kind.fill(u, out=v)
+            h = torch.addmm(block[-1], h, block[m - 1].mT)
+            torch.add(x, h, out=steps[at + 1])
+        slopes = [kind.slope(u) for u in before]
         held = widths[1:] * (layers if keep else 1)
         memory = Memory(x, [d * n * w for w in (max(widths), *held)])
         scratch, *us = memory.parts
-        given, kept = x, []
         # a[k, j] = dF_k / dx_j, of all blocks and rows
         a = x.new_empty(d, d, layers, n)
         first = weights[0].mT.contiguous().unsqueeze(2).unbind()
         ts = [scratch[: d * n * w].view(d, n, w) for w in widths]
+        flat = [t.view(d * n, -1) for t in ts]
+        us = [u.view(d, n, -1) for u in us]
+        each = [*zip(*(t.unbind() for t in slopes))]
         for at, block in enumerate(blocks):
-            into, units, u, t = x, [], first[at], scratch
-            for i, w in enumerate(block[:m]):
-                h = torch.addmm(block[m + i], into, w.mT)
-                if i == m - 1:
-                    break
-                if i == 0 and shift is not None:
-                    h += shift[at]
-                value, slope = kind.quick(h)
+            u = first[at]
+            for i, slope in enumerate(each[at]):
                 if i:
-                    j = (at if keep else 0) * (m - 2) + i - 1
-                    u = us[j].view(d * n, -1)
-                    u = torch.mm(t, w.mT, out=u).view(d, n, -1)
-                t = torch.mul(u, slope, out=ts[i]).view(d * n, -1)
-                units.append((into, h, value, slope, u))
-                into = value
-            a[:, :, at] = torch.mm(w, t.mT).view(d, d, n)
-            if keep:
-                kept.append((units, into))
-            x = x + h
+                    u = us[(at if keep else 0) * (m - 2) + i - 1]
+                    torch.mm(flat[i - 1], block[i].mT, out=u.view(d * n, -1))
+                torch.mul(u, slope, out=ts[i])
+            a[:, :, at] = torch.mm(block[m - 1], flat[-1].mT).view(d, d, n)
         a.diagonal().add_(1)
-        flat = a.view(d, d, -1)
-        ladj = (eliminate if keep else pivots)(flat).view(layers, n).sum(0)
+        log_dets = (eliminate if keep else pivots)(a.view(d, d, -1))
         if keep:
             ctx.save_for_backward(given, shift, *weights)
-            ctx.kind, ctx.kept, ctx.inverses, ctx.memory = kind, kept, a, memory
-        return x, ladj
+            ctx.kind, ctx.inverses, ctx.memory = kind, a, memory
+            ctx.kept = points, before, after, slopes, first, us
+        return steps[-1], log_dets.view(layers, n).sum(0)
 
     @staticmethod
     def backward(ctx, g_x, g_ladj):
@@ -198,43 +211,53 @@ class _Chain(torch.autograd.Function):
             ]
             return *g[:2], None, *g[2:]
         m, d, n = len(weights) // 2, given.shape[-1], len(given)
-        g_weights = [torch.empty_like(w) for w in weights]
+        points, before, after, slopes, first, us = ctx.kept
         blocks = [*zip(*(w.unbind() for w in weights[:m]))]
-        g_blocks = [*zip(*(g.unbind() for g in g_weights))]
-        g_shift = None if shift is None else torch.empty_like(shift)
+        layers = len(blocks)
         # what the tangents get: the inverses, transposed
         starts = (
             (ctx.inverses * g_ladj).permute(2, 0, 3, 1).reshape(-1, d * n, d)
         )
-        sizes = [d * n * w.shape[-2] for w in weights[: m - 1]]
+        bends = [kind.bend(*t) for t in zip(before, after, slopes)]
+        # what hidden units get before their activations, and images; matrices
+        # get theirs through tangents first, the first one's transposed
+        g_units = [*map(torch.empty_like, before)]
+        g_points = torch.empty_like(points)
+        g_points[-1] = g_x
+        g_weights = [torch.empty_like(w) for w in weights[1:m]]
+        g_first = given.new_empty(layers, d, len(blocks[0][0]))
+        each = [
+            [*zip(*(t.unbind() for t in part))]
+            for part in (slopes, bends, g_units, g_weights)
+        ]
+        g_steps = g_points.unbind()
+        sizes = [d * n * u.shape[-1] for u in before]
         scratch, *two = Memory(given, [max(sizes)] * 3).parts
         ts = [scratch[:size].view(d, n, -1) for size in sizes]
-        g_us = [
-            two[i % 2][:size].view(d * n, -1) for i, size in enumerate(sizes)
+        g_us = [two[i % 2][:size].view(d, n, -1) for i, size in enumerate(sizes)]
+        for at in reversed(range(layers)):
+            slope, bend, g_unit, g_matrix = (part[at] for part in each)
+            g_t, g_h = starts[at], g_steps[at + 1]
+            for i in reversed(range(m - 1)):
+                w, t, g_u = blocks[at][i + 1], ts[i], g_us[i]
+                u = us[at * (m - 2) + i - 1] if i else first[at]
+                torch.mul(u, slope[i], out=t)
+                torch.mm(g_t.mT, t.view(d * n, -1), out=g_matrix[i])
+                torch.mm(g_t, w, out=g_u.view(d * n, -1))
+                torch.mul(g_u, u, out=t)
+                torch.sum(t, 0, out=g_unit[i]).mul_(bend[i])
+                g_h = g_unit[i].addcmul_(g_h @ w, slope[i])
+                g_t = g_u.mul_(slope[i]).view(d * n, -1)
+            torch.sum(g_u, 1, out=g_first[at])
+            torch.addmm(g_steps[at + 1], g_h, blocks[at][0], out=g_steps[at])
+        found = [*g_units, g_points[1:]]
+        sources = [points[:-1], *after]
+        g_weights = [
+            torch.baddbmm(g, u.mT, v)
+            for g, u, v in zip([g_first.mT, *g_weights], found, sources)
         ]
-        for at in reversed(range(len(blocks))):
-            (units, into), g_t, g_h = ctx.kept[at], starts[at], g_x
-            for i in reversed(range(1, m)):
-                w, g_w, t = blocks[at][i], g_blocks[at][i], ts[i - 1]
-                before, h, value, slope, u = units[i - 1]
-                torch.mul(u, slope, out=t)
-                torch.mm(g_h.mT, into, out=g_w)
-                g_w.addmm_(g_t.mT, t.view(d * n, -1))
-                torch.sum(g_h, 0, out=g_blocks[at][m + i])
-                g_u = torch.mm(g_t, w, out=g_us[i - 1]).view(d, n, -1)
-                g_slope = torch.mul(g_u, u, out=t).sum(0)
-                g_t = g_u.mul_(slope).view(d * n, -1)
-                g_h = kind.bend(g_slope, h, value, slope).addcmul_(
-                    g_h @ w, slope
-                )
-                into = before
-            g_w = torch.mm(g_h.mT, into, out=g_blocks[at][0])
-            g_w += g_t.view(d, n, -1).sum(1).mT
-            torch.sum(g_h, 0, out=g_blocks[at][m])
-            if g_shift is not None:
-                g_shift[at] = g_h
-            g_x = torch.addmm(g_x, g_h, blocks[at][0])
-        return g_x, g_shift, None, *g_weights
+        g_shift = None if shift is None else g_units[0]
+        return g_steps[0], g_shift, None, *g_weights, *(g.sum(1) for g in found)
 
 
 def run_chain(

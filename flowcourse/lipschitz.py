@@ -41,7 +41,9 @@ def _powers(matrix, dims=(-2, -1)):
     # scales that change nothing but the range
     size = matrix.detach().abs().amax(dims, keepdim=True).clamp(min=tiny)
     matrix = matrix / size
-    gram = matrix.mH @ matrix if n < m else matrix @ matrix.mH
+    times = torch.bmm if matrix.dim() == 3 else torch.matmul  # overhead
+    pair = (matrix.mH, matrix) if n < m else (matrix, matrix.mH)
+    gram = times(*pair)
     log_scale, scales, powers = 2 * size.log(), [size], []
     for squaring in range(SQUARINGS):
         if squaring % 3 == 0:  # eighth powers stay within the range
@@ -53,7 +55,7 @@ def _powers(matrix, dims=(-2, -1)):
         powers.append(gram)
         log_scale = 2 * log_scale
         if squaring < SQUARINGS - 1:
-            gram = gram @ gram
+            gram = times(gram, gram)
     # the trace of the square is the sum of squares
     trace = (gram * gram.conj()).real.sum(dims, keepdim=True).clamp(min=tiny)
     return trace.log() + log_scale, matrix, powers, scales + [trace]
@@ -82,9 +84,10 @@ class _Shrink(torch.autograd.Function):
         log_trace, factor, scaled, (product, *powers), scales = ctx.kept
         size, first, second, trace = scales
         for power in powers:
-            product = product @ power
+            product = torch.bmm(product, power)
         rows = scaled.shape[-2] <= scaled.shape[-1]
-        toward = product @ scaled if rows else scaled @ product
+        pair = (product, scaled) if rows else (scaled, product)
+        toward = torch.bmm(*pair)
         share = (g * matrix).sum((-2, -1), keepdim=True) * log_trace.sigmoid()
         for scale in (trace, first, second, size, ctx.bound):
             share = share / scale  # whose product may underflow
@@ -141,6 +144,7 @@ class LipSwish:
 
     steepest = 1.1
     value = staticmethod(F.silu)
+    fill = torch.ops.aten.silu.out
 
     @staticmethod
     def both(
@@ -151,23 +155,21 @@ class LipSwish:
         return F.silu(u), s + u * s * (1 - s)
 
     @staticmethod
-    def quick(
+    def slope(
         u: Tensor,  # Any real numbers
-    ) -> tuple[Tensor, Tensor]:  # Value and slope, without gradients
-        """The same, each in one pass."""
-        one = u.new_ones(()).expand_as(u)
-        return F.silu(u), torch.ops.aten.silu_backward(one, u)
+    ) -> Tensor:  # Slope, in one pass and without gradients
+        """Its slope alone."""
+        return torch.ops.aten.silu_backward(u.new_ones(()).expand_as(u), u)
 
     @staticmethod
     def bend(
-        g: Tensor,  # What each slope gets; overwritten
         u: Tensor,  # Where
         value: Tensor,  # There
         slope: Tensor,  # There
-    ) -> Tensor:  # g times the second derivative
+    ) -> Tensor:
         """The derivative of the slope, `s (1 - s) (2 + u - 2 u s)`."""
-        g.mul_(torch.sub(u, value, alpha=2).add_(2))
-        return torch.ops.aten.sigmoid_backward(g, u.sigmoid())
+        rest = torch.sub(u, value, alpha=2).add_(2)
+        return torch.ops.aten.sigmoid_backward(rest, u.sigmoid())
 
 
 class ELU:
@@ -175,25 +177,30 @@ class ELU:
 
     steepest = 1.0
     value = staticmethod(F.elu)
+    fill = torch.ops.aten.elu.out
 
     @staticmethod
     def both(
         u: Tensor,  # Any real numbers
     ) -> tuple[Tensor, Tensor]:  # Value and slope
         """Its value and its slope."""
-        return F.elu(u), u.clamp(max=0.0).exp()
+        return F.elu(u), ELU.slope(u)
 
-    quick = both
+    @staticmethod
+    def slope(
+        u: Tensor,  # Any real numbers
+    ) -> Tensor:
+        """Its slope alone."""
+        return u.clamp(max=0.0).exp()
 
     @staticmethod
     def bend(
-        g: Tensor,  # What each slope gets; overwritten
         u: Tensor,  # Where
         value: Tensor,  # There
         slope: Tensor,  # There
-    ) -> Tensor:  # g times the second derivative
+    ) -> Tensor:
         """The derivative of the slope; at the kink that of the right."""
-        return g.mul_(slope).masked_fill_(u >= 0, 0.0)
+        return slope.masked_fill(u >= 0, 0.0)
 
 
 ACTIVATIONS = {"lipswish": LipSwish, "elu": ELU}
