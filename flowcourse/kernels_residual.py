@@ -234,7 +234,9 @@ class _Chain(torch.autograd.Function):
         sizes = [d * n * u.shape[-1] for u in before]
         scratch, *two = Memory(given, [max(sizes)] * 3).parts
         ts = [scratch[:size].view(d, n, -1) for size in sizes]
-        g_us = [two[i % 2][:size].view(d, n, -1) for i, size in enumerate(sizes)]
+        g_us = [
+            two[i % 2][:size].view(d, n, -1) for i, size in enumerate(sizes)
+        ]
         for at in reversed(range(layers)):
             slope, bend, g_unit, g_matrix = (part[at] for part in each)
             g_t, g_h = starts[at], g_steps[at + 1]
