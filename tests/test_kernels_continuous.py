@@ -135,17 +135,19 @@ def test_an_error_is_about_the_tolerance(tolerance):
     assert found[2] < true[2]
 
 
-def test_an_easy_row_is_as_right_in_bad_company():
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_easy_row_is_as_right_in_bad_company(seed, tolerance):
     """A row alone, and among 63 that need shorter steps."""
     w = tuple(t.detach() for t in weights(2, (16, 16), scale=2.0))
     run = partial(solve_mlp, w, context=None, start=0.0, end=1.0)
-    easy = noise(1, 2)
-    hard = 3 * noise(63, 2, seed=1)
+    easy = noise(1, 2, seed=seed)
+    hard = 3 * noise(63, 2, seed=seed + 1)
     true = run(x=easy, tolerance=1e-10)[0]
-    alone = run(x=easy, tolerance=1e-5)[0]
-    among = run(x=torch.cat([easy, hard]), tolerance=1e-5)[0][:1]
+    alone = run(x=easy, tolerance=tolerance)[0]
+    among = run(x=torch.cat([easy, hard]), tolerance=tolerance)[0][:1]
     own = (alone - true).abs().max()
-    assert (among - alone).abs().max() <= 10 * max(own, 1e-6)
+    assert (among - alone).abs().max() <= 10 * own
 
 
 def test_the_steps_agree_with_torchdiffeq():

@@ -240,16 +240,23 @@ def test_roulette_is_unbiased_in_value_and_gradient():
     values, gradients = [], []
     weight = f.matrices[1]
     for _ in range(n // chunk):
-        # as the flow draws it: one end for a call
-        extra = int(
-            torch.rand((), generator=g).double().log() / math.log(1 - stop)
-        )
+        # each draw has an end and a probe of its own
+        chances = torch.rand(chunk, generator=g).double()
+        ends = (chances.log() / math.log(1 - stop)).long()
         v = 1 - 2.0 * torch.randint(0, 2, (chunk, 1, 4), generator=g).double()
-        found = trace_series(branch, slopes, v, reached(2, extra, stop), True)
-        values.append(found.mean().detach())
-        (gradient,) = torch.autograd.grad(
-            found.mean(), weight, retain_graph=True
+        total = sum(
+            trace_series(
+                branch,
+                slopes,
+                v[ends == extra],
+                reached(2, int(extra), stop),
+                True,
+            ).sum()
+            for extra in ends.unique()
         )
+        mean = total / chunk
+        values.append(mean.detach())
+        (gradient,) = torch.autograd.grad(mean, weight, retain_graph=True)
         gradients.append(gradient.flatten())
     exact = f.inverse(x)[1]
     (want,) = torch.autograd.grad(exact, weight)
