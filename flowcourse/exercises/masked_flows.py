@@ -155,7 +155,7 @@ def check_undo_iaf(
     s_zero, t_zero = net(torch.zeros_like(x))
     s_x, t_x = net(x)
     short, swept, filled = torch.zeros_like(x), 0.0, 0.0
-    onward = torch.zeros_like(x)
+    onward, upward, late = (torch.zeros_like(x) for _ in range(3))
     for i in range(x.shape[-1]):
         made = torch.where(torch.arange(x.shape[-1]) < i, z, 0.0)
         filled = filled - net(made)[0].sum(-1)
@@ -163,6 +163,10 @@ def check_undo_iaf(
         swept = swept - s_short.sum(-1)
         s_on, t_on = net(onward)
         onward = x * s_on.exp() + t_on
+        s_up, t_up = net(upward)
+        upward = (x - t_up) * s_up.exp()
+        s_late, t_late = net(late)
+        late = x * (-s_late).exp() - t_late
         if i < x.shape[-1] - 1:
             short = (x - t_short) * (-s_short).exp()
     return compare_pair(
@@ -183,10 +187,16 @@ def check_undo_iaf(
             "this is the sample of an IAF, from base to data": x * s_x.exp()
             + t_x,
             "each round must undo the map: z = (x - t) exp(-s)": onward,
+            "wrong sign: undoing exp(s) takes exp(-s)": upward,
+            "undo the shift first, and then the scale": late,
+            "the last coordinate is never filled: D coordinates need D rounds": torch.cat(
+                [z[..., :-1], torch.zeros_like(z[..., -1:])], -1
+            ),
         },
         {
             "wrong sign: this direction scales by exp(-s)": s.sum(-1),
             "one number for each point: sum over the coordinates": -s,
+            "take s of the finished z, not of x": -s_x.sum(-1),
             "sum s of the finished point, each coordinate once": -s_zero.sum(
                 -1
             ),
@@ -207,7 +217,10 @@ def check_sweep_counts(
     think = "which coordinates are right after the first sweep, and which after the second?"
     first = "after one sweep only what sees nothing is final"
     slips = {
-        "full": {"x1 is final after the first sweep, not before it": 17},
+        "full": {
+            "x1 is final after the first sweep, not before it": 17,
+            "count the coordinates on the path from 1 to 16, not the steps between them": 15,
+        },
         "star": {
             first: 1,
             "all of them see x1 and nothing else: they need not wait for each other": 16,
@@ -215,6 +228,7 @@ def check_sweep_counts(
         "coupling": {
             first: 1,
             "within a half nobody waits for anybody": 16,
+            "the eight of a half do not wait for each other": 8,
             "the first half sees nothing: it is final after one sweep": 9,
         },
         "tree": {
