@@ -340,7 +340,7 @@ def check_four_arcs(
         more = f"; {lost} of the four arcs {'is' if lost == 1 else 'are'} missing, which alone would cost {cost:.1f}"
         if kl > cost + 1:
             return f"{told}{more}: the gradients are huge, so clip them; and start nearly flat"
-        return f"{told}{more}: start nearly flat, with clipped gradients"
+        return f"{told}{more}: start nearly flat, with a fresh `Annealing` for every seed, and clip the gradients"
     with torch.no_grad():  # what the draws far outside add to the divergence
         cost = ((log_q - target.log_prob(x)) * (r > 6)).mean()
     if cost > 0.2:
@@ -366,7 +366,7 @@ def check_diagnosis(
     known = {name for name, _ in right.values()}
     for report, (name, why) in right.items():
         if diagnosis[report] not in known:
-            return f"{report}: expected one of {', '.join(sorted(known))}, got {diagnosis[report]!r}"
+            return f"{report}: expected one of {', '.join(repr(name) for name in sorted(known))}, got {diagnosis[report]!r}"
         if diagnosis[report] != name:
             return f"{report} is not {diagnosis[report]!r}: {why}"
     return None
