@@ -129,6 +129,25 @@ def test_flows_contract_in_their_norm_and_invert(norms, cheap):
         assert all(w.grad.isfinite().all() for w in f.parameters())
 
 
+@pytest.mark.parametrize(
+    "norms", [INF, (INF, 1, 1, INF), (1, INF, 1, 1), (1, 2, INF, 1)]
+)
+def test_each_layer_leads_from_its_norm_to_the_next(norms):
+    """Where all units are straight lines, a network of equal weights reaches the bound."""
+    f = ResidualFlow(4, 1, hidden=(6, 5), activation="elu", norms=norms)
+    with torch.no_grad():
+        for w, b in zip(f.matrices, f.biases):
+            w.fill_(100.0)
+            b.fill_(1e3)
+    (branch,) = f.branches()
+    x = torch.randn(3, 4)
+    sums = row_or_column_sums(branch.jacobian(branch(x)[1]), f.norms[0])
+    # from 2 to inf the bound of a matrix of equal numbers is not its norm
+    assert (sums > 0.4).all() and (sums < f.lipschitz * (1 + 1e-5)).all()
+    if 2 not in f.norms:
+        assert (sums > 0.96).all()
+
+
 def test_a_flow_trains_in_another_norm():
     torch.manual_seed(0)
     for norms in (INF, (1.0, 2.0, 1.0)):
@@ -180,10 +199,10 @@ def hubs(d, seed, c, sharp):
 
 def test_roots_where_only_the_own_norm_shrinks():
     stretched = 0.0
-    for d, sharp in itertools.product((8, 64), (1.0, 5.0, 100.0)):
-        for seed in range(3):
+    for d, sharp in ((8, 1.0), (8, 5.0), (24, 100.0), (64, 5.0)):
+        for seed in range(2):
             branch = hubs(d, seed, 0.97, sharp)
-            y = 5 * noise(100, d, seed=seed)
+            y = 5 * noise(50, d, seed=seed)
             for newton in (True, False):
                 x = root(y, branch, 0.97, newton, INF)
                 assert_close(x + branch.image(x), y, rtol=0, atol=1e-12)
