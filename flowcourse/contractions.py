@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowcourse.kernels import forward_mode, traced
+from flowcourse.lipschitz import conjugate
 
 # %% ../nbs/lib-contractions.ipynb #6f4bc668
 PAST = 5  # steps that a combination looks back
@@ -30,6 +31,7 @@ def contract(
     y: Tensor,  # Shape `(n, d)`
     branch: Callable[[Tensor], Tensor],  # F, of rows
     lipschitz: float,  # Of F, below one
+    norm: float = 2.0,  # The p of the norm in which F contracts
 ) -> Tensor:  # x with `x + F(x) = y`, without a graph
     """Solve for the fixed point of `x = y - F(x)`."""
     eps = torch.finfo(y.dtype).eps
@@ -39,13 +41,23 @@ def contract(
             for _ in range(rounds(lipschitz, eps)):
                 x = y - branch(x)
             return x
-        return _anderson(y, branch, lipschitz, eps)
+        return _anderson(y, branch, lipschitz, eps, norm)
 
 
-def _anderson(y, branch, lipschitz, eps):
-    done = (16 * eps * (1 + y.norm(dim=-1, keepdim=True))) ** 2
+def squared_length(
+    r: Tensor,  # Shape `(n, d)`
+    norm: float,  # The p of the norm
+) -> Tensor:  # Shape `(n, 1)`
+    """The square of the length of each row."""
+    if norm == 2:
+        return r.square().sum(-1, keepdim=True)
+    return r.norm(norm, dim=-1, keepdim=True).square()
+
+
+def _anderson(y, branch, lipschitz, eps, norm):
+    done = (16 * eps * (1 + y.norm(norm, dim=-1, keepdim=True))) ** 2
     x, r = y, -branch(y)
-    size = r.square().sum(-1, keepdim=True)
+    size = squared_length(r, norm)
     steps, changes = [], []  # of points and of residuals
     for _ in range(rounds(lipschitz, eps)):
         going = size > done
@@ -66,12 +78,12 @@ def _anderson(y, branch, lipschitz, eps):
             back = torch.stack(steps, -2) + past
             trial = ahead - (share * back).sum(-2)
         found = y - branch(trial) - trial
-        found_size = found.square().sum(-1, keepdim=True)
+        found_size = squared_length(found, norm)
         good = (found_size <= lipschitz**2 * size) | (found_size <= done)
         if steps and not bool((good | ~going).all()):
             trial = torch.where(good, trial, ahead)
             found = y - branch(trial) - trial
-            found_size = found.square().sum(-1, keepdim=True)
+            found_size = squared_length(found, norm)
         steps.append(torch.where(going, trial - x, 0.0))
         changes.append(torch.where(going, found - r, 0.0))
         steps, changes = steps[-PAST:], changes[-PAST:]
@@ -88,6 +100,7 @@ def apply_inverse(
     ],  # From v to Jv, without a graph of its own
     pull: Callable[[Tensor], Tensor],  # From v to J'v, alike
     lipschitz: float,  # The norm of J, below one
+    norm: float = 2.0,  # The p of that norm
 ) -> Tensor:  # The inverse of `I + J` times r
     """Multiply by the inverse of `I + J`, with derivatives of every order in `r`."""
     if traced() or forward_mode() or r.is_meta:
@@ -95,18 +108,20 @@ def apply_inverse(
         for _ in range(rounds(lipschitz, torch.finfo(r.dtype).eps)):
             w = r - push(w)
         return w
-    return _Inverse.apply(r, push, pull, lipschitz)
+    return _Inverse.apply(r, push, pull, lipschitz, norm)
 
 
 class _Inverse(torch.autograd.Function):
     "Linear, so its derivative is its transpose."
 
     @staticmethod
-    def forward(ctx, r, push, pull, lipschitz):
-        ctx.given = push, pull, lipschitz
-        return contract(r, push, lipschitz)
+    def forward(ctx, r, push, pull, lipschitz, norm):
+        ctx.given = push, pull, lipschitz, norm
+        return contract(r, push, lipschitz, norm)
 
     @staticmethod
     def backward(ctx, g):
-        push, pull, lipschitz = ctx.given
-        return apply_inverse(g, pull, push, lipschitz), None, None, None
+        push, pull, lipschitz, norm = ctx.given
+        # a matrix and its transpose have the same norm, in dual norms
+        found = apply_inverse(g, pull, push, lipschitz, conjugate(norm))
+        return found, None, None, None, None

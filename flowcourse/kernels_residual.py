@@ -20,7 +20,7 @@ from flowcourse.branches import (
     pivots,
     solver,
 )
-from flowcourse.contractions import apply_inverse, contract
+from flowcourse.contractions import apply_inverse, contract, squared_length
 from flowcourse.kernels import forward_mode, traced
 
 # %% ../nbs/lib-kernels-residual.ipynb #47b457eb
@@ -33,13 +33,14 @@ def root(
     branch: Branch,  # The network of the block
     lipschitz: float,  # Of the network, below one
     newton: bool = True,  # Take the steps that need the Jacobian
+    norm: float = 2.0,  # The p of the norm in which the network contracts
 ) -> Tensor:  # x with `x + F(x) = y`, and its derivatives
     """Solve for a block's input by safeguarded steps, then two that carry derivatives."""
     still = branch.detached()
     if newton:
-        x = _search(y.detach(), still, lipschitz).detach()
+        x = _search(y.detach(), still, lipschitz, norm).detach()
     else:
-        x = contract(y.detach(), still.image, lipschitz).detach()
+        x = contract(y.detach(), still.image, lipschitz, norm).detach()
     if not torch.is_grad_enabled() and not forward_mode():
         return x
     with torch.no_grad():
@@ -51,7 +52,7 @@ def root(
             lambda v: still.push(v, slopes),
             lambda v: still.pull(v, slopes),
         )
-        solve = lambda r: apply_inverse(r, push, pull, lipschitz)
+        solve = lambda r: apply_inverse(r, push, pull, lipschitz, norm)
     for _ in range(2):  # steps of length zero
         residual = x + branch.image(x) - y
         x = x - solve(residual - residual.detach())
@@ -59,21 +60,21 @@ def root(
 
 
 @torch.no_grad()
-def _search(y, branch, lipschitz):
+def _search(y, branch, lipschitz, norm=2.0):
     "The root, to rounding."
     fixed = traced() or y.is_meta
 
     def look(x):
         image, slopes = branch.look(x)
         r = x + image - y
-        return r, r.square().sum(-1, keepdim=True), slopes
+        return r, squared_length(r, norm), slopes
 
     x = y
     for _ in range(CONTRACTIONS):
         x = y - branch.image(x)
     r, size, slopes = look(x)
     # what rounding leaves of a residual
-    length = y.norm(dim=-1, keepdim=True)
+    length = y.norm(norm, dim=-1, keepdim=True)
     done = (16 * torch.finfo(y.dtype).eps * (1 + length)) ** 2
     solve, slow = None, True
     for _ in range(NEWTONS if fixed else MOST):
@@ -94,6 +95,13 @@ def _search(y, branch, lipschitz):
             (nearer[1] > torch.maximum(size / 100, done)).any()
         )
         r, size, slopes = nearer
+    else:
+        lost = size > 1e8 * done  # not by rounding
+        if not fixed and bool(lost.any()):
+            found = contract(y, branch.image, lipschitz, norm)
+            x = torch.where(lost, found, x)
+            r, size, slopes = look(x)
+            solve = solver(branch, slopes)
     return x - (r if solve is None else solve(r))
 
 # %% ../nbs/lib-kernels-residual.ipynb #2e0fb497

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/lib-lipschitz.ipynb #9aaa3b45
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowcourse.arguments import as_float
 from flowcourse.kernels import forward_mode, traced
 
 # %% ../nbs/lib-lipschitz.ipynb #cc15af71
@@ -116,6 +118,85 @@ def shrunk(
         for (i, flat), t in zip(group, parts):
             found[i] = t.mT if flat else t
     return found
+
+# %% ../nbs/lib-lipschitz.ipynb #dad29b8b
+def as_norms(
+    norms: Any,  # One number, or several
+    count: int,  # How many there are in all
+) -> tuple[float, ...]:  # As many
+    """Read the norms that a network goes through, from its event to its event."""
+    several = isinstance(norms, (tuple, list))
+    try:
+        each = tuple(
+            math.inf if p == math.inf else as_float(p, "norms", 1.0)
+            for p in (norms if several else (norms,))
+        )
+    except (ValueError, RuntimeError):
+        each = ()
+    if not several:
+        each *= count
+    if len(each) != count or each[0] != each[-1]:
+        raise ValueError(
+            f"norms: expected a number from 1 to inf, or {count} of them, the "
+            f"first and last alike, got {norms!r}"
+        )
+    return each
+
+
+def conjugate(
+    p: float,  # From 1 to inf
+) -> float:  # The number whose inverse is `1 - 1/p`
+    """The norm that is dual to another."""
+    return math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
+
+
+def shrunk_between(
+    matrix: Tensor,  # Shape `(*batch, m, n)`
+    p: float,  # Of the norm of what comes in, from 1 to inf
+    q: float,  # Of the norm of what goes out
+    bound: float,  # Above the norms of the results
+) -> Tensor:  # Of the same shape
+    """Matrices where their norm from p to q is well below the bound, and scaled to stay below it elsewhere."""
+    if p == q == 2:
+        return shrunk(matrix, bound=bound)[0]
+    tiny = torch.finfo(matrix.dtype).tiny
+    size, scaled = _in_range(matrix, (-2, -1))
+    dual = conjugate(p)
+    rows = _length(_length(scaled, dual, -1), q, -2)
+    columns = _length(_length(scaled, q, -2), dual, -1)
+    if q == math.inf:
+        norm = rows
+    elif p == 1:
+        norm = columns
+    else:
+        norm = torch.minimum(rows, columns)
+    # at least one, but for a matrix of zeros
+    log_norm = norm.clamp(min=0.5).log() + size.clamp(min=tiny).log()
+    log_norm = log_norm - math.log(bound)
+    return matrix * _factor(2 * _POWER * log_norm)
+
+
+def _length(t, p, dim):
+    "The p-norm, with finite derivatives at zeros."
+    if p == 1:
+        return t.abs().sum(dim, keepdim=True)
+    if p > 1e18:  # the same to rounding
+        return t.abs().amax(dim, keepdim=True)
+    size, t = _in_range(t, dim)
+    if p == 2:
+        powers = t.square()
+    else:
+        zero = t == 0
+        powers = torch.where(zero, 1.0, t.abs()) ** p
+        powers = torch.where(zero, 0.0, powers)
+    # at least one, but for a row of zeros
+    return size * powers.sum(dim, keepdim=True).clamp(min=0.5) ** (1 / p)
+
+
+def _in_range(t, dims):
+    "The largest number, a constant, and all relative to it."
+    size = t.detach().abs().amax(dims, keepdim=True)
+    return size, t / torch.where(size > 0, size, 1.0)
 
 # %% ../nbs/lib-lipschitz.ipynb #31059fe1
 GRID = 16  # frequencies along an axis

@@ -31,8 +31,10 @@ from flowcourse.kernels_residual import (
 )
 from flowcourse.lipschitz import (
     ACTIVATIONS,
+    as_norms,
     folded,
     shrunk,
+    shrunk_between,
     shrunk_filters,
 )
 from flowcourse.numerics import (
@@ -67,7 +69,8 @@ class ResidualFlow(Bijection):
     evaluations (exact) or one for each term of the series; the other solves each block, by
     Newton steps guarded by the contraction, or beyond 32 estimated dimensions by
     Anderson's. The bound on the norms holds for any parameters. A block's slope
-    stays between `1 - lipschitz` and `1 + lipschitz`.
+    stays between `1 - lipschitz` and `1 + lipschitz`. `norms` says in which norm: `inf`
+    bounds how far any one coordinate moves, whatever the number of dimensions.
 
         >>> f = ResidualFlow(2, 4, context_dim=3)
         >>> z, ladj = f.inverse(torch.randn(5, 2), torch.randn(5, 3))
@@ -87,6 +90,9 @@ class ResidualFlow(Bijection):
         # Widths of each network's hidden layers; of an image's, their channels
         hidden: tuple[int, ...] = (64, 64),
         lipschitz: float = 0.97,  # Of each network, below one
+        # The p of the norms, from 1 to inf, in which that is meant: one for
+        # all, or one each for the event, every hidden layer and the event
+        norms: float | tuple[float, ...] = 2.0,
         # "lipswish", or "elu", whose second derivative has a jump
         activation: str = "lipswish",
         # The direction that is one pass: "inverse" for densities, "forward"
@@ -116,6 +122,9 @@ class ResidualFlow(Bijection):
             raise ValueError(
                 f"lipschitz: expected a number below 1, got {lipschitz}"
             )
+        self.norms = as_norms(norms, len(self.hidden) + 2)
+        if len(shape) == 3 and self._mixed:
+            raise ValueError(f"norms: expected 2 for an image, got {norms!r}")
         require_choice(activation, "activation", ACTIVATIONS)
         require_choice(cheap, "cheap", ("inverse", "forward"))
         if ladj is None:
@@ -156,6 +165,11 @@ class ResidualFlow(Bijection):
         # in eval mode always the same
         fixed = (self.probes, dim) if self.estimated else (0,)
         self.register_buffer("fixed_probes", rademacher(fixed))
+
+    @property
+    def _mixed(self):
+        "Whether any of the norms is not the 2-norm."
+        return any(p != 2 for p in self.norms)
 
     @property
     def estimated(self) -> bool:
@@ -271,7 +285,12 @@ class ResidualFlow(Bijection):
     def _weights(self, context):
         "What the context adds, matrices and biases, of all blocks."
         each = self.lipschitz ** (1 / len(self.matrices))
-        if self.event_dim == 1:
+        if self._mixed:
+            matrices = [
+                shrunk_between(w, p, q, each)
+                for w, p, q in zip(self.matrices, self.norms, self.norms[1:])
+            ]
+        elif self.event_dim == 1:
             matrices = shrunk(*self.matrices, bound=each)
         else:
             size = self.event_shape[1:]
@@ -330,7 +349,7 @@ class ResidualFlow(Bijection):
     def _root(self, t, branch):
         "What the block leads from to `t`."
         newton = not self.estimated or self.dim <= EXACT_UP_TO
-        return root(t, branch, self.lipschitz, newton)
+        return root(t, branch, self.lipschitz, newton, self.norms[0])
 
     def _estimates(self, blocks, t, probes, generator, fresh=False):
         "Of the sum over blocks, one for each probe."
@@ -358,4 +377,7 @@ class ResidualFlow(Bijection):
         size = f"layers={self.layers}, hidden={self.hidden}"
         how = f"cheap={self.cheap!r}, ladj={self.ladj!r}"
         more = f", activation={self.activation!r}, lipschitz={self.lipschitz:g}"
+        if self._mixed:
+            alike = len({*self.norms}) == 1
+            more += f", norms={self.norms[0] if alike else self.norms}"
         return f"{super().extra_repr()}, {size}, {how}{more}"

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/lib-zoo-residual.ipynb #1827a74d
+import math
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,16 @@ rows = {
     "residual-elu": _row(
         partial(_residual, activation="elu"),
         reference="Behrmann et al. 2019",
+    ),
+    "residual-inf": _row(
+        partial(_residual, norms=math.inf),
+        reference="Chen et al. 2019, induced mixed norms",
+    ),
+    "residual-mixed": _row(
+        partial(_residual, norms=(1.0, 2.0, math.inf, 1.0), cheap="forward"),
+        reference="Chen et al. 2019, induced mixed norms",
+        forward_cost="one pass",
+        inverse_cost="numerical",
     ),
     "residual-series": _row(
         partial(_residual, ladj="series", terms=6, probes=2),
