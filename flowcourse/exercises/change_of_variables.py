@@ -79,6 +79,8 @@ def check_affine(
             8
         ),
         "one number for each point is needed, so expand it to the batch": log_scale.sum(),
+        "this has the sum once for each coordinate; one sum is enough": 3
+        * ladj,
         "this is the determinant; return its logarithm": ladj.exp(),
         "this sums the scales; sum their logarithms": log_scale.exp()
         .sum()
@@ -179,7 +181,7 @@ def check_joint(
     at_z, at_x = base.log_prob(z), base.log_prob(x)
     last = maps[-1].inverse(x)[1]
     slips = {
-        "the base density is taken at the data, z_K; it belongs at z_0": at_x
+        "the base density is taken at the data; it belongs at the point that the base drew": at_x
         + ladj,
         "wrong sign: these ladj come from forward": at_z - ladj,
         "the ladj are missing": at_z,
@@ -188,7 +190,7 @@ def check_joint(
         "only the ladj of the first map is used; those of all maps add": at_z
         + ladj
         - last,
-        "two things are still wrong: where is z_0, and whose ladj are these?": (
+        "two things are still wrong: follow one point through one map, x = 2 z": (
             at_x - ladj
         ),
     }
