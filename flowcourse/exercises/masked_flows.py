@@ -308,7 +308,10 @@ def check_affine_fit(
         if not gap < 1.6:
             return f"{told}, as far as one affine layer: training has not got anywhere; try more steps or another learning rate"
         if len(layers) == 2:
-            return f"{told}: what would a third layer add, in the order of the first?"
+            return f"{told}: try more steps, or a third layer in the order of the first"
+        row = [m.made.sequence for m in layers]
+        if any(a == b for a, b in zip(row, row[1:])):
+            return f"{told}: two neighbours share an order, and together they do no more than one affine layer"
         return f"{told}: try more steps or another seed"
     print(f"9.5: {gap:.2f} nats; the best single coupling has 0.43")
     return None
