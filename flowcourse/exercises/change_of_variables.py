@@ -353,7 +353,7 @@ def check_fit(
             if z.mean().abs() > 0.5 or not 0.5 < z.std() < 2:
                 return (
                     f"the mean log-density is {score:.2f}, and inverse gives the held-out errors "
-                    f"mean {z.mean():.1f} and standard deviation {z.std():.1f}: was the flow trained?"
+                    f"mean {z.mean():.1f} and standard deviation {z.std():.1f}: was the flow trained for long enough, and does its map reach them?"
                 )
         return (
             f"the held-out errors have a mean log-density of {score:.2f}, and -4.56 is asked for: "
