@@ -204,7 +204,7 @@ class MADE(nn.Module):
 
 # %% ../nbs/09-masked-flows.ipynb #8bde98ab
 class Autoregressive(Bijection):
-    r"""An autoregressive layer: each coordinate moves as the data before it say.
+    r"""An autoregressive layer: each coordinate moves, steered by those before it.
 
     $x_i = h(z_i; m_i(x_{<i}, c))$, with a scalar map $h$, a masked network $m$
     (`MADE`) and the context $c$. The ladj is the sum of the log-slopes of $h$.
