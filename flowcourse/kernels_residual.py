@@ -173,21 +173,26 @@ class _Chain(torch.autograd.Function):
         held = widths[1:] * (layers if keep else 1)
         memory = Memory(x, [d * n * w for w in (max(widths), *held)])
         scratch, *us = memory.parts
+        us = [u.view(d, n, -1) for u in us]
         # a[k, j] = dF_k / dx_j, of all blocks and rows
         a = x.new_empty(d, d, layers, n)
         first = weights[0].mT.contiguous().unsqueeze(2).unbind()
-        ts = [scratch[: d * n * w].view(d, n, w) for w in widths]
-        flat = [t.view(d * n, -1) for t in ts]
-        us = [u.view(d, n, -1) for u in us]
         each = [*zip(*(t.unbind() for t in slopes))]
         for at, block in enumerate(blocks):
-            u = first[at]
-            for i, slope in enumerate(each[at]):
-                if i:
-                    u = us[(at if keep else 0) * (m - 2) + i - 1]
-                    torch.mm(flat[i - 1], block[i].mT, out=u.view(d * n, -1))
-                torch.mul(u, slope, out=ts[i])
-            a[:, :, at] = torch.mm(block[m - 1], flat[-1].mT).view(d, d, n)
+            # the first hidden layer's slopes, times a matrix for each tangent
+            t, spread = each[at][0].expand(d, -1, -1), block[1] * first[at]
+            for i, slope in enumerate(each[at][1:], 1):
+                u = us[(at if keep else 0) * (m - 2) + i - 1]
+                if i == 1:
+                    torch.bmm(t, spread.mT, out=u)
+                else:
+                    torch.mm(t.flatten(0, 1), block[i].mT, out=u.flatten(0, 1))
+                t = torch.mul(u, slope, out=scratch[: u.numel()].view_as(u))
+            if m == 2:
+                columns = torch.bmm(spread, t.mT).movedim(1, 0)
+            else:
+                columns = torch.mm(block[m - 1], t.view(d * n, -1).mT)
+            a[:, :, at] = columns.view(d, d, n)
         a.diagonal().add_(1)
         log_dets = (eliminate if keep else pivots)(a.view(d, d, -1))
         if keep:
@@ -239,18 +244,17 @@ class _Chain(torch.autograd.Function):
             for part in (slopes, bends, g_units, g_weights)
         ]
         g_steps = g_points.unbind()
-        sizes = [d * n * u.shape[-1] for u in before]
-        scratch, *two = Memory(given, [max(sizes)] * 3).parts
-        ts = [scratch[:size].view(d, n, -1) for size in sizes]
-        g_us = [
-            two[i % 2][:size].view(d, n, -1) for i, size in enumerate(sizes)
-        ]
+        size = max([u.numel() for u in us], default=0)
+        scratch, *two = Memory(given, [size] * 3).parts
         for at in reversed(range(layers)):
             slope, bend, g_unit, g_matrix = (part[at] for part in each)
             g_t, g_h = starts[at], g_steps[at + 1]
-            for i in reversed(range(m - 1)):
-                w, t, g_u = blocks[at][i + 1], ts[i], g_us[i]
-                u = us[at * (m - 2) + i - 1] if i else first[at]
+            for i in reversed(range(1, m - 1)):
+                w, u = blocks[at][i + 1], us[at * (m - 2) + i - 1]
+                t, g_u = (
+                    part[: u.numel()].view_as(u)
+                    for part in (scratch, two[i % 2])
+                )
                 torch.mul(u, slope[i], out=t)
                 torch.mm(g_t.mT, t.view(d * n, -1), out=g_matrix[i])
                 torch.mm(g_t, w, out=g_u.view(d * n, -1))
@@ -258,7 +262,13 @@ class _Chain(torch.autograd.Function):
                 torch.sum(t, 0, out=g_unit[i]).mul_(bend[i])
                 g_h = g_unit[i].addcmul_(g_h @ w, slope[i])
                 g_t = g_u.mul_(slope[i]).view(d * n, -1)
-            torch.sum(g_u, 1, out=g_first[at])
+            # of the slopes of the first, times a matrix for each tangent
+            w, g_t = blocks[at][1], g_t.view(d, n, -1)
+            g_spread = torch.bmm(g_t.mT, slope[0].expand(d, -1, -1))
+            torch.sum(g_spread * first[at], 0, out=g_matrix[0])
+            torch.sum(g_spread * w, 1, out=g_first[at])
+            torch.addbmm(g_unit[0], g_t, w * first[at], beta=0, out=g_unit[0])
+            g_h = g_unit[0].mul_(bend[0]).addcmul_(g_h @ w, slope[0])
             torch.addmm(g_steps[at + 1], g_h, blocks[at][0], out=g_steps[at])
         found = [*g_units, g_points[1:]]
         sources = [points[:-1], *after]

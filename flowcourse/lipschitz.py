@@ -18,25 +18,26 @@ from flowcourse.arguments import as_float
 from flowcourse.kernels import forward_mode, traced
 
 # %% ../nbs/lib-lipschitz.ipynb #cc15af71
-SQUARINGS = 6  # so that the power of the Gram matrix is 64
-_POWER = 2**SQUARINGS
+SQUARINGS = 5
+_POWER = 2 * 2**SQUARINGS + 1  # of the Gram matrix: 65
 
 
 def shrinkage(
     # Shape `(*batch, m, n)`, perhaps complex; of a matrix with blocks on the
     # diagonal, shape `(*batch, blocks, m, n)`
     matrix: Tensor,
+    bound: float,  # Above the spectral norm of the matrix times the factor
     dims: tuple[int, ...] = (-2, -1),  # Of a matrix, or of its blocks
 ) -> Tensor:  # Of the same shape, but with ones in `dims`
-    """A factor that brings the spectral norm of a matrix below one, and is one where it is well below."""
-    return _factor(_powers(matrix, dims)[0])
+    """A factor that brings the spectral norm of a matrix below a bound, and is one where it is well below."""
+    return _factor(_powers(matrix, bound, dims)[0])
 
 
 def _factor(log_trace):
     return (F.softplus(log_trace) * (-0.5 / _POWER)).exp()
 
 
-def _powers(matrix, dims=(-2, -1)):
+def _powers(matrix, bound, dims=(-2, -1)):
     "Logarithm of the trace of the Gram matrix's power; what its gradient needs."
     m, n = matrix.shape[-2:]
     tiny = torch.finfo(matrix.dtype).tiny
@@ -44,23 +45,20 @@ def _powers(matrix, dims=(-2, -1)):
     size = matrix.detach().abs().amax(dims, keepdim=True).clamp(min=tiny)
     matrix = matrix / size
     times = torch.bmm if matrix.dim() == 3 else torch.matmul  # overhead
-    pair = (matrix.mH, matrix) if n < m else (matrix, matrix.mH)
-    gram = times(*pair)
-    log_scale, scales, powers = 2 * size.log(), [size], []
-    for squaring in range(SQUARINGS):
-        if squaring % 3 == 0:  # eighth powers stay within the range
+    rows = m <= n
+    power = times(*((matrix, matrix.mH) if rows else (matrix.mH, matrix)))
+    log_trace = (size / bound).log() * (2 * _POWER)
+    for left in range(SQUARINGS, 0, -1):
+        if left % 3 == 2:  # eighth powers stay within the range
             norm = torch.linalg.vector_norm(
-                gram.detach(), dim=dims, keepdim=True
+                power.detach(), dim=dims, keepdim=True
             ).clamp(min=tiny)
-            gram, log_scale = gram / norm, log_scale + norm.log()
-            scales.append(norm)
-        powers.append(gram)
-        log_scale = 2 * log_scale
-        if squaring < SQUARINGS - 1:
-            gram = times(gram, gram)
-    # the trace of the square is the sum of squares
-    trace = (gram * gram.conj()).real.sum(dims, keepdim=True).clamp(min=tiny)
-    return trace.log() + log_scale, matrix, powers, scales + [trace]
+            power = power / norm
+            log_trace = torch.add(log_trace, norm.log(), alpha=2 * 2**left)
+        power = times(power, power)
+    last = times(*((power, matrix) if rows else (matrix, power)))
+    trace = (last * last.conj()).real.sum(dims, keepdim=True).clamp(min=tiny)
+    return trace.log() + log_trace, power, last, size, trace
 
 # %% ../nbs/lib-lipschitz.ipynb #8ce6f7f9
 class _Shrink(torch.autograd.Function):
@@ -68,32 +66,26 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, matrix, bound):
-        log_trace, scaled, powers, scales = _powers(matrix / bound)
+        log_trace, *kept = _powers(matrix, bound)
         factor = _factor(log_trace)
         if ctx is not None:
             ctx.save_for_backward(matrix)
-            ctx.bound = bound
-            ctx.kept = log_trace, factor, scaled, powers, scales
+            ctx.bound, ctx.kept = bound, (log_trace, factor, *kept)
         return matrix * factor
 
     @staticmethod
     def backward(ctx, g):
         (matrix,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # for derivatives of these derivatives
-            out = matrix * shrinkage(matrix / ctx.bound)
+            out = matrix * shrinkage(matrix, ctx.bound)
             found = torch.autograd.grad(out, matrix, g, create_graph=True)
             return *found, None
-        log_trace, factor, scaled, (product, *powers), scales = ctx.kept
-        size, first, second, trace = scales
-        for power in powers:
-            product = torch.bmm(product, power)
-        rows = scaled.shape[-2] <= scaled.shape[-1]
-        pair = (product, scaled) if rows else (scaled, product)
-        toward = torch.bmm(*pair)
+        log_trace, factor, power, last, size, trace = ctx.kept
+        rows = last.shape[-2] <= last.shape[-1]
+        toward = torch.bmm(*((power, last) if rows else (last, power)))
         share = (g * matrix).sum((-2, -1), keepdim=True) * log_trace.sigmoid()
-        for scale in (trace, first, second, size, ctx.bound):
-            share = share / scale  # whose product may underflow
-        return (g - share * toward).mul_(factor), None
+        share = share / trace / size  # whose product may underflow
+        return torch.addcmul(g, share, toward, value=-1).mul_(factor), None
 
 
 def shrunk(
@@ -102,7 +94,7 @@ def shrunk(
 ) -> list[Tensor]:  # Of the same shapes
     """Matrices where their spectral norm is well below the bound, and scaled to stay below it elsewhere."""
     if traced() or forward_mode() or matrices[0].is_meta:
-        return [w * shrinkage(w / bound) for w in matrices]
+        return [w * shrinkage(w, bound) for w in matrices]
     found, groups = list(matrices), {}
     for i, w in enumerate(matrices):
         flat = w.shape[-2] > w.shape[-1]
@@ -216,7 +208,7 @@ def shrunk_filters(
             n, slack = coarse, slack * (coarse / (coarse - 2 * reach)) ** 0.5
         grid.append(n if reach else 1)
     waves = torch.fft.rfft2(filters, s=grid).flatten(-2).movedim(-1, 1)
-    factor = shrinkage(waves * (slack / bound), (-3, -2, -1))
+    factor = shrinkage(waves, bound / slack, (-3, -2, -1))
     return filters * factor.unsqueeze(-1)
 
 # %% ../nbs/lib-lipschitz.ipynb #02c5801b

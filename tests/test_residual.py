@@ -71,7 +71,7 @@ def test_the_gradient_of_the_norm_by_hand():
     found = []
     for run in (
         lambda ws: shrunk(*ws, bound=0.9),
-        lambda ws: [w * shrinkage(w / 0.9) for w in ws],
+        lambda ws: [w * shrinkage(w, 0.9) for w in ws],
     ):
         leaves = [w.detach().requires_grad_() for w in given]
         out = run(leaves)
