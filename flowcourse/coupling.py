@@ -117,12 +117,13 @@ def _image_shape(event_shape):
     return shape
 
 # %% ../nbs/06-coupling.ipynb #6243e635
-def _layout(first):
-    "How a vector is cut into `first`, which holds its first entry, and the rest."
-    place = torch.arange(len(first), device=first.device)
+def _layout(kept):
+    "How a vector is cut into what passes through and the rest."
+    first = kept if kept[0] else ~kept
+    place = torch.arange(len(kept), device=kept.device)
     if torch.equal(first, place < first.sum()):
         return "blocks"
-    every_second = len(first) % 2 == 0 and torch.equal(first, place % 2 == 0)
+    every_second = len(kept) % 2 == 0 and torch.equal(first, place % 2 == 0)
     return "alternating" if every_second else "mixed"
 
 
@@ -230,13 +231,15 @@ class Coupling(Bijection):
         self.by_line = bool((lines.all(1) == lines.any(1)).all())
         line = lines[:, 0]
         self.n_kept, self.n_moved = int(line.sum()), int((~line).sum())
-        # of the two parts of an event
-        self.kept_first = not self.by_line or bool(line[0])
-        first = line if line[0] else ~line
-        self.layout, self.n_first = _layout(first), int(first.sum())
-        self.first_block = tuple(first.tolist()) if self.by_line else None
+        self.layout = _layout(line)
+        # the part that stands first; "mixed" events are put in order by
+        # buffers, so that flows with different random masks can be stacked
+        self.kept_first = self.layout == "mixed" or bool(line[0])
+        self._kept, self._moved = (
+            tuple(m.tolist()) if self.by_line else None for m in (line, ~line)
+        )
         order = (
-            torch.cat([first.nonzero(), (~first).nonzero()])
+            torch.cat([line.nonzero(), (~line).nonzero()])
             .squeeze(-1)
             .to(self.mask.device)
         )
@@ -249,32 +252,31 @@ class Coupling(Bijection):
             self._read_mask(self.mask.cpu())
 
     def _cut(self, point):
-        "The two parts of an event; of one that is not cut by lines, what is kept and the whole."
+        "What is kept and what moves; of an event that is not cut by lines, the whole."
         axis = -self.event_dim
         if not self.by_line:
             return torch.where(self.mask, point, 0.0), point
         if self.layout == "alternating":
-            return point.unflatten(axis, (-1, 2)).unbind(axis)
-        point = (
-            point.index_select(axis, self.order)
-            if self.layout == "mixed"
-            else point
-        )
-        return point.tensor_split((self.n_first,), axis)
+            parts = point.unflatten(axis, (-1, 2)).unbind(axis)
+        else:
+            if self.layout == "mixed":
+                point = point.index_select(axis, self.order)
+            n_first = self.n_kept if self.kept_first else self.n_moved
+            parts = point.tensor_split((n_first,), axis)
+        return parts if self.kept_first else parts[::-1]
 
-    def _join(self, first, rest):
+    def _join(self, kept, moved):
         "The event again, from its two parts."
         if not self.by_line:
-            return torch.where(self.mask, first, rest)
+            return torch.where(self.mask, kept, moved)
         axis = -self.event_dim
+        parts = (kept, moved) if self.kept_first else (moved, kept)
         if self.layout == "alternating":
-            return torch.stack([first, rest], axis).flatten(axis - 1, axis)
-        point = torch.cat([first, rest], axis)
-        return (
-            point.index_select(axis, self.restore)
-            if self.layout == "mixed"
-            else point
-        )
+            return torch.stack(parts, axis).flatten(axis - 1, axis)
+        point = torch.cat(parts, axis)
+        if self.layout == "mixed":
+            return point.index_select(axis, self.restore)
+        return point
 
     def _theta(self, kept, context):
         "Raw parameters of what moves, along a new last axis."
@@ -328,19 +330,18 @@ class Coupling(Bijection):
 
 def _through(couplings, direction, point, context):
     "Couplings that cut alike: the two parts move in turn, and are put together at the end."
-    parts, log_slopes = [*couplings[0]._cut(point)], [None, None]
+    head = couplings[0]
+    parts, log_slopes = [*head._cut(point)], [None, None]
     for f in couplings:
-        kept, moved = (0, 1) if f.kept_first else (1, 0)
+        kept, moved = (0, 1) if f._kept == head._kept else (1, 0)
         parts[moved], more = f._move(
             direction, parts[kept], parts[moved], context
         )
         log_slopes[moved] = (
             more if log_slopes[moved] is None else log_slopes[moved] + more
         )
-    ladj = sum(
-        each.sum(couplings[0].axes) for each in log_slopes if each is not None
-    )
-    return couplings[0]._join(*parts), ladj
+    ladj = sum(each.sum(head.axes) for each in log_slopes if each is not None)
+    return head._join(*parts), ladj
 
 # %% ../nbs/06-coupling.ipynb #673b35a3
 class Couplings(Compose):
@@ -418,7 +419,11 @@ class Couplings(Compose):
         groups = []  # of layers that cut alike
         for f in layers:
             before = groups[-1][0] if groups else None
-            if before and f.by_line and f.first_block == before.first_block:
+            if (
+                before
+                and f.by_line
+                and f._kept in (before._kept, before._moved)
+            ):
                 groups[-1].append(f)
             else:
                 groups.append([f])

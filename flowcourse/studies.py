@@ -238,6 +238,31 @@ def train_and_judge(
     }
 
 # %% ../nbs/lib-studies.ipynb #4134fc32
+def _plain(module):
+    "Numbers, texts and tuples of them that a module keeps beside its tensors."
+    kinds = bool, int, float, str, tuple, type(None)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, kinds)
+    }
+
+
+def _require_alike(objectives):
+    "The template computes for all: what is no tensor must be the same."
+    first = dict(objectives[0].named_modules())
+    for i, other in enumerate(objectives[1:], 1):
+        for name, module in other.named_modules():
+            ours, its = _plain(first[name]), _plain(module)
+            differ = [key for key in ours if ours[key] != its.get(key)]
+            if differ:
+                raise ValueError(
+                    "objectives: expected modules that differ in parameters "
+                    f"and buffers only, got {differ[0]} {ours[differ[0]]!r} and "
+                    f"{its.get(differ[0])!r} in {name!r} of numbers 0 and {i}"
+                )
+
+# %% ../nbs/lib-studies.ipynb #30a1907d
 class SideBySide(Objective):
     """Several objectives of one kind, trained at once: their parameters and rows are stacked.
 
@@ -252,10 +277,11 @@ class SideBySide(Objective):
 
     def __init__(
         self,
-        # Equal but for the values of their parameters
+        # Equal but for the values of their parameters and buffers
         objectives: list[nn.Module],
     ):
         super().__init__()
+        _require_alike(objectives)
         self.names = [name for name, _ in objectives[0].named_parameters()]
         stacked, self.fixed = stack_module_state(objectives)
         self.stacked = nn.ParameterList(

@@ -354,6 +354,49 @@ def test_models_side_by_side_are_each_by_itself():
     assert not together.training and not together.template[0].training
 
 
+@pytest.mark.parametrize("kind", ["coupling", "autoregressive", "affine"])
+def test_flows_with_random_masks_are_stacked(kind):
+    """The four masks begin with what passes through and with what moves."""
+    from flowcourse.configs_flows import FlowConfig
+
+    of_kind = {"kind": "coupling"} if kind == "affine" else {"kind": kind}
+    if kind != "affine":
+        of_kind["scalar_map"] = "rational-quadratic-spline"
+    config = FlowConfig(
+        data="breast-cancer", partition="random", hidden=(8,), **of_kind
+    )
+    several = [
+        config.replace(seed=seed).objective().double().eval()
+        for seed in range(4)
+    ]
+    if "coupling" in of_kind.values():
+        masks = [next(m for _, m in one.named_buffers()) for one in several]
+        assert {bool(mask[0]) for mask in masks} == {True, False}
+    draw = torch.Generator().manual_seed(0)
+    for one in several:
+        for p in one.parameters():
+            with torch.no_grad():
+                p.normal_(0, 0.2, generator=draw)
+    x = torch.randn(16, 4, 30, generator=draw, dtype=torch.float64)
+    alone = torch.stack([one(x[:, i]) for i, one in enumerate(several)])
+    together = SideBySide(several).eval().each(x)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_what_cannot_be_stacked_is_refused():
+    from flowcourse.core import Flow
+    from flowcourse.coupling import Couplings, half
+    from flowcourse.objectives import MaximumLikelihood
+
+    partitions = half, lambda dim: ~half(dim)
+    several = [
+        MaximumLikelihood(Flow(Couplings(6, partition=partition)))
+        for partition in partitions
+    ]
+    with pytest.raises(ValueError, match="kept_first True and False"):
+        SideBySide(several)
+
+
 def test_a_config_is_trained_and_judged(tmp_path):
     from flowcourse.configs import configs
 
