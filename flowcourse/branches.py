@@ -54,6 +54,9 @@ def _times(t, matrix):
     )
 
 
+AT_ONCE = 2**23  # numbers of tangents of images
+
+
 class Branch(NamedTuple):
     """The network F of one block, its matrices or filters bounded."""
 
@@ -142,7 +145,10 @@ class Branch(NamedTuple):
             one = torch.eye(self.size, dtype=like.dtype, device=like.device)
             # alike for all points
             v = self._layer(0, one.view(-1, *self.shape)).unsqueeze(1)
-            return self._push(v, slopes).movedim(0, -1)
+            most = max(1, *(s.numel() for s in slopes))
+            few = max(1, AT_ONCE // most)
+            columns = [self._push(part, slopes) for part in v.split(few)]
+            return torch.cat(columns).movedim(0, -1)
         first, *rest = self.matrices
         tangents = first.mT.contiguous().unsqueeze(1)
         for slope, matrix in zip(slopes, rest[:-1]):

@@ -61,9 +61,11 @@ class ResidualFlow(Bijection):
     The ladj is $\sum \log\det(I + \partial F/\partial x)$, by default exactly: all
     unit directions go through the network. `ladj="series"` cuts a power series off.
     `"roulette"` stops it at random, so that its mean is right, with a chance of
-    `(1 - lipschitz**2) / 2` at each term, half of what keeps the variance finite;
-    in eval mode it is a series of fixed length. An image's networks convolve, with
-    windows of `kernel_size` first and last and of one between.
+    `(1 - lipschitz**2) / 2` at each term, half of what keeps the variance finite.
+    In eval mode it is exact while an event has fewer numbers than a long enough series
+    has terms; beyond, a series of fixed length and with fixed probes, whose errors at
+    different points are alike, so that their mean over a data set keeps them. An image's
+    networks convolve, with windows of `kernel_size` first and last and of one between.
 
     Behrmann et al. 2019; Chen et al. 2019. One direction is a pass of O(D) network
     evaluations (exact) or one for each term of the series; the other solves each block, by
@@ -173,8 +175,15 @@ class ResidualFlow(Bijection):
 
     @property
     def estimated(self) -> bool:
-        """Whether the ladj is an estimate."""
+        """Whether the ladj is an estimate, in train mode or in eval mode."""
+        if self.ladj == "roulette" and not self.training:
+            return self.dim > self.probes * self._length
         return self.ladj != "exact"
+
+    @property
+    def _length(self):
+        "Of the series that a roulette is in eval mode."
+        return self.terms + rounds(self.lipschitz, _REST)
 
     @property
     def forward_cost(self) -> str:
@@ -218,7 +227,7 @@ class ResidualFlow(Bijection):
         return self._run(x, context, "inverse")
 
     def _push(self, z, context):  # no log-determinant
-        if self.cheap == "forward" and not self.estimated:
+        if self.cheap == "forward" and self.ladj == "exact":
             return self._forward(z, context)[0]
         with full_precision(z):
             _, t, context = self._flat(z, context)
@@ -245,7 +254,7 @@ class ResidualFlow(Bijection):
         """
         probes = as_int(probes, "probes", 2)
         x, context = self._check_data(x, context)
-        if not self.estimated:
+        if self.ladj == "exact":
             z, ladj = self._run(x, context, "inverse")
             return z, ladj, torch.zeros_like(ladj)
         with full_precision(x):
@@ -262,11 +271,10 @@ class ResidualFlow(Bijection):
 
     def bias_bound(self) -> float:  # In nats, of each point's ladj
         """How far cutting the series off can move the ladj; 0 where its mean is right."""
-        c, n = self.lipschitz, self.terms + 1
-        if self.ladj == "roulette" and not self.training:
-            n += rounds(c, _REST)
-        elif self.ladj != "series":
+        if not self.estimated or (self.ladj == "roulette" and self.training):
             return 0.0
+        c = self.lipschitz
+        n = 1 + (self.terms if self.ladj == "series" else self._length)
         return self.layers * self.dim * c**n / (n * (1 - c))
 
     def branches(
@@ -310,13 +318,16 @@ class ResidualFlow(Bijection):
     def _run(self, t, context, way, generator=None):
         with full_precision(t):
             batch, points, context = self._flat(t, context)
-            if way == self.cheap and not self.estimated and self.event_dim == 1:
+            guess = self.estimated or (
+                self.ladj != "exact" and generator is not None
+            )
+            if way == self.cheap and not guess and self.event_dim == 1:
                 shift, weights = self._weights(context)
                 kind = ACTIVATIONS[self.activation]
                 out, ladj = run_chain(points, shift, kind, *weights)
                 return out.view(t.shape), ladj.view(batch)
             out, sign, blocks = self._through(points, context, way)
-            if self.estimated:
+            if guess:
                 found = self._estimates(blocks, out, self.probes, generator)
                 ladj = sign * found.mean(0)
             else:
@@ -348,7 +359,7 @@ class ResidualFlow(Bijection):
 
     def _root(self, t, branch):
         "What the block leads from to `t`."
-        newton = not self.estimated or self.dim <= EXACT_UP_TO
+        newton = self.ladj == "exact" or self.dim <= EXACT_UP_TO
         return root(t, branch, self.lipschitz, newton, self.norms[0])
 
     def _estimates(self, blocks, t, probes, generator, fresh=False):
@@ -361,7 +372,7 @@ class ResidualFlow(Bijection):
             v = self.fixed_probes.unsqueeze(1).expand(shape)
         weights = [1.0] * self.terms
         if self.ladj == "roulette":
-            stop, extra = 0.0, rounds(self.lipschitz, _REST)
+            stop, extra = 0.0, self._length - self.terms
             if fresh:
                 stop = self.stop
                 chance = draw(torch.rand, (), t, generator).double()

@@ -9,6 +9,7 @@ from helpers import check_beside_another_device, noise, shaken
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.testing import assert_close
 
+from flowcourse.contractions import rounds
 from flowcourse.core import Compose, Flow, Inverse
 from flowcourse.kernels_residual import gathered, reached, root, trace_series
 from flowcourse.lipschitz import (
@@ -293,21 +294,55 @@ def test_the_variance_of_roulette_is_finite():
         assert abs(second**0.5 / math.log1p(c) - 1) < 0.2
 
 
-def test_in_eval_mode_a_random_series_is_a_long_one():
-    f = trained(4, 2, lipschitz=0.8)
-    f.ladj, f.terms = "roulette", 2
-    f.probes, f.fixed_probes = (
-        4,
-        torch.tensor(
-            [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
-        ).double(),
-    )
-    x = noise(16, 4)
-    found = f.inverse(x)[1]
+@pytest.mark.parametrize("shape", [40, (1, 6, 6)])
+def test_in_eval_mode_roulette_is_exact_where_that_is_cheaper(shape):
+    f = ResidualFlow(shape, 2, hidden=(6,), ladj="roulette").double()
+    f = shaken(f, 1.0)
+    x = noise(5, *f.event_shape)
+    assert f.train().estimated and not f.eval().estimated
+    z, ladj = f.inverse(x)
+    assert f.bias_bound() == 0
     f.ladj = "exact"
-    assert_close(found, f.inverse(x)[1], rtol=0, atol=1e-6)
+    want = f.inverse(x)
+    assert torch.equal(z, want[0]) and torch.equal(ladj, want[1])
+    back = f.forward(z)[1]
     f.ladj = "roulette"
-    assert f.bias_bound() < 1e-4 and f.train().bias_bound() == 0
+    assert_close(f.forward(z)[1], back)
+    # a generator asks for the estimate
+    one, other = (
+        f.inverse(x, generator=torch.Generator().manual_seed(seed))[1]
+        for seed in (1, 2)
+    )
+    assert not torch.equal(one, other) and not torch.equal(one, ladj)
+    assert f.with_error(x)[2].min() > 0
+
+
+def test_in_eval_mode_a_random_series_is_a_long_one_in_many_dimensions():
+    options = {"terms": 2, "lipschitz": 0.2, "hidden": (4,)}
+    f = ResidualFlow(12, 2, ladj="roulette", **options)
+    f = shaken(f.double(), 1.0).eval()
+    x, length = noise(16, 12), 2 + rounds(0.2, 1e-4)
+    assert length < 12 and f.estimated
+    found, same = f.inverse(x)[1], f.inverse(x)[1]
+    assert torch.equal(found, same)
+    t, want = x, 0.0
+    for branch in f.branches():
+        image, slopes = branch(t)
+        v = f.fixed_probes.unsqueeze(1).expand(1, 16, 12)
+        want = want + trace_series(branch, slopes, v, [1.0] * length)[0]
+        t = t + image
+    assert_close(found, want)
+    assert 0 < f.bias_bound() < 1e-4 and f.train().bias_bound() == 0
+
+
+def test_tangents_of_images_in_parts(monkeypatch):
+    f = shaken(ResidualFlow((2, 4, 3), 2, hidden=(4, 4)).double(), 1.0)
+    x = noise(5, 2, 4, 3)
+    whole = f.inverse(x)[1]
+    for at_once in (1, 1000):
+        monkeypatch.setattr("flowcourse.branches.AT_ONCE", at_once)
+        assert_close(f.inverse(x)[1], whole)
+        assert f.inverse(x[:0])[1].shape == (0,)
 
 
 def saved_bytes(call):
