@@ -2,7 +2,8 @@
 
 Planar and additive flows of several lengths, six families and a Gaussian for the same number of
 steps, and what goes wrong. All energies and seeds of a job are trained side by side, in one process
-on one thread. The density of the first seed is kept as a picture.
+on one thread; continuous flows, whose fast path cannot be stacked, one after another. The density of
+the first seed is kept as a picture.
 """
 
 import base64
@@ -17,10 +18,11 @@ from torch import nn
 
 from flowcourse.autoregressive import IAF
 from flowcourse.bases import DiagonalGaussian
+from flowcourse.continuous import Continuous, MLPVelocity
 from flowcourse.core import Flow
 from flowcourse.coupling import NICE, Couplings, RealNVP
 from flowcourse.linear import Triangular
-from flowcourse.objectives import Annealing
+from flowcourse.objectives import Annealing, ReverseKL
 from flowcourse.planar import Planar, Radial, Sylvester
 from flowcourse.plots import grid_points
 from flowcourse.splines import RationalQuadraticSplineMap
@@ -51,7 +53,9 @@ FAMILIES = {
         hidden=(32, 32),
     ),
     "IAF": partial(IAF, 2, 6, hidden=(32, 32)),
+    "continuous": lambda: Continuous(MLPVelocity(2, hidden=(64, 64))),
 }
+ALONE = ("continuous",)  # not side by side
 LENGTHS = {"planar": Planar, "NICE": partial(NICE, hidden=(32,))}
 PAPER = ("U1", "U2", "U3", "U4")
 KINDS = {  # the energies that each flow is trained on
@@ -238,17 +242,24 @@ def run(folder, kind, family="planar", length=16, change=None):
         log_targets = [
             partial(flat_wall, energies[target]) for target in targets
         ]
-    rising = (
-        None
+    make_annealing = (
+        (lambda: None)
         if narrow or "no annealing" in changes
-        else Annealing(0.01, round(ANNEALED * steps))
+        else partial(Annealing, 0.01, round(ANNEALED * steps))
     )
-    together = ReverseSideBySide(flows, log_targets, rising)
     recipe = RECIPE | GALLERY.get(change, {}) | {"steps": steps}
     start = time.process_time()
-    fit(together, **recipe, optimizer=clipped_adam, progress=False)
+    if family in ALONE:
+        for i, flow in enumerate(flows):
+            log_target = log_targets[i // len(seeds)]
+            alone = ReverseKL(flow, log_target, make_annealing())
+            seed = seeds[i % len(seeds)]
+            fit(alone, **recipe, clip=CLIP, seed=seed, progress=False)
+    else:
+        together = ReverseSideBySide(flows, log_targets, make_annealing())
+        fit(together, **recipe, optimizer=clipped_adam, progress=False)
+        together.unstack([Draws(flow) for flow in flows])
     took = time.process_time() - start
-    together.unstack([Draws(flow) for flow in flows])
     found, pictures = {}, {}
     for i, target in enumerate(targets):
         own = flows[len(seeds) * i : len(seeds) * (i + 1)]
