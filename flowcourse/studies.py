@@ -340,7 +340,8 @@ def fit_for_seconds(
     """Train for a time instead of a number of steps: at least 20, however long they take.
 
     The learning rate follows a schedule over all steps, so their number must be known before the first;
-    it is that of the steps which go into the time at the speed of the first twenty.
+    it is that of the steps which go into the time at the speed of a trial a fifth as long, since what a
+    step costs may change as a model learns.
     """
 
     def train_for(steps):
@@ -357,8 +358,13 @@ def fit_for_seconds(
         return objective, history, time.process_time() - start
 
     train_for(2)  # what is done once is not counted
-    _, _, timed = train_for(20)
-    steps = max(int(20 * seconds / timed), 20)
+    trial = 20
+    while True:
+        _, _, timed = train_for(trial)
+        steps = max(int(trial * seconds / timed), 20)
+        if trial > 20 or steps // 5 <= 20:
+            break
+        trial = steps // 5
     objective, history, took = train_for(steps)
     best = history.best_step
     found = {"steps": steps, "best step": best, "seconds": round(took, 2)}

@@ -397,6 +397,32 @@ def test_what_cannot_be_stacked_is_refused():
         SideBySide(several)
 
 
+def test_a_time_is_kept_by_what_gets_slower():
+    """The first thirty steps cost a millisecond each, the later ones four."""
+    import time
+
+    from flowcourse.objectives import Objective
+    from flowcourse.recipe import Recipe
+
+    class Tiring(Objective):
+        def __init__(self):
+            super().__init__()
+            self.x, self.calls = torch.nn.Parameter(torch.zeros(())), 0
+
+        def forward(self, batch, noise=None):
+            self.calls += self.training
+            until = time.process_time() + (0.001 if self.calls < 30 else 0.004)
+            while time.process_time() < until:
+                pass
+            return (self.x - batch.mean()).square()
+
+    rows = torch.ones(8, 1)
+    recipe = Recipe(batch_size=8)
+    _, found = studies.fit_for_seconds(Tiring, 1.0, rows, rows, recipe)
+    assert found["steps"] < 500  # the speed of the first gives nearly 1,000
+    assert found["seconds"] < 2.0
+
+
 def test_a_config_is_trained_and_judged(tmp_path):
     from flowcourse.configs import configs
 
