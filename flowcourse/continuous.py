@@ -147,7 +147,9 @@ class Continuous(Bijection):
     `adaptive=False`, as always under `torch.compile` and the transforms of
     `torch.func`, which cannot follow steps that depend on data. Gradients are
     those of the steps taken. With `divergence="hutchinson"` the ladj is
-    estimated: unbiased, from random probes.
+    estimated: unbiased, from random probes. In eval mode these stay the same, so
+    the errors at different points are alike, and a mean over a data set keeps
+    them: there a mean wants `divergence="exact"`, or `with_error`.
 
         >>> f = Continuous(MLPVelocity(2, context_dim=3))
         >>> x, ladj = f(torch.randn(5, 2), torch.randn(5, 3))
