@@ -447,9 +447,8 @@ class RealNVP(Couplings):
     of a layer is the sum of $s(z_a)$.
 
     Dinh et al. 2017, equations 4 to 8. Both directions are one pass of each
-    network. A log-scale is squeezed to at most `bound`, which keeps float32
-    from overflowing. Given $x_a$ a layer only shifts and scales, so take
-    several; between clusters a bridge of density stays.
+    network. A log-scale is squeezed to at most `bound`, a guard against
+    overflow. Given $x_a$ a layer only shifts and scales, so take several.
 
         >>> f = RealNVP(4, layers=2, context_dim=3)
         >>> x, ladj = f.forward(torch.randn(5, 4), torch.randn(5, 3))
