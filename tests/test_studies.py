@@ -27,7 +27,7 @@ from flowcourse.trainer import TrainingDiverged
 from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["board", "depth", "digits", "dlgm", "maps", "variational"]
+NAMES = ["board", "depth", "digits", "dlgm", "families", "maps", "variational"]
 
 
 def study_of(path, run, *jobs):
@@ -297,6 +297,11 @@ def small(name):
     else:
         module.SECONDS = 0.1
         jobs = [module.jobs[0], module.jobs[-1]]
+    if name == "families":
+        for_long = module.train_for
+        module.train_for = lambda *args, seconds, **options: for_long(
+            *args, seconds=0.1, **options
+        )
     if name == "variational":
         module.RECIPE["steps"] = module.FAMILY_STEPS = 4
         module.assess = lambda flow, log_prob, n, **options: assess(
