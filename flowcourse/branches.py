@@ -234,9 +234,8 @@ IN_STEP = 24  # dimensions; beyond, LAPACK and the plain form are quicker
 
 
 def eliminate(
-    # Matrices `I + J`, shape `(d, d, *batch)`; overwritten by their inverses
-    a: Tensor,
-) -> Tensor:  # Their log-determinants, shape `(*batch,)`
+    a: Tensor,  # Matrices `I + J`, shape `(d, d, n)`; overwritten by their inverses
+) -> Tensor:  # Their log-determinants, shape `(n,)`
     """Invert matrices in place by elimination without pivoting, all in step."""
     pivots = []
     rows, columns = a.unbind(), a.unbind(1)
@@ -252,16 +251,14 @@ def eliminate(
 
 
 def pivots(
-    a: Tensor,  # Matrices `I + J`, shape `(d, d, *batch)`; overwritten
-) -> Tensor:  # Their log-determinants, shape `(*batch,)`
+    a: Tensor,  # Matrices `I + J`, shape `(d, d, n)`; overwritten
+) -> Tensor:  # Their log-determinants, shape `(n,)`
     """The log-determinants alone: a third of the work."""
-    rest = a
-    for left in range(len(a) - 1, 0, -1):
-        first, below = rest[0], rest.narrow(0, 1, left)
-        row = first.narrow(0, 1, left) / first[0]
-        rest = below.narrow(1, 1, left)
-        rest.addcmul_(below.narrow(1, 0, 1), row, value=-1)
-    return a.diagonal().movedim(-1, 0).log().sum(0)
+    for k in range(len(a) - 1):
+        row = a[k, k + 1 :] / a[k, k]
+        below = a[k + 1 :, k].unsqueeze(1)
+        a[k + 1 :, k + 1 :].addcmul_(below, row.unsqueeze(0), value=-1)
+    return torch.stack([a[k, k] for k in range(len(a))]).log_().sum(0)
 
 
 def in_step(

@@ -154,10 +154,10 @@ class _Chain(torch.autograd.Function):
         points = x.new_empty(layers + 1, n, d)  # before, between, after
         points[0] = x
         # the numbers of hidden units, before and after their activations
-        before = [x.new_empty(layers, n, w) for w in widths]
-        after = [x.new_empty(layers if keep else 1, n, w) for w in widths]
-        held = [v.expand_as(u) for u, v in zip(before, after)]
-        stacks = [[*zip(u.unbind(), v.unbind())] for u, v in zip(before, held)]
+        before, after = (
+            [x.new_empty(layers, n, w) for w in widths] for _ in range(2)
+        )
+        stacks = [[*zip(u.unbind(), v.unbind())] for u, v in zip(before, after)]
         steps = points.unbind()
         for at, block in enumerate(blocks):
             h = x = steps[at]
@@ -170,41 +170,36 @@ class _Chain(torch.autograd.Function):
             h = torch.addmm(block[-1], h, block[m - 1].mT)
             torch.add(x, h, out=steps[at + 1])
         slopes = [kind.slope(u) for u in before]
-        kept = widths[1:] * (layers if keep else 1)
-        memory = Memory(x, [d * n * w for w in (max(widths), *kept)])
+        held = widths[1:] * (layers if keep else 1)
+        memory = Memory(x, [d * n * w for w in (max(widths), *held)])
         scratch, *us = memory.parts
         us = [u.view(d, n, -1) for u in us]
-        ts = [scratch[: u.numel()].view_as(u) for u in us[: m - 2]]
-        # dF_k / dx_j at [k, j], of all blocks
-        jacobians = x.new_empty(layers, d, d, n)
-        first = weights[0].mT.contiguous().unsqueeze(2)
-        # a matrix for each tangent, to be multiplied by the first slopes
-        spreads = (weights[1].unsqueeze(1) * first).mT.unbind()
-        first = first.unbind()
+        # a[k, j] = dF_k / dx_j, of all blocks and rows
+        a = x.new_empty(d, d, layers, n)
+        first = weights[0].mT.contiguous().unsqueeze(2).unbind()
         each = [*zip(*(t.unbind() for t in slopes))]
         for at, block in enumerate(blocks):
-            t = each[at][0].expand(d, -1, -1)
+            # the first hidden layer's slopes, times a matrix for each tangent
+            t, spread = each[at][0].expand(d, -1, -1), block[1] * first[at]
             for i, slope in enumerate(each[at][1:], 1):
                 u = us[(at if keep else 0) * (m - 2) + i - 1]
                 if i == 1:
-                    torch.bmm(t, spreads[at], out=u)
+                    torch.bmm(t, spread.mT, out=u)
                 else:
                     torch.mm(t.flatten(0, 1), block[i].mT, out=u.flatten(0, 1))
-                t = torch.mul(u, slope, out=ts[i - 1])
-            j = jacobians[at]
+                t = torch.mul(u, slope, out=scratch[: u.numel()].view_as(u))
             if m == 2:
-                torch.bmm(spreads[at].mT, t.mT, out=j.movedim(1, 0))
+                columns = torch.bmm(spread, t.mT).movedim(1, 0)
             else:
-                rows = t.view(d * n, -1)
-                torch.mm(block[m - 1], rows.mT, out=j.view(d, -1))
-        a = jacobians.permute(1, 2, 0, 3)
+                columns = torch.mm(block[m - 1], t.view(d * n, -1).mT)
+            a[:, :, at] = columns.view(d, d, n)
         a.diagonal().add_(1)
-        log_dets = (eliminate if keep else pivots)(a)
+        log_dets = (eliminate if keep else pivots)(a.view(d, d, -1))
         if keep:
             ctx.save_for_backward(given, shift, *weights)
             ctx.kind, ctx.inverses, ctx.memory = kind, a, memory
             ctx.kept = points, before, after, slopes, first, us
-        return steps[-1], log_dets.sum(0)
+        return steps[-1], log_dets.view(layers, n).sum(0)
 
     @staticmethod
     def backward(ctx, g_x, g_ladj):
