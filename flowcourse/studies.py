@@ -253,7 +253,7 @@ def _require_alike(objectives):
     first = dict(objectives[0].named_modules())
     for i, other in enumerate(objectives[1:], 1):
         for name, module in other.named_modules():
-            ours, its = _plain(first[name]), _plain(module)
+            ours, its = _plain(first.get(name, module)), _plain(module)
             differ = [key for key in ours if ours[key] != its.get(key)]
             if differ:
                 raise ValueError(
@@ -358,13 +358,11 @@ def fit_for_seconds(
         return objective, history, time.process_time() - start
 
     train_for(2)  # what is done once is not counted
-    trial = 20
-    while True:
+    steps = 20
+    for share in (1, 5):  # of the steps so far, for a trial
+        trial = max(steps // share, 20)
         _, _, timed = train_for(trial)
         steps = max(int(trial * seconds / timed), 20)
-        if trial > 20 or steps // 5 <= 20:
-            break
-        trial = steps // 5
     objective, history, took = train_for(steps)
     best = history.best_step
     found = {"steps": steps, "best step": best, "seconds": round(took, 2)}

@@ -1,6 +1,6 @@
 """Flows trained on energies by reverse KL.
 
-Planar and additive flows of several lengths, six families and a Gaussian for the same number of
+Planar and additive flows of several lengths, seven families and a Gaussian for the same number of
 steps, and what goes wrong. All energies and seeds of a job are trained side by side, in one process
 on one thread; continuous flows, whose fast path cannot be stacked, one after another. The density of
 the first seed is kept as a picture.
