@@ -154,10 +154,10 @@ class _Chain(torch.autograd.Function):
         points = x.new_empty(layers + 1, n, d)  # before, between, after
         points[0] = x
         # the numbers of hidden units, before and after their activations
-        before, after = (
-            [x.new_empty(layers, n, w) for w in widths] for _ in range(2)
-        )
-        stacks = [[*zip(u.unbind(), v.unbind())] for u, v in zip(before, after)]
+        before = [x.new_empty(layers, n, w) for w in widths]
+        after = [x.new_empty(layers if keep else 1, n, w) for w in widths]
+        held = [v.expand_as(u) for u, v in zip(before, after)]
+        stacks = [[*zip(u.unbind(), v.unbind())] for u, v in zip(before, held)]
         steps = points.unbind()
         for at, block in enumerate(blocks):
             h = x = steps[at]
@@ -170,24 +170,27 @@ class _Chain(torch.autograd.Function):
             h = torch.addmm(block[-1], h, block[m - 1].mT)
             torch.add(x, h, out=steps[at + 1])
         slopes = [kind.slope(u) for u in before]
-        held = widths[1:] * (layers if keep else 1)
-        memory = Memory(x, [d * n * w for w in (max(widths), *held)])
+        kept = widths[1:] * (layers if keep else 1)
+        memory = Memory(x, [d * n * w for w in (max(widths), *kept)])
         scratch, *us = memory.parts
         us = [u.view(d, n, -1) for u in us]
+        ts = [scratch[: u.numel()].view_as(u) for u in us[: m - 2]]
         # a[k, j] = dF_k / dx_j, of all blocks and rows
         a = x.new_empty(d, d, layers, n)
-        first = weights[0].mT.contiguous().unsqueeze(2).unbind()
+        first = weights[0].mT.contiguous().unsqueeze(2)
+        # a matrix for each tangent, to be multiplied by the first slopes
+        spreads = (weights[1].unsqueeze(1) * first).unbind()
+        first = first.unbind()
         each = [*zip(*(t.unbind() for t in slopes))]
         for at, block in enumerate(blocks):
-            # the first hidden layer's slopes, times a matrix for each tangent
-            t, spread = each[at][0].expand(d, -1, -1), block[1] * first[at]
+            t, spread = each[at][0].expand(d, -1, -1), spreads[at]
             for i, slope in enumerate(each[at][1:], 1):
                 u = us[(at if keep else 0) * (m - 2) + i - 1]
                 if i == 1:
                     torch.bmm(t, spread.mT, out=u)
                 else:
                     torch.mm(t.flatten(0, 1), block[i].mT, out=u.flatten(0, 1))
-                t = torch.mul(u, slope, out=scratch[: u.numel()].view_as(u))
+                t = torch.mul(u, slope, out=ts[i - 1])
             if m == 2:
                 columns = torch.bmm(spread, t.mT).movedim(1, 0)
             else:
