@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from flowcourse.arguments import (
     as_bool,
@@ -115,12 +116,20 @@ class MLPVelocity(nn.Module):
 
     def forward(
         self,
-        t: Tensor | float,  # The time, from 0 to 1
+        # The time, from 0 to 1; a time for each point has shape `(n, 1)`
+        t: Tensor | float,
         x: Tensor,  # Points, shape `(n, dim)`
         context: Tensor | None = None,  # Features, shape `(n, context_dim)`
     ) -> Tensor:  # Shape `(n, dim)`
         """The velocity of points at a time."""
-        return self.with_divergence(t, x, context)[0]
+        into, bias, *rest = self.weights()
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        given = [x, t.expand(len(x), 1)]
+        given = given if context is None else [*given, context]
+        h = F.linear(torch.cat(given, -1), into, bias)
+        for matrix, bias in zip(rest[::2], rest[1::2]):
+            h = F.linear(h.tanh(), matrix, bias)
+        return h
 
     def with_divergence(
         self,
