@@ -9,7 +9,12 @@ from pyro.ops.stats import effective_sample_size as pyro_ess
 from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch.testing import assert_close
 
-from flowcourse.metrics import effective_sample_size, ess_share, pareto_k, r_hat
+from flowcourse.diagnostics import (
+    effective_sample_size,
+    ess_share,
+    pareto_k,
+    r_hat,
+)
 from flowcourse.testing import expect_fail
 
 
@@ -287,7 +292,7 @@ def test_a_default_device_does_not_reach_the_judges():
 
 def test_a_device_without_float64_is_served(monkeypatch):
     # Apple's GPU, as far as this can be seen elsewhere
-    monkeypatch.setattr("flowcourse.metrics.in_double", lambda t: t)
+    monkeypatch.setattr("flowcourse.diagnostics.in_double", lambda t: t)
     log_w = noise(1000).float()
     whole = torch.Tensor.double
 
