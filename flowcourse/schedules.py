@@ -88,7 +88,7 @@ class Schedule:
         r"""The process $dx = (v + \tfrac12 g^2\, \nabla\log p)\,dt + g\,dW$, whose points have the densities of the flow.
 
         Anderson 1982; Song et al. 2021, eq. 6 and appendix D.1. `noise`
-        multiplies $g$ in both places.
+        multiplies $g$ in both places. It runs from 0 to 1 and not back.
         """
         noise = as_float(noise, "noise", 0.0)
 
@@ -100,7 +100,11 @@ class Schedule:
             half = noise**2 / 2 * self.squared_diffusion(t)
             return v + half * self.score(t, x, v)
 
-        return SDE(drift, lambda t: noise * self.squared_diffusion(t).sqrt())
+        def diffusion(t):
+            return noise * self.squared_diffusion(t).sqrt()
+
+        # without noise g may be infinite
+        return SDE(drift, diffusion if noise else 0.0)
 
     def __repr__(self) -> str:
         parts = (f"{k}={v:g}" for k, v in vars(self).items())
@@ -175,7 +179,8 @@ class VariancePreserving(Schedule):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # Of that shape
         """The numbers a and s, and their derivatives."""
         speed = 1 - self.epsilon
-        past = 1 - speed * t  # the time tau of the noise
+        # the time tau of the noise, 1 - speed t without cancellation
+        past = (1 - t) + self.epsilon * t
         rate = self.low + (self.high - self.low) * past
         total = (self.low + rate) / 2 * past
         a, s = (-total / 2).exp(), (-torch.expm1(-total)).sqrt()

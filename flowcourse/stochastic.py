@@ -21,7 +21,7 @@ from flowcourse.arguments import (
 )
 from flowcourse.bases import DiagonalGaussian
 from flowcourse.continuous import Continuous, MLPVelocity
-from flowcourse.core import Base, Flow
+from flowcourse.core import Base, Flow, StandardNormal
 from flowcourse.objectives import Objective, split_batch
 from flowcourse.schedules import Schedule, Straight, VariancePreserving
 
@@ -122,7 +122,7 @@ class _AlongPaths(Objective):
 
     flow: Flow
 
-    def __init__(self, flow, schedule, drop):
+    def __init__(self, flow, schedule, drop, normal=False):
         super().__init__()
         if not isinstance(flow, Flow) or not isinstance(
             flow.bijection, Continuous
@@ -135,7 +135,27 @@ class _AlongPaths(Objective):
         self.flow, self.schedule = flow, schedule
         self.drop = as_float(drop, "drop", 0.0, 1.0)
         if self.drop and not flow.context_dim:
-            raise ValueError("drop: the flow has no context that could be")
+            raise ValueError(
+                f"drop: expected 0 for a flow without context, got {drop}"
+            )
+        self._require_base(normal)
+
+    def _require_base(self, normal):
+        "Refuse a base that is not where the schedule starts."
+        a, s = self.schedule._at(0.0)
+        base = self.flow.base
+        known = isinstance(base, (StandardNormal, DiagonalGaussian))
+        # with a = 0 any base will do that is not to be normal
+        right = known if normal else True
+        if known and (normal or a) and not base.loc.is_meta:
+            scale = getattr(base, "scale", torch.ones_like(base.loc)) / s
+            shift = base.loc / s if normal else 0 * scale
+            right = max((scale - 1).abs().max(), shift.abs().max()) < 0.01
+        if not right:
+            raise ValueError(
+                "flow: expected a normal base of standard deviation "
+                f"{s:g}, where {self.schedule} starts, got {base}"
+            )
 
     def draw(
         self,
@@ -143,10 +163,9 @@ class _AlongPaths(Objective):
         generator: torch.Generator,  # Source of randomness, on the CPU
     ) -> tuple[Tensor, ...]:  # Numbers for times and for `drop`, base points
         """Draw base points and times."""
-        uniform = draw(torch.rand, (n, 2), self.flow.base.loc, generator)
         points = self.flow.base.noise((n,), generator)
         more = points if isinstance(points, tuple) else (points,)
-        return uniform, *more
+        return draw(torch.rand, (n, 2), more[-1], generator), *more
 
     def _rows(self, batch, noise):
         "Data, base points of unit scale, uniform numbers, features."
@@ -165,6 +184,9 @@ class _AlongPaths(Objective):
         given = (t, x) if context is None else (t, x, context)
         return self.flow.bijection.velocity(*given)
 
+    def extra_repr(self) -> str:  # by which a run knows that it goes on
+        return f"schedule={self.schedule}, drop={self.drop:g}"
+
 # %% ../nbs/12-stochastic.ipynb #lib-flow-matching
 class FlowMatching(_AlongPaths):
     r"""Regression of a continuous flow's velocity on those of random paths: no solve in training.
@@ -177,7 +199,9 @@ class FlowMatching(_AlongPaths):
     batch are paired such that their squared distances have the least sum (Tong
     et al. 2024, algorithm 3), which leaves the marginals as they are; it takes
     the package POT, and no context: which base points a context gets would
-    depend on it. The loss is no likelihood, and its minimum is not zero.
+    depend on it. Each process pairs its own rows, and weights of rows are no
+    use, since they would weigh base points too. The base stays as it is. The loss
+    is no likelihood, and its minimum is not zero.
 
         >>> from flowcourse.continuous import Continuous, MLPVelocity
         >>> flow = Flow(Continuous(MLPVelocity(2)))
@@ -224,6 +248,9 @@ class FlowMatching(_AlongPaths):
         v = self._velocity(t, a * x + s * z, context)
         return (v - (a_rate * x + s_rate * z)).flatten(1).square().sum(-1)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pairing={self.pairing!r}"
+
 # %% ../nbs/12-stochastic.ipynb #lib-pairs
 def _pot():
     "The solver of transport problems."
@@ -244,7 +271,9 @@ def optimal_pairs(
     """The pairing with the least sum of squared distances."""
     z, x = (part.flatten(1).double().cpu() for part in (z, x))
     cost = (z.square().sum(1)[:, None] + x.square().sum(1)) - 2 * z @ x.mT
-    plan = torch.from_numpy(_pot()([], [], cost.numpy()))
+    # the default limit is too low for thousands of points
+    plan = _pot()([], [], cost.numpy(), numItermax=100_000_000)
+    plan = torch.from_numpy(plan)
     return plan.argmax(0)
 
 # %% ../nbs/12-stochastic.ipynb #lib-score-matching
@@ -280,7 +309,7 @@ class ScoreMatching(_AlongPaths):
         wanted = "a Flow(Continuous(v), v.base()) of a ScoreVelocity v"
         if not isinstance(velocity, ScoreVelocity):
             raise ValueError(f"flow: expected {wanted}, got {what_came(flow)}")
-        super().__init__(flow, velocity.schedule, drop)
+        super().__init__(flow, velocity.schedule, drop, normal=True)
         require_choice(weighting, "weighting", ("noise", "likelihood"))
         self.weighting = weighting
         self._ends = ()
@@ -309,6 +338,9 @@ class ScoreMatching(_AlongPaths):
         a, s, _, _ = self.schedule.at(t)
         score = self.flow.bijection.velocity.score(t, a * x + s * z, context)
         return scale * (s * score + z).flatten(1).square().sum(-1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weighting={self.weighting!r}"
 
 # %% ../nbs/12-stochastic.ipynb #lib-guided-class
 class Guided(nn.Module):
