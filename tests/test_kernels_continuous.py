@@ -8,6 +8,7 @@ import torch
 from helpers import noise
 from torch.testing import assert_close
 
+from flowcourse.continuous import MLPVelocity
 from flowcourse.kernels_continuous import (
     bounded_mlp,
     bounded_weights,
@@ -244,6 +245,21 @@ def test_one_evaluation_leaves_out_what_nothing_asks_for():
         for out in both_forms(frozen, rows, bounds)
     ]
     assert_close(*grads)
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_velocity_alone_is_that_beside_its_divergence(context_dim):
+    torch.manual_seed(0)
+    v = MLPVelocity(3, hidden=(7, 5), context_dim=context_dim, bound=1.5)
+    v = v.double()
+    for p in v.parameters():
+        torch.nn.init.normal_(p)
+    x, context = noise(6, 3), noise(6, 2) if context_dim else None
+    assert_close(v(0.3, x, context), v.with_divergence(0.3, x, context)[0])
+    each = torch.linspace(0, 1, 6, dtype=x.dtype)[:, None]
+    for i, row in enumerate(v(each, x, context)):
+        c = None if context is None else context[i : i + 1]
+        assert_close(row, v(each[i, 0], x[i : i + 1], c)[0])
 
 
 def test_one_evaluation_goes_through_transforms():
