@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flowcourse.arguments import (
     as_float,
@@ -133,6 +134,7 @@ class _AlongPaths(Objective):
             )
         require_instance(schedule, "schedule", Schedule, "a Schedule")
         self.flow, self.schedule = flow, schedule
+        self._base_sd = schedule.base_sd
         self.drop = as_float(drop, "drop", 0.0, 1.0)
         if self.drop and not flow.context_dim:
             raise ValueError(
@@ -173,7 +175,7 @@ class _AlongPaths(Objective):
         uniform, *points = noise
         points = points[0] if len(points) == 1 else tuple(points)
         z = self.flow.base.from_noise(points).detach()
-        z = z / self.schedule.base_sd
+        z = z if self._base_sd == 1 else z / self._base_sd
         if self.drop and context is not None:
             kept = uniform[:, 1:] >= self.drop
             context = torch.where(kept, context, torch.zeros_like(context))
@@ -244,9 +246,9 @@ class FlowMatching(_AlongPaths):
         x, z, t, context = self._rows(batch, noise)
         if self.pairing == "optimal":
             z = z[optimal_pairs(z, x)]
-        a, s, a_rate, s_rate = self.schedule.at(t)
-        v = self._velocity(t, a * x + s * z, context)
-        return (v - (a_rate * x + s_rate * z)).flatten(1).square().sum(-1)
+        point, wanted = self.schedule.path(t, x, z)
+        v = self._velocity(t, point, context)
+        return F.mse_loss(v, wanted, reduction="none").flatten(1).sum(-1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pairing={self.pairing!r}"
