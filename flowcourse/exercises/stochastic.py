@@ -152,7 +152,7 @@ def check_line_score(
 
 # %% ../../nbs/12-stochastic-solutions.ipynb #s4-given
 def _faulty_matching_loss(velocity, x):
-    """Return the loss of flow matching on straight lines, a mean over the batch."""
+    """Return the loss of flow matching on straight lines, a mean."""
     z = torch.randn_like(x)
     t = torch.rand(len(x))
     y = (1 - t) * z + t * x
