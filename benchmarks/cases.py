@@ -34,7 +34,9 @@ from flowcourse.coupling import Couplings, RealNVP
 from flowcourse.elementwise import AffineMap, mlp
 from flowcourse.planar import Planar
 from flowcourse.residual import ResidualFlow
+from flowcourse.schedules import SDE
 from flowcourse.splines import RationalQuadraticSplineMap
+from flowcourse.stochastic import FlowMatching
 
 OURS, FLOOR = "flowcourse", "floor"
 PACKAGES = {
@@ -44,6 +46,7 @@ PACKAGES = {
     "FrEIA": "FrEIA",
 }
 PACKAGES |= {"Pyro": "pyro", "torchdiffeq": "torchdiffeq", OURS: "flowcourse"}
+PACKAGES |= {"flow_matching": "flow_matching"}
 BOUND = 3.0  # of the box of every spline
 
 
@@ -966,6 +969,99 @@ class Evaluations(Density):
         return self.log_prob(torch.randn(n, self.dim))
 
 
+# --- Flow matching
+# -------------------------------------------------------------------------------
+
+
+class Matched(nn.Module):
+    """A velocity learned by regression, and followed by equal steps of Euler; no density is asked for."""
+
+    log_prob = None
+
+    def __init__(self, dim, steps, net=None):
+        super().__init__()
+        self.dim, self.steps, self.net = dim, steps, net
+
+    def after_step(self):
+        """Nothing."""
+
+    prepare = Density.prepare
+
+
+class TanhNet(nn.Sequential):
+    """A perceptron of tanh units on point and time, as `MLPVelocity` without its bound."""
+
+    def __init__(self, dim, hidden):
+        super().__init__(
+            nn.Linear(dim + 1, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, dim),
+        )
+
+    def forward(self, x, t):
+        return super().forward(
+            torch.cat([x, t.view(-1, 1).expand(len(x), 1)], 1)
+        )
+
+
+class OurMatching(Matched):
+    """flowcourse's objective, its noise drawn as `fit` draws it, and its Euler steps."""
+
+    def __init__(self, dim, hidden, steps, **_):
+        super().__init__(dim, steps)
+        self.flow = Flow(Continuous(MLPVelocity(dim, hidden=(hidden, hidden))))
+        self.objective = FlowMatching(self.flow)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def loss(self, x):
+        return self.objective(x, self.objective.draw(len(x), self.generator))
+
+    def sample(self, n):
+        z = self.flow.base.sample((n,))
+        return SDE(self.flow.bijection.velocity, 0.0).sample(z, self.steps)
+
+
+class TheirMatching(Matched):
+    """The path, the loss and the solver of the package flow_matching, as in its example."""
+
+    def __init__(self, dim, hidden, steps, **_):
+        from flow_matching.path import CondOTProbPath
+        from flow_matching.solver import ODESolver
+
+        super().__init__(dim, steps, TanhNet(dim, hidden))
+        self.path, self.solver = CondOTProbPath(), ODESolver(self.net)
+
+    def loss(self, x):
+        t = torch.rand(len(x))
+        at = self.path.sample(t=t, x_0=torch.randn_like(x), x_1=x)
+        return (self.net(at.x_t, at.t) - at.dx_t).square().mean()
+
+    def sample(self, n):
+        z = torch.randn(n, self.dim)
+        return self.solver.sample(
+            x_init=z, step_size=1 / self.steps, method="euler"
+        )
+
+
+class BareMatching(Matched):
+    """The network on a line between noise and data, and a loop of Euler steps."""
+
+    def __init__(self, dim, hidden, steps, **_):
+        super().__init__(dim, steps, TanhNet(dim, hidden))
+
+    def loss(self, x):
+        z, t = torch.randn_like(x), torch.rand(len(x), 1)
+        return F.mse_loss(self.net(torch.lerp(z, x, t), t), x - z)
+
+    def sample(self, n):
+        x = torch.randn(n, self.dim)
+        for i in range(self.steps):
+            x = x + self.net(x, x.new_tensor(i / self.steps)) / self.steps
+        return x
+
+
 # --- Residual flows
 # ------------------------------------------------------------------------------
 
@@ -1388,6 +1484,23 @@ cases: dict[str, Case] = {
         modes=("train", "log_prob"),
         note=f"{EQUAL_ERROR}; the estimate's own noise does not count as an error",
         equalise=at_equal_error,
+    ),
+    "flow-matching": Case(
+        title="Flow matching, D 64, width 256, batch 512; samples by 16 steps of Euler",
+        sizes={"dim": 64, "hidden": 256, "steps": 16, "batch": 512},
+        tiny={"dim": 3, "hidden": 7, "steps": 2, "batch": 5},
+        floor=BareMatching,
+        floor_note="the network on random lines, and a loop of Euler steps",
+        contestants={
+            OURS: Contestant(
+                OurMatching,
+                "the loss is a sum over coordinates, and each matrix is bounded",
+            ),
+            "flow_matching": Contestant(TheirMatching),
+        },
+        targets={"train": 1.05, "sample": 1.05},
+        modes=("train", "sample"),
+        note="tanh units; noise and times are drawn anew in every step",
     ),
     "residual": Case(
         title="Residual flow, D 8, 6 layers, width 64, batch 256",

@@ -58,7 +58,7 @@ SEED = 0
 def surroundings(options):
     """What the numbers depend on besides the code."""
     versions = {"python": platform.python_version()}
-    for name in (*LIBRARIES, "torchdiffeq"):
+    for name in (*LIBRARIES, "torchdiffeq", "flow_matching"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -15,7 +15,14 @@ from flowcourse.elementwise import AdditiveMap, AffineMap, Elementwise
 from flowcourse.objectives import MaximumLikelihood, Objective, ReverseKL
 from flowcourse.planar import Planar, Radial, Sylvester
 from flowcourse.residual import ResidualFlow
+from flowcourse.schedules import SDE
 from flowcourse.splines import NSF
+from flowcourse.stochastic import (
+    FlowMatching,
+    Guided,
+    ScoreMatching,
+    ScoreVelocity,
+)
 from flowcourse.testing import check_bijection
 from flowcourse.toy_densities import toys
 from flowcourse.trainer import Recipe, fit
@@ -28,6 +35,7 @@ __all__ = [
     "NAF",
     "NICE",
     "NSF",
+    "SDE",
     "AdditiveMap",
     "AffineMap",
     "Bijection",
@@ -38,7 +46,9 @@ __all__ = [
     "DiagonalGaussian",
     "Elementwise",
     "Flow",
+    "FlowMatching",
     "GaussianMixture",
+    "Guided",
     "Inverse",
     "MLPVelocity",
     "MaximumLikelihood",
@@ -49,6 +59,8 @@ __all__ = [
     "Recipe",
     "ResidualFlow",
     "ReverseKL",
+    "ScoreMatching",
+    "ScoreVelocity",
     "StandardNormal",
     "Sylvester",
     "Uniform",

@@ -29,6 +29,7 @@ from .elementwise import InverseMap
 from .experiments import Config, Splits, packaged
 from .objectives import MaximumLikelihood
 from .residual import ResidualFlow
+from .stochastic import FlowMatching
 from .toy_densities import toys
 from .zoo_scalar_maps import scalar_maps
 
@@ -43,10 +44,11 @@ SIZES = {
 # %% ../nbs/lib-configs-flows.ipynb #35e0f1d5
 @dataclass(frozen=True)
 class FlowConfig(Config):
-    """A flow of one family, fitted by maximum likelihood.
+    """A flow of one family, fitted by maximum likelihood or by flow matching.
 
     Couplings and autoregressive layers (MAF) have a scalar map; residual blocks and a
-    continuous flow have none, and no partition and no dropout.
+    continuous flow have none, and no partition and no dropout. The kind "matching" is
+    a continuous flow, trained by `FlowMatching`.
 
     >>> FlowConfig(data="moons", layers=2).dim
     2
@@ -57,9 +59,9 @@ class FlowConfig(Config):
     # Noise on training rows that are not counts, in standard deviations
     jitter: float = 0.0
     # Where parameters come from
-    kind: Literal["coupling", "autoregressive", "residual", "continuous"] = (
-        "coupling"
-    )
+    kind: Literal[
+        "coupling", "autoregressive", "residual", "continuous", "matching"
+    ] = "coupling"
     scalar_map: str = (
         "affine"  # A name in `flowcourse.zoo_scalar_maps.scalar_maps`
     )
@@ -86,11 +88,10 @@ class FlowConfig(Config):
         """One line for `flowcourse list`."""
         mapped = self.kind in ("coupling", "autoregressive")
         scalar_map = f"{self.scalar_map} " if mapped else ""
-        kind = f"{scalar_map}{self.kind} flow"
-        return (
-            f"{kind} on {self.data} by maximum likelihood, "
-            f"{self.recipe.steps} steps"
-        )
+        matched = self.kind == "matching"
+        kind = f"{scalar_map}{'continuous' if matched else self.kind} flow"
+        how = "flow matching" if matched else "maximum likelihood"
+        return f"{kind} on {self.data} by {how}, {self.recipe.steps} steps"
 
     @property
     def dim(self) -> int:
@@ -131,19 +132,21 @@ class FlowConfig(Config):
             train, validation, test, -sd.log().sum().expand(len(test))
         )
 
-    def objective(self) -> MaximumLikelihood:
-        """Maximum likelihood of a new flow whose weights follow from the seed."""
+    def objective(self) -> MaximumLikelihood | FlowMatching:
+        """The loss of a new flow whose weights follow from the seed."""
         scalar_map = scalar_maps[self.scalar_map]
         if scalar_map.inverse_cost == "numerical":
             scalar_map = InverseMap(scalar_map)
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
-            return MaximumLikelihood(Flow(self._bijection(scalar_map)))
+            flow = Flow(self._bijection(scalar_map))
+        matched = self.kind == "matching"
+        return FlowMatching(flow) if matched else MaximumLikelihood(flow)
 
     def _bijection(self, scalar_map):
         if self.kind == "residual":
             return ResidualFlow(self.dim, self.layers, hidden=self.hidden)
-        if self.kind == "continuous":
+        if self.kind in ("continuous", "matching"):
             return Continuous(MLPVelocity(self.dim, hidden=self.hidden))
         if self.kind == "coupling":
             generator = torch.Generator().manual_seed(self.recipe.seed)
@@ -169,7 +172,9 @@ class FlowConfig(Config):
         )
 
     @torch.no_grad()
-    def evaluate(self, objective: MaximumLikelihood) -> dict[str, float]:
+    def evaluate(
+        self, objective: MaximumLikelihood | FlowMatching
+    ) -> dict[str, float]:
         """Mean log-likelihood of the test rows, in bits for counts, with the gap for toys."""
         rows = self.load()
         device = next(objective.parameters()).device

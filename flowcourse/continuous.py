@@ -24,7 +24,12 @@ from flowcourse.arguments import (
 )
 from flowcourse.core import Bijection
 from flowcourse.kernels import forward_mode, traced
-from flowcourse.kernels_continuous import mlp_field, solve_mlp
+from flowcourse.kernels_continuous import (
+    bounded_mlp,
+    bounded_weights,
+    mlp_field,
+    solve_mlp,
+)
 from flowcourse.numerics import full_precision, rademacher
 from flowcourse.solver import (
     equal_steps,
@@ -101,26 +106,31 @@ class MLPVelocity(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:  # Matrix, bias, matrix, ...
         """The matrices and biases that the velocity computes with, the matrices bounded."""
-        first, *inner, last = self.layers
-        into, features = first.weight.tensor_split([self.dim + 1], 1)
-        into = torch.cat([self._shrunk(into), features], 1)
-        out = self._shrunk(torch.cat([last.weight, last.bias.unsqueeze(-1)], 1))
-        middle = [t for f in inner for t in (self._shrunk(f.weight), f.bias)]
-        return into, first.bias, *middle, out[:, :-1], out[:, -1]
+        return bounded_weights(*self._layers())
 
-    def _shrunk(self, matrix):
-        "Close to the matrix where its norm is small, and never larger than the bound."
-        square = matrix.square().sum() / self.bound**2
-        return matrix * (1 + square).rsqrt()
+    def _layers(self):
+        "Matrices and biases, and the bound of each matrix; features have none."
+        weights = [t for f in self.layers for t in (f.weight, f.bias)]
+        bounds = [self.bound] * len(self.layers)
+        if self.context_dim:
+            own, features = weights[0].tensor_split([self.dim + 1], 1)
+            scale = (1 + own.square().sum() / self.bound**2).rsqrt()
+            weights[0] = torch.cat([own * scale, features], 1)
+            bounds[0] = math.inf
+        return tuple(weights), tuple(bounds)
 
     def forward(
         self,
-        t: Tensor | float,  # The time, from 0 to 1
+        # The time, from 0 to 1; a time for each point has shape `(n, 1)`
+        t: Tensor | float,
         x: Tensor,  # Points, shape `(n, dim)`
         context: Tensor | None = None,  # Features, shape `(n, context_dim)`
     ) -> Tensor:  # Shape `(n, dim)`
         """The velocity of points at a time."""
-        return self.with_divergence(t, x, context)[0]
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        given = [x, t.expand(len(x), 1)]
+        given = given if context is None else [*given, context]
+        return bounded_mlp(torch.cat(given, -1), *self._layers())
 
     def with_divergence(
         self,

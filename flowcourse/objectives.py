@@ -75,6 +75,21 @@ class Objective(nn.Module):
             )
         return (weights * losses).mean()
 
+# %% ../nbs/02-training.ipynb #split-batch
+def split_batch(
+    batch: Tensor | tuple[Tensor, Tensor],  # `x`, or the pair `(x, context)`
+) -> tuple[Tensor, Tensor | None]:  # The pair, or `x` and None
+    """Points and context of a batch."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        several = f" of {len(batch)}" if isinstance(batch, tuple) else ""
+        raise ValueError(
+            "data: expected x or the pair (x, context), "
+            f"got {what_came(batch)}{several}"
+        )
+    return batch
+
 # %% ../nbs/02-training.ipynb #13d6010b
 class MaximumLikelihood(Objective):
     r"""Negative log-likelihood of data: the forward Kullback-Leibler divergence plus an entropy.
@@ -110,7 +125,7 @@ class MaximumLikelihood(Objective):
         noise: Any = None,  # Not used
     ) -> Tensor:  # Negative log-likelihood of each row in nats, shape `(n,)`
         """Negative log-likelihood of each row."""
-        x, context = _split(batch)
+        x, context = split_batch(batch)
         log_prob = self.flow.log_prob(x, context)
         if log_prob.shape[:1] != x.shape[:1]:
             raise ValueError(
@@ -119,19 +134,6 @@ class MaximumLikelihood(Objective):
                 "dimension, .sum(-1)"
             )
         return -log_prob
-
-
-def _split(batch):
-    """Points and context of a batch."""
-    if isinstance(batch, Tensor):
-        return batch, None
-    if not isinstance(batch, tuple) or len(batch) != 2:
-        several = f" of {len(batch)}" if isinstance(batch, tuple) else ""
-        raise ValueError(
-            "data: MaximumLikelihood takes x or the pair (x, context), "
-            f"got {what_came(batch)}{several}"
-        )
-    return batch
 
 # %% ../nbs/02-training.ipynb #b5bc0505
 class Annealing(nn.Module):

@@ -25,7 +25,7 @@ from flowcourse.arguments import (
     require_numbers,
 )
 from .core import Flow
-from flowcourse.metrics import (
+from flowcourse.diagnostics import (
     effective_sample_size,
     ess_share,
     pareto_k,

@@ -136,11 +136,44 @@ def trains():
         raise RuntimeError("log_prob is not finite")
 
 
+def measures():
+    """The metrics of two samples that lie on the device; the judge draws on the CPU."""
+    from flowcourse.metrics import (
+        classifier_auc,
+        energy_distance,
+        mmd,
+        sliced_wasserstein,
+        wasserstein,
+    )
+    from flowcourse.recipe import Recipe
+
+    x, y, generator = torch.randn(40, 2), torch.randn(30, 2), cpu_generator()
+    found = (
+        wasserstein(x[:, 0], y[:, 0]),
+        sliced_wasserstein(x, y, generator=generator),
+        sliced_wasserstein(x, y),
+        energy_distance(x, y),
+        mmd(x, y),
+        classifier_auc(
+            x, y, recipe=Recipe(steps=3), generator=generator
+        ).observed,
+        classifier_auc(x, y, recipe=Recipe(steps=3)).predicted,
+    )
+    places = {t.device.type for t in found}
+    if places != {NAME}:
+        raise RuntimeError(f"they lie on {sorted(places)}")
+
+
+def cpu_generator():
+    """One whose numbers are sent to the device."""
+    return torch.Generator("cpu").manual_seed(0)
+
+
 def main():
     from flowcourse.zoo import rows
 
     works = {name: lambda row=row: makes(row) for name, row in rows.items()}
-    works |= {"fit": trains}
+    works |= {"fit": trains, "metrics": measures}
     _setup_privateuseone_for_python_backend(NAME, Module())
     # `torch.tensor` makes its numbers here and sends them, in sight of `Device`
     torch._C._set_only_lift_cpu_tensors(True)

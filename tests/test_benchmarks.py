@@ -66,6 +66,30 @@ def test_continuous_flows_are_timed_at_equal_error():
         assert runner.model.flow.bijection.tolerance == tolerance
 
 
+def test_flow_matching_is_the_bare_loop():
+    """With the floor's weights and no bound: its samples, and its loss summed over coordinates."""
+    case = table.cases["flow-matching"]
+    ours, floor = (
+        case.builders()[who].build(**case.tiny)
+        for who in (table.OURS, table.FLOOR)
+    )
+    ours.flow.bijection.velocity.bound = 1e6
+    with torch.no_grad():
+        for a, b in zip(ours.parameters(), floor.parameters(), strict=True):
+            a.copy_(b)
+    made = []
+    for side in (ours, floor):
+        torch.manual_seed(0)
+        made.append(side.sample(5))
+    torch.testing.assert_close(*made)
+    x, dim = torch.randn(5, case.tiny["dim"]), case.tiny["dim"]
+    uniform, z = ours.objective.draw(5, torch.Generator().manual_seed(0))
+    t = uniform[:, :1]
+    v = floor.net(torch.lerp(z, x, t), t)
+    want = (v - (x - z)).square().mean()
+    torch.testing.assert_close(ours.objective(x, (uniform, z)) / dim, want)
+
+
 def test_a_trained_case_is_trained():
     case = table.cases["cnf-trained"]
     assert case.steps and not table.cases["cnf"].steps
@@ -219,6 +243,17 @@ def test_records_are_complete(path):
     record = json.loads(path.read_text())
     assert record["case"] in {*table.cases, "overheads"}
     complete(record)
+
+
+def test_a_case_without_densities_is_recorded(monkeypatch):
+    case = table.cases["flow-matching"]
+    stand_in = table.Contestant(table.BareMatching, package="flowcourse")
+    entrants = {table.OURS: case.contestants[table.OURS], "stand-in": stand_in}
+    monkeypatch.setattr(case, "contestants", entrants)
+    options = run.arguments(["flow-matching", "--quick", "--threads", "1"])
+    record = run.run_case("flow-matching", options)
+    complete(record | {"quick": False})
+    assert record["ratios"].keys() == {"train", "sample"}
 
 
 def test_a_new_record_is_complete(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from flowcourse.continuous import Continuous
 from flowcourse.data import bits_per_dim, from_logit, load, split
 from flowcourse.elementwise import InverseMap
 from flowcourse.residual import ResidualFlow
+from flowcourse.stochastic import FlowMatching
 from flowcourse.toy_densities import toys
 from flowcourse.trainer import fit
 
@@ -194,16 +195,21 @@ def test_a_density_needs_no_numerical_inverse():
 
 
 @pytest.mark.parametrize(
-    ("kind", "bijection"),
-    [("residual", ResidualFlow), ("continuous", Continuous)],
+    ("kind", "bijection", "told"),
+    [
+        ("residual", ResidualFlow, "residual flow on moons by maximum"),
+        ("continuous", Continuous, "continuous flow on moons by maximum"),
+        ("matching", Continuous, "continuous flow on moons by flow matching"),
+    ],
 )
-def test_a_family_without_a_scalar_map_learns_too(kind, bijection):
+def test_a_family_without_a_scalar_map_learns_too(kind, bijection, told):
     config = FlowConfig(
         data="moons", kind=kind, layers=2, hidden=(16, 16)
     ).replace(steps=20, batch_size=64, lr=1e-2)
-    assert config.about.startswith(f"{kind} flow on moons")
+    assert config.about.startswith(told)
     objective, rows = config.objective(), config.load()
     made = objective.flow.bijection
+    assert isinstance(objective, FlowMatching) == (kind == "matching")
     assert type(made) is bijection and made.event_shape == (2,)
     gap = "gap to the true density [nat]"
     before = config.evaluate(objective.eval())[gap]

@@ -49,7 +49,7 @@ def test_the_emulated_device_refuses_what_a_device_refuses(failed):
     assert "the device" not in failed, failed["the device"]
 
 
-@pytest.mark.parametrize("name", [*rows, "fit"])
+@pytest.mark.parametrize("name", [*rows, "fit", "metrics"])
 def test_it_works_on_an_emulated_default_device(failed, name):
     assert name not in failed, failed[name]
 

@@ -203,7 +203,8 @@ def test_public_names_are_those_that_are_listed():
     told = f"in tests/public-names.txt, add {new} and remove {gone}"
     assert not (new or gone), told
     assert listed == sorted(listed), "tests/public-names.txt is not in order"
-    assert len(listed) <= 180  # few enough to know
+    # few enough to know; five modules are to come
+    assert len(listed) <= 200
 
 
 def test_the_sidebar_lists_every_page():

@@ -8,7 +8,14 @@ import torch
 from helpers import noise
 from torch.testing import assert_close
 
-from flowcourse.kernels_continuous import mlp_field, solve_mlp
+from flowcourse.continuous import MLPVelocity
+from flowcourse.kernels_continuous import (
+    bounded_mlp,
+    bounded_weights,
+    mlp_field,
+    plain_mlp,
+    solve_mlp,
+)
 from flowcourse.solver import (
     ERROR,
     STAGES,
@@ -189,3 +196,89 @@ def test_a_solve_that_never_ends_is_given_up():
             0.0,
             1.0,
         )
+
+
+def both_forms(w, rows, bounds):
+    """One evaluation written out, and in the plain form."""
+    return [
+        bounded_mlp(rows, tuple(w), bounds),
+        plain_mlp(rows, bounded_weights(tuple(w), bounds)),
+    ]
+
+
+@pytest.mark.parametrize("widths", [(7,), (7, 5)])
+@pytest.mark.parametrize("first", [0.5, math.inf])
+def test_one_evaluation_is_that_of_the_plain_form(widths, first):
+    """With bounds that matter: values, gradients, second derivatives."""
+    w, rows = weights(3, widths), noise(6, 4, seed=9).requires_grad_()
+    found = []
+    for out in both_forms(w, rows, (first, *[1.5] * len(widths))):
+        value = (out * noise(6, 3, seed=5)).sum()
+        leaves = [rows, *w]
+        grads = torch.autograd.grad(value, leaves, retain_graph=True)
+        graph = torch.autograd.grad(value, leaves, create_graph=True)
+        mixed = sum(
+            (t * noise(*t.shape, seed=i)).sum() for i, t in enumerate(graph)
+        )
+        second = torch.autograd.grad(mixed, leaves)
+        found.append([out, *grads, *graph, *second])
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_one_evaluation_leaves_out_what_nothing_asks_for():
+    w, rows = weights(3, (7, 5)), noise(6, 4)
+    frozen = [t.detach() for t in w]
+    bounds = (1.0, 1.0, 1.0)
+    with torch.no_grad():
+        written, plain_form = both_forms(w, rows, bounds)
+    assert_close(written, plain_form)
+    one = [*frozen[:2], w[2], *frozen[3:]]
+    grads = [
+        torch.autograd.grad(out.square().sum(), w[2])[0]
+        for out in both_forms(one, rows, bounds)
+    ]
+    assert_close(*grads)
+    rows.requires_grad_()
+    grads = [
+        torch.autograd.grad(out.square().sum(), rows)[0]
+        for out in both_forms(frozen, rows, bounds)
+    ]
+    assert_close(*grads)
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_velocity_alone_is_that_beside_its_divergence(context_dim):
+    torch.manual_seed(0)
+    v = MLPVelocity(3, hidden=(7, 5), context_dim=context_dim, bound=1.5)
+    v = v.double()
+    for p in v.parameters():
+        torch.nn.init.normal_(p)
+    x, context = noise(6, 3), noise(6, 2) if context_dim else None
+    assert_close(v(0.3, x, context), v.with_divergence(0.3, x, context)[0])
+    each = torch.linspace(0, 1, 6, dtype=x.dtype)[:, None]
+    for i, row in enumerate(v(each, x, context)):
+        c = None if context is None else context[i : i + 1]
+        assert_close(row, v(each[i, 0], x[i : i + 1], c)[0])
+
+
+def test_one_evaluation_goes_through_transforms():
+    w, rows = [t.detach() for t in weights(3, (7, 5))], noise(6, 4)
+    bounds = (1.0, 1.0, 1.0)
+
+    def run(r):
+        return bounded_mlp(r, tuple(w), bounds)
+
+    plain_form = torch.autograd.functional.jacobian(run, rows)
+    many = torch.autograd.functional.jacobian(run, rows, vectorize=True)
+    assert_close(many, plain_form)
+    assert_close(torch.func.jacfwd(run)(rows), plain_form)
+    assert_close(torch.func.jacrev(run)(rows), plain_form)
+
+
+def test_one_evaluation_under_autocast_is_in_its_precision():
+    w = [t.detach().float() for t in weights(3, (7, 5))]
+    rows = noise(6, 4).float()
+    with torch.autocast("cpu"):
+        out = bounded_mlp(rows, tuple(w), (1.0, 1.0, 1.0))
+    assert out.dtype == torch.bfloat16

@@ -1,281 +1,568 @@
-"""What draws are worth: chains against known correlations, and weights against known tails."""
+"""How far two samples are apart: each metric on cases whose answer is known."""
 
 import math
 
 import pytest
+import scipy.stats
 import torch
 from helpers import noise
-from pyro.ops.stats import effective_sample_size as pyro_ess
-from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
+from torch import nn
 from torch.testing import assert_close
 
-from flowcourse.metrics import effective_sample_size, ess_share, pareto_k, r_hat
+from flowcourse.metrics import (
+    _auc,
+    _calibration,
+    _divide,
+    classifier_auc,
+    energy_distance,
+    mmd,
+    sliced_wasserstein,
+    wasserstein,
+)
+from flowcourse.recipe import Recipe
 from flowcourse.testing import expect_fail
+
+QUICK = Recipe(epochs=3, lr=1e-2)
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def autoregression(phi, n, chains, seed=0):
-    """Stationary AR(1) chains of variance 1, shape `(n, chains)`."""
-    e = noise(n, chains, seed=seed)
-    x = torch.empty_like(e)
-    x[0] = e[0]
-    for t in range(1, n):
-        x[t] = phi * x[t - 1] + math.sqrt(1 - phi**2) * e[t]
-    return x
+def sliced(x, y, **settings):
+    return sliced_wasserstein(x, y, generator=seeded(), **settings)
 
 
-# The estimate's noise is far below a tenth, but for 0.9, where it is a twentieth.
-@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9, -0.1, -0.4, -0.7, -0.9])
-def test_effective_sample_size_of_an_autoregression(phi):
-    n, chains = 4000, 8
-    x = autoregression(phi, n, chains)
-    expected = n * chains * (1 - phi) / (1 + phi)
-    assert effective_sample_size(x).item() == pytest.approx(expected, rel=0.1)
+def mmd_of_width_1(x, y):
+    return mmd(x, y, bandwidth=1.0)
 
 
-@pytest.mark.parametrize("phi", [-0.99, -0.9, -0.7, -0.3])
-def test_antithetic_chains_are_worth_more_than_their_states(phi):
-    # Short and single chains: of 20, the mean and the least are near what the
-    # variance of the mean says, and none is negative.
-    for n, chains in ((500, 4), (2000, 1)):
-        expected = n * chains * (1 - phi) / (1 + phi)
-        found = torch.stack([
-            effective_sample_size(autoregression(phi, n, chains, seed))
-            for seed in range(20)
-        ])  # fmt: skip
-        assert found.mean().item() == pytest.approx(expected, rel=0.3)
-        assert found.min() > expected / 4
+DISTANCES = [sliced, energy_distance, mmd, mmd_of_width_1]
 
 
-def test_antithetic_chains_are_averaged_by_neighbours():
-    # the sum of three with weights 1, 2, 1 has the same mean, and Pyro's number
-    n, chains = 30, 6
-    x = autoregression(-0.8, n, chains)
-    smooth = (x[:-2] + 2 * x[1:-1] + x[2:]) / 4
-
-    def variance(x):
-        within, means = x.var(0).mean(), x.mean(0)
-        return within * (len(x) - 1) / len(x) + means.var()
-
-    share = pyro_ess(smooth, chain_dim=1, sample_dim=0) / (n - 2)
-    expected = n * share * variance(x) / variance(smooth)
-    assert_close(effective_sample_size(x), expected)
+@pytest.mark.parametrize("p", [1, 1.5, 2, 7])
+def test_wasserstein_of_a_shift_is_the_shift(p):
+    x = noise(100)
+    other = x[torch.randperm(100, generator=seeded())]
+    for shift in (-3.0, 0.5):
+        expected = torch.tensor(abs(shift)).double()
+        assert_close(wasserstein(x, other + shift, p), expected)
 
 
-def test_effective_sample_size_of_few_states_is_positive():
-    x = noise(300, 4, 3)
-    for n in (4, 5, 6, 9, 20):
-        swings = x[:n] * (-1.0) ** torch.arange(n)[:, None, None]
-        found = torch.stack([
-            effective_sample_size(part)
-            for part in (x[:n], swings, swings + 0.01 * x[-n:], x[:n].abs())
-        ])  # fmt: skip
-        assert (found > 0).all() and found.isfinite().all()
-    # each state undoes the one before: at most what Stan allows
-    alternating = torch.tensor([1.0, -1.0]).repeat(50)[:, None].repeat(1, 3)
-    most = 300 * math.log10(300)
-    assert effective_sample_size(alternating).item() == pytest.approx(most)
+@pytest.mark.parametrize("p", [1, 2, 3.5])
+@pytest.mark.parametrize("sizes", [(1, 7), (6, 4), (12, 4), (25, 26)])
+def test_wasserstein_of_samples_of_two_sizes(sizes, p):
+    # each point repeated as often as the other sample has points: equal sizes,
+    # and the plan that keeps the order
+    n, m = sizes
+    x, y = noise(n), 2 * noise(m, seed=1) + 1
+    long = x.sort().values.repeat_interleave(m)
+    other = y.sort().values.repeat_interleave(n)
+    expected = (long - other).abs().pow(p).mean().pow(1 / p)
+    assert_close(wasserstein(x, y, p), expected)
+    assert_close(wasserstein(y, x, p), expected)
+    if p == 1:
+        theirs = scipy.stats.wasserstein_distance(x.numpy(), y.numpy())
+        assert wasserstein(x, y).item() == pytest.approx(theirs)
 
 
-def test_effective_sample_size_of_what_moves_not_or_is_not_finite():
-    x = noise(50, 3, 4)
-    x[..., 1] = 2.0
-    for bad in (math.nan, math.inf, -math.inf):
-        x[7, 1, 2] = bad
-        found = effective_sample_size(x)
-        assert found.isnan().tolist() == [False, True, True, False]
-        assert r_hat(x).isnan().tolist() == [False, True, True, False]
-    for states in (
-        [[1.0]],
-        torch.zeros(9, 2).long(),
-        torch.zeros(9),
-        torch.zeros(9, 0),
-        torch.zeros(9, 2, 0),
-        torch.zeros(9, 2, device="meta"),
-    ):
-        with expect_fail(ValueError, contains="states: expected"):
-            effective_sample_size(states)
-        with expect_fail(ValueError, contains="states: expected"):
-            r_hat(states)
+def test_wasserstein_of_gaussians_and_of_uniforms():
+    # W2 of N(0, 1) and N(3, 2): the root of 3² + 1²; the difference of the
+    # means scatters by sqrt(5 / n), that of the scales by less
+    n = 20_000
+    x, y = noise(n), 2 * noise(n, seed=1) + 3
+    found = wasserstein(x, y, p=2).item()
+    assert found == pytest.approx(math.sqrt(10), abs=4 * math.sqrt(5 / n))
+    # of U(0, 1) and U(0, s): (s - 1) / 2, and (s - 1) / sqrt(3)
+    u = torch.rand(n, generator=seeded(), dtype=torch.float64)
+    v = torch.rand(n, generator=seeded(1), dtype=torch.float64)
+    for p, expected in ((1, 1.0), (2, 2 / math.sqrt(3))):
+        found = wasserstein(u, 3 * v, p).item()
+        assert found == pytest.approx(expected, abs=4 * math.sqrt(10 / 12 / n))
 
 
-def test_effective_sample_size_is_pyros_where_pyro_can():
-    for n in (4, 51, 600):
-        x = torch.stack(
-            [autoregression(0.8, n, 5), autoregression(0.2, n, 5, 1)], -1
-        )
-        assert_close(
-            effective_sample_size(x), pyro_ess(x, chain_dim=1, sample_dim=0)
-        )
-    x = autoregression(0.9, 100_000, 1)  # pyro would want 20 GB here
-    assert effective_sample_size(x).item() == pytest.approx(
-        100_000 / 19, rel=0.15
-    )
-    with expect_fail(ValueError, contains="(kept, chains"):
-        effective_sample_size(torch.zeros(3, 2))
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_wasserstein_has_a_gradient(p):
+    x, y = noise(6).requires_grad_(), noise(4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: wasserstein(x, y, p), (x, y))
+    # where the samples are equal, the root has no slope
+    found = wasserstein(x, x.detach(), p)
+    (slope,) = torch.autograd.grad(found, x)
+    assert found == 0 and (slope == 0).all()
 
 
-def test_chains_that_disagree_are_worth_little():
-    x = noise(500, 4) + torch.tensor([0.0, 0.0, 0.0, 5.0])
-    assert effective_sample_size(x) < 20
+def test_wasserstein_neither_overflows_nor_vanishes():
+    x, y = noise(50), noise(30, seed=1)
+    for p in (1, 3, 60):
+        plain = wasserstein(x, y, p)
+        for scale in (1e-200, 1e200):
+            assert_close(wasserstein(scale * x, scale * y, p), scale * plain)
+    far = torch.tensor([1e38, -1e38])
+    assert_close(wasserstein(far, far.flip(0) / 2, p=2), far[0] / 2)
 
 
-def test_r_hat_accepts_what_is_right():
-    x = noise(1000, 4, 2)
-    assert (r_hat(x) < 1.01).all() and (r_hat(x) > 0.99).all()
-    ties = x.round()  # rejected moves repeat states
-    assert (r_hat(ties) < 1.01).all()
-    # only ranks count
-    assert_close(r_hat(x), r_hat(10 - 3 * x), rtol=1e-4, atol=0)
-    assert_close(r_hat(x.float()), r_hat(x).float())
+def test_one_dimension_has_one_slice():
+    x, y = noise(40), noise(30, seed=1) + 1
+    for p in (1, 2.5):
+        assert_close(sliced(x[:, None], y[:, None], p=p), wasserstein(x, y, p))
+        assert_close(sliced(x, y, p=p), wasserstein(x, y, p))
 
 
-@pytest.mark.parametrize("digits", [1, 9])
-def test_r_hat_by_hand(digits):
-    x = noise(40, 3).exp().round(decimals=digits)  # skewed, and with ties
-    x[:, 1] *= 1.5
-
-    def scores(x):
-        flat = x.flatten()
-        less = (flat < flat[:, None]).sum(1)
-        ties = (flat == flat[:, None]).sum(1)
-        rank = less.double() + (ties + 1) / 2
-        share = (rank - 3 / 8) / (len(flat) + 1 / 4)
-        return torch.special.ndtri(share).reshape(x.shape)
-
-    folded = (x - x.flatten().median()).abs()
+@pytest.mark.parametrize("p", [1, 3])
+def test_sliced_wasserstein_is_the_power_mean_over_directions(p):
+    x, y = noise(20, 3), noise(15, 3, seed=1) + 1
+    theta = torch.randn(7, 3, generator=seeded(), dtype=torch.float64)
     each = [
-        split_gelman_rubin(scores(part), chain_dim=1, sample_dim=0)
-        for part in (x, folded)
+        wasserstein(x @ t / t.norm(), y @ t / t.norm(), p) ** p for t in theta
     ]
-    assert_close(r_hat(x[..., None])[0], max(each))
-    # the two differ, and either can be the larger
-    narrow = noise(40, 3) * torch.tensor([1.0, 1.0, 3.0])
-    folded = (narrow - narrow.flatten().median()).abs()
-    expected = split_gelman_rubin(scores(folded), chain_dim=1, sample_dim=0)
-    assert_close(r_hat(narrow[..., None])[0], expected)
+    expected = torch.stack(each).mean() ** (1 / p)
+    assert_close(sliced(x, y, projections=7, p=p), expected)
 
 
-def test_r_hat_finds_what_is_wrong():
-    x = noise(1000, 4, 1)
-    shift = torch.tensor([0.0, 0.0, 0.0, 1.0])[:, None]
-    assert r_hat(x + shift) > 1.05
-    scale = torch.tensor([1.0, 1.0, 1.0, 4.0])[:, None]
-    assert r_hat(x * scale) > 1.05  # only the folded ranks see it
-    assert split_gelman_rubin(x * scale, chain_dim=1, sample_dim=0) < 1.01
-    drift = torch.linspace(-1, 1, 1000)[:, None, None]
-    assert r_hat(x + drift) > 1.05  # only the halves see it
-    cauchy = torch.tan(math.pi * (torch.special.ndtr(x) - 0.5)) + 2 * shift
-    # no variance to go by
-    assert split_gelman_rubin(cauchy, chain_dim=1, sample_dim=0) < 1.05
-    assert r_hat(cauchy) > 1.05
-    for wrong in (torch.zeros(3, 2, 1), torch.zeros(9, 1, 1)):
-        with expect_fail(ValueError, contains="at least 2 chains"):
-            r_hat(wrong)
+@pytest.mark.parametrize("d", [2, 5])
+def test_sliced_wasserstein_of_a_shift(d):
+    # theta_1² has mean 1 / d and variance 2 (d - 1) / (d² (d + 2))
+    x, shift, many = noise(50, d), torch.zeros(d).double(), 20_000
+    shift[1] = -3.0
+    found = sliced(x, x + shift, projections=many, p=2) ** 2 / 9
+    scatter = math.sqrt(2 * (d - 1) / (d**2 * (d + 2)) / many)
+    assert found.item() == pytest.approx(1 / d, abs=4 * scatter)
+    # |theta_1| has mean Gamma(d/2) / (sqrt(pi) Gamma((d + 1)/2))
+    mean = math.gamma(d / 2) / math.gamma((d + 1) / 2) / math.sqrt(math.pi)
+    found = sliced(x, x + shift, projections=many) / 3
+    scatter = math.sqrt((1 / d - mean**2) / many)
+    assert found.item() == pytest.approx(mean, abs=4 * scatter)
 
 
-def test_ess_share():
-    assert ess_share(torch.zeros(50) - 1e4) == pytest.approx(1)
-    one = torch.full((40,), -math.inf)
-    one[3] = 700.0
-    assert ess_share(one) == pytest.approx(1 / 40)
-    w = torch.tensor([1.0, 2.0, 3.0])
-    assert ess_share(w.log()) == pytest.approx(36 / (3 * 14))
-    # q = N(0, 1), p = N(m, 1): the share is exp(-m²)
-    z = noise(400_000)
-    assert ess_share(0.5 * z - 0.125) == pytest.approx(
-        math.exp(-0.25), abs=0.01
+def test_directions_follow_from_the_generator():
+    x, y = noise(20, 3), noise(30, 3, seed=1)
+    assert torch.equal(sliced(x, y), sliced(x, y))
+    other = sliced_wasserstein(x, y, generator=seeded(1))
+    assert not torch.equal(sliced(x, y), other)
+    # the same for either dtype
+    assert_close(sliced(x.float(), y.float()), sliced(x, y).float())
+    torch.manual_seed(0)
+    first, second = sliced_wasserstein(x, y), sliced_wasserstein(x, y)
+    torch.manual_seed(0)
+    assert torch.equal(first, sliced_wasserstein(x, y)) and first != second
+
+
+def test_energy_distance_of_points():
+    x, y = torch.zeros(3, 2), torch.tensor([[3.0, 4.0]])
+    assert_close(energy_distance(x, y), torch.tensor(10.0))
+    # {0, 2} and {1}: 2 * 1 - 1 - 0, with pairs of a point with itself
+    x, y = torch.tensor([0.0, 2.0]), torch.tensor([1.0])
+    assert_close(energy_distance(x, y), torch.tensor(1.0))
+
+
+def test_energy_distance_is_never_negative():
+    for seed in range(30):
+        x = noise(20, 2, seed=seed)
+        found = energy_distance(x, x[torch.randperm(20, generator=seeded())])
+        assert 0 <= found < 1e-14
+
+
+def test_energy_distance_is_scipys_on_the_line():
+    x, y = noise(40), 2 * noise(30, seed=1) + 1
+    theirs = scipy.stats.energy_distance(x.numpy(), y.numpy())
+    assert energy_distance(x, y).item() == pytest.approx(theirs**2)
+
+
+def many_times(distance, shift, times=200, n=60, m=40):
+    """Mean and its standard error over pairs of Gaussian samples in the plane."""
+    a = torch.tensor([shift, 0.0], dtype=torch.float64)
+    found = torch.stack([
+        distance(noise(n, 2, seed=s), noise(m, 2, seed=1000 + s) + a)
+        for s in range(times)
+    ])  # fmt: skip
+    return found.mean().item(), found.std().item() / math.sqrt(times)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_energy_distance_of_gaussians(shift):
+    # |x - y| is Rice's, |x - x'| Rayleigh's of mean sqrt(pi); the pairs of a
+    # point with itself add (1/n + 1/m) of that
+    t = shift**2 / 8
+    rice = (1 + 2 * t) * scipy.special.ive(0, t)
+    rice += 2 * t * scipy.special.ive(1, t)
+    expected = math.sqrt(math.pi) * (2 * rice - 2 + 1 / 60 + 1 / 40)
+    mean, error = many_times(energy_distance, shift)
+    assert mean == pytest.approx(expected, abs=4 * error)
+    assert error < expected / 10
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_mmd_of_gaussians_is_unbiased(shift):
+    h2, d = 0.8**2, 2
+    expected = 2 * (h2 / (h2 + 2)) ** (d / 2)
+    expected *= 1 - math.exp(-(shift**2) / (2 * (h2 + 2)))
+    mean, error = many_times(lambda x, y: mmd(x, y, bandwidth=0.8), shift)
+    assert mean == pytest.approx(expected, abs=4 * error)
+    # the biased estimate would be too large by this, far more than the error
+    bias = (1 / 60 + 1 / 40) * (1 - h2 / (h2 + 2))
+    assert error < bias / 8
+
+
+def test_mmd_by_hand():
+    x, y = noise(9, 3), noise(7, 3, seed=1) + 1
+
+    def mean(a, b, h):
+        k = [
+            math.exp(-(s - t).square().sum().item() / (2 * h**2))
+            for i, s in enumerate(a)
+            for j, t in enumerate(b)
+            if a is not b or i != j
+        ]
+        return sum(k) / len(k)
+
+    both = torch.cat([x, y])
+    median = torch.stack([
+        (s - t).norm() for i, s in enumerate(both) for t in both[:i]
+    ]).median().item()  # fmt: skip
+    for bandwidth in (None, 0.5, 3):
+        h = bandwidth or median
+        expected = mean(x, x, h) + mean(y, y, h) - 2 * mean(x, y, h)
+        assert mmd(x, y, bandwidth).item() == pytest.approx(expected)
+
+
+def test_mmd_needs_a_bandwidth_and_pairs():
+    x = torch.zeros(9, 2)
+    with expect_fail(ValueError, contains="bandwidth: most pairs"):
+        mmd(x, x)
+    for wrong in (0, -1.0, math.nan, "wide"):
+        with expect_fail(ValueError, contains="bandwidth: expected"):
+            mmd(x, x, bandwidth=wrong)
+    for a, b, name in ((x[:1], x, "x"), (x, x[:1], "y")):
+        with expect_fail(ValueError, contains=f"{name}: expected 2 points"):
+            mmd(a, b, bandwidth=1)
+
+
+def test_the_median_distance_is_of_2000_points_at_most(monkeypatch):
+    x, y = noise(3000, 2), noise(1500, 2, seed=1)
+    seen = []
+    pdist = torch.pdist
+    monkeypatch.setattr(
+        torch, "pdist", lambda t: seen.append(len(t)) or pdist(t)
+    )
+    found = mmd(x, y)
+    assert seen == [1500]
+    # of unit Gaussians in the plane: the median of Rayleigh's, 2 sqrt(log 2)
+    assert_close(
+        found, mmd(x, y, 2 * math.sqrt(math.log(2))), atol=1e-4, rtol=0
     )
 
 
-def test_pareto_k_fits_the_published_tail():
-    # n = 25: the five largest; n = 1000: 3 sqrt(n) = 94.9 and not 0.2 n
-    for n, tail in ((25, 5), (100, 20), (1000, 95), (50_000, 671)):
-        log_w = 0.7 * noise(n)
-        w = log_w.exp().sort().values
-        expected = fit_generalized_pareto(w[-tail:] - w[-tail - 1])[0]
-        assert pareto_k(log_w) == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_distances_know_neither_order_nor_side(distance):
+    x, y = noise(30, 2, 3), noise(20, 2, 3, seed=1) + 0.5
+    plain = distance(x, y)
+    assert plain.shape == () and plain.dtype == torch.float64
+    shuffled = x[torch.randperm(30, generator=seeded())], y.flip(0)
+    assert_close(distance(*shuffled), plain)
+    assert_close(distance(y, x), plain)
+    assert_close(distance(x.flatten(1), y.flatten(1)), plain)
+    assert_close(distance(x + 100, y + 100), plain)
+    # what is rounded to float32 is off by eps of its size, about 1
+    found = distance(x.float(), y.float())
+    assert_close(found, plain.float(), atol=4 * 2**-23, rtol=4 * 2**-23)
+    if distance is not mmd_of_width_1 and distance is not mmd:
+        assert_close(distance(3 * x, 3 * y), 3 * plain)
+        assert distance(x, x.flip(0)) < 1e-14
 
 
-@pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
-def test_pareto_k_of_pareto_weights(k):
-    u = torch.rand(100_000, generator=seeded(), dtype=torch.float64)
-    log_w = -k * u.log()  # weights with P(w > t) = t^(-1/k)
-    found = pareto_k(log_w)
-    assert found == pytest.approx(k, abs=0.08)
-    assert pareto_k(log_w + 5000) == pytest.approx(found)
-    assert pareto_k(log_w.float()) == pytest.approx(found, abs=1e-3)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_distances_have_gradients(distance):
+    x, y = noise(5, 2), noise(4, 2, seed=1) + 0.5
+    if distance is mmd:  # whose bandwidth is a number to it
+        slope = torch.autograd.functional.jacobian(lambda x: mmd(x, y), x)
+        h = torch.pdist(torch.cat([x, y])).median().item()
+        fixed = torch.autograd.functional.jacobian(lambda x: mmd(x, y, h), x)
+        assert_close(slope, fixed)
+        return
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: distance(x, y), x)
 
 
-def test_pareto_k_at_the_ends():
-    u = torch.rand(100_000, generator=seeded(), dtype=torch.float64)
-    assert pareto_k(u.log()) < -0.5  # uniform weights have k = -1
-    z = noise(100_000)
-    # q far too narrow
-    assert pareto_k(-0.5 * (z / 3).square() + 0.5 * z.square()) > 0.7
-    # q too wide: bounded
-    assert pareto_k(-0.5 * (3 * z).square() + 0.5 * z.square()) < 0.2
-    assert pareto_k(torch.zeros(1000)) == -math.inf
-    assert math.isfinite(
-        pareto_k(torch.cat([torch.full((900,), -math.inf), z[:100]]))
-    )
-    with expect_fail(ValueError, contains="25"):
-        pareto_k(torch.zeros(24))
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_memory_is_bounded(distance, monkeypatch):
+    x, y = noise(50, 2), noise(40, 2, seed=1) + 1
+    plain, sizes = distance(x, y), []
+    for name in ("cdist", "matmul"):
+        whole = getattr(torch, name)
+
+        def counted(*args, whole=whole, **kwargs):
+            found = whole(*args, **kwargs)
+            sizes.append(found.numel())
+            return found
+
+        monkeypatch.setattr(torch, name, counted)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", torch.matmul)
+    for block in (1, 170, 1000):
+        monkeypatch.setattr("flowcourse.metrics.BLOCK", block)
+        assert_close(distance(x, y), plain)
+        # never less than a row
+        assert 0 < max(sizes) <= max(block, 90)
+        sizes.clear()
 
 
-def test_weights_that_are_nearly_all_zero_get_the_worst_verdict():
-    inf, nothing = math.inf, torch.full((1000,), -math.inf)
-    assert pareto_k(nothing) == inf and ess_share(nothing) == 0
-    for few in (1, 2, 4):
-        for rest in (-inf, -800.0, -30.0):
-            log_w = torch.full((1000,), rest)
-            log_w[:few] = torch.linspace(0, -0.1, few)
-            assert pareto_k(log_w) == inf
-            assert ess_share(log_w) == pytest.approx(few / 1000, rel=0.01)
-    # weights that no float64 holds together
-    for spread in (100.0, 1e3, 1e5, 1e300):
-        assert pareto_k(spread * noise(1000)) > 5
-    # a hair above all others is no tail
-    hair = torch.zeros(1000)
-    hair[:3] = 1e-6
-    assert pareto_k(hair) == -inf
-
-
-def test_weights_that_are_unknown_get_no_good_verdict():
-    log_w = noise(100)
-    log_w[3] = math.inf
-    assert pareto_k(log_w) == math.inf and math.isnan(ess_share(log_w))
-    log_w[4] = math.nan
-    assert math.isnan(pareto_k(log_w)) and math.isnan(ess_share(log_w))
-
-
-@pytest.mark.parametrize("judge", [ess_share, pareto_k])
-def test_weights_are_one_row_of_numbers(judge):
-    for wrong in (
-        torch.zeros(40, 40),
-        torch.zeros(()),
-        torch.zeros(0),
-        torch.zeros(40).long(),
-        torch.zeros(40, device="meta"),
-        [0.0] * 40,
-        None,
+@pytest.mark.parametrize(
+    "distance",
+    [wasserstein, *DISTANCES, lambda x, y: classifier_auc(x, y, recipe=QUICK)],
+)
+def test_what_is_no_pair_of_samples_is_refused(distance):
+    shape = (30,) if distance is wasserstein else (30, 2)
+    x = noise(*shape)
+    bad = x.clone()
+    bad[7:9] = math.nan
+    for wrong, told in (
+        (x[:0], "expected shape"),
+        (
+            bad,
+            "expected finite numbers, got 2 rows with NaN or infinite ones, the first of them row 7",
+        ),
+        (x / 0, "expected finite numbers"),
+        (x.long(), "expected floating-point numbers"),
+        (x.tolist(), "expected floating-point numbers"),
+        (None, "expected floating-point numbers"),
+        (torch.zeros(shape, device="meta"), "expected values"),
+        (torch.tensor(1.0), "expected shape"),
     ):
-        with expect_fail(ValueError, contains="log_weights: expected"):
-            judge(wrong)
-    assert ess_share(torch.tensor([3.0])) == 1
+        with expect_fail(ValueError, contains=f"x: {told}"):
+            distance(wrong, x)
+        with expect_fail(ValueError, contains=f"y: {told}"):
+            distance(x, wrong)
+    with expect_fail(ValueError, contains="y: expected torch.float64 on cpu"):
+        distance(x, x.float())
+    if distance is wasserstein:
+        with expect_fail(ValueError, contains="x: expected shape (n,)"):
+            distance(x[:, None], x)
+        return
+    with expect_fail(ValueError, contains="events of shape (2,) as in x"):
+        distance(x, x[:, :1])
+    with expect_fail(ValueError, contains="x: expected numbers, got shape"):
+        distance(x[:, :0], x[:, :0])
 
 
-def test_a_default_device_does_not_reach_the_judges():
-    log_w, states = noise(1000), noise(50, 3, 2)
+def test_settings_of_distances_are_read():
+    x = noise(30, 2)
+    for p in (0.5, math.inf, "1", None):
+        with expect_fail(ValueError, contains="p: expected"):
+            wasserstein(x[:, 0], x[:, 1], p)
+        with expect_fail(ValueError, contains="p: expected"):
+            sliced_wasserstein(x, x, p=p)
+    with expect_fail(ValueError, contains="projections: expected"):
+        sliced_wasserstein(x, x, projections=0)
+    with expect_fail(ValueError, contains="generator: expected"):
+        sliced_wasserstein(x, x, generator=3)
+
+
+def test_auc_counts_pairs_and_shares_ties():
+    low, high = noise(40).round(decimals=1), noise(30, seed=1) + 0.5
+    high = high.round(decimals=1)
+    above = (high[:, None] > low).double() + 0.5 * (high[:, None] == low)
+    # DeLong et al.: the variance of a score's own share, for either sample
+    error = above.mean(1).var() / 30 + above.mean(0).var() / 40
+    found = _auc(low, high)
+    assert found == pytest.approx((above.mean().item(), math.sqrt(error)))
+    turned = _auc(high, low)
+    assert turned == pytest.approx((1 - found[0], found[1]))
+    assert _auc(low, low)[0] == pytest.approx(0.5)
+    assert _auc(low, low + 100) == (1.0, 0.0)
+
+
+def test_the_error_of_an_auc_is_its_scatter():
+    found = torch.tensor([
+        _auc(noise(80, seed=s), noise(50, seed=1000 + s) + 1)
+        for s in range(300)
+    ])  # fmt: skip
+    scatter, told = found[:, 0].std(), found[:, 1].mean()
+    # a standard deviation of 300 is known to 1 / sqrt(600)
+    assert (told / scatter).item() == pytest.approx(1, abs=4 / math.sqrt(600))
+    expected = 0.5 * math.erfc(-1 / 2)
+    assert found[:, 0].mean().item() == pytest.approx(
+        expected, abs=4 * scatter.item() / math.sqrt(300)
+    )
+
+
+def test_calibration_of_known_probabilities():
+    n = 100_000
+    p = torch.rand(n, generator=seeded(), dtype=torch.float64)
+    u = torch.rand(n, generator=seeded(1), dtype=torch.float64)
+    *_, predicted, observed, count = _calibration(p, (u < p) * 1.0, 10)
+    assert count.tolist() == [n // 10] * 10
+    centers = (torch.arange(10) + 0.5).double() / 10
+    assert_close(predicted, centers, atol=4 / math.sqrt(12 * n), rtol=0)
+    scatter = (centers * (1 - centers) / count).sqrt()
+    assert ((observed - centers).abs() < 4 * scatter).all()
+    # half-normal deviations of many bins, whose mean is known to a few percent
+    ece, level, *_ = _calibration(p, (u < p) * 1.0, 500)
+    assert ece == pytest.approx(level, abs=4 * level * 0.756 / math.sqrt(500))
+    # who says p where p² is true is off by p - p² on average, that is 1/6
+    ece = _calibration(p, (u < p**2) * 1.0, 10)[0]
+    assert ece == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_calibration_of_a_constant_is_one_bin():
+    labels = torch.arange(10.0).double().clamp(max=3) / 3  # ordered
+    labels = (labels == 1).double()
+    p = torch.full((10,), 0.7, dtype=torch.float64)
+    ece, _, predicted, observed, count = _calibration(p, labels, 5)
+    assert count.tolist() == [10] and ece == pytest.approx(0)
+    assert_close(predicted, p[:1])
+    assert_close(observed, p[:1])
+    # ties do not straddle an edge, and more bins than points do no harm
+    p[:4] = 0.2
+    assert _calibration(p, labels, 3)[-1].tolist() == [4, 6]
+    assert _calibration(noise(3).sigmoid(), labels[:3], 50)[-1].sum() == 3
+
+
+def gaussians(n, m, d, shift, seed=0):
+    x, y = noise(n, d, seed=seed).float(), noise(m, d, seed=seed + 50).float()
+    y[:, 0] += shift
+    return x, y
+
+
+@pytest.mark.parametrize("sizes", [(1500, 1500), (2000, 800)])
+def test_equal_distributions_have_an_auc_of_a_half(sizes):
+    found = classifier_auc(*gaussians(*sizes, 3, 0.0), generator=seeded())
+    assert abs(found.auc - 0.5) < 3 * found.error
+    # as Mann and Whitney's test without ties
+    n, m = (round(0.4 * size) for size in sizes)
+    assert found.error == pytest.approx(
+        math.sqrt((n + m + 1) / (12 * n * m)), rel=0.1
+    )
+    share = sizes[1] / sum(sizes)
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert found.chance == pytest.approx(entropy, rel=1e-3)
+    assert found.log_loss == pytest.approx(entropy, abs=0.02)
+    assert found.counts.sum() == n + m and len(found.counts) <= 10
+
+
+@pytest.mark.parametrize("shift", [0.5, 2.0])
+def test_gaussians_are_told_apart_as_well_as_can_be(shift):
+    x, y = gaussians(3000, 3000, 2, shift)
+    found = classifier_auc(x, y, generator=seeded())
+    best = 0.5 * math.erfc(-shift / 2)  # Phi(shift / sqrt 2)
+    assert abs(found.auc - best) < 3 * found.error
+    assert found.ece < 2 * found.ece_noise
+    assert found.log_loss < found.chance
+    # the training ended by itself
+    assert found.history.best_step < len(found.history) < 100 * 25
+    # the other way round: the same points held out, by another judge
+    turned = classifier_auc(y, x, generator=seeded())
+    assert turned.auc == pytest.approx(found.auc, abs=found.error)
+
+
+def test_what_only_a_network_sees():
+    # the margins are the same, but y keeps to quadrants 1 and 3
+    x, y = noise(2, 3000, 2).float()
+    y = y.abs() * noise(3000, 1, seed=1).sign().float()
+    found = classifier_auc(x, y, generator=seeded())
+    # half of the points of x lie where y has none: 3/4 is the best, and the
+    # edges of the quadrants are not learned quite
+    assert 0.7 < found.auc < 0.75 + 3 * found.error
+
+
+def test_a_classifier_follows_from_the_generator_alone():
+    x, y = gaussians(60, 80, 2, 1.0)
+    state = torch.get_rng_state()
+    found = [
+        classifier_auc(x, y, recipe=QUICK, generator=seeded(s))
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(state, torch.get_rng_state())
+    assert found[0].auc == found[1].auc
+    assert found[0].log_loss == found[1].log_loss != found[2].log_loss
+    torch.manual_seed(0)
+    first = classifier_auc(x, y, recipe=QUICK)
+    second = classifier_auc(x, y, recipe=QUICK)
+    torch.manual_seed(0)
+    again = classifier_auc(x, y, recipe=QUICK)
+    assert first.log_loss == again.log_loss != second.log_loss
+
+
+def test_features_are_standardised_with_the_training_points():
+    x, y = gaussians(200, 200, 2, 1.0)
+    x, y = x.double(), y.double()
+    parts = _divide((x, y), 0.4, 3)
+    assert [len(part[1]) for part in parts] == [192, 48, 160]
+    assert [part[1].mean().item() for part in parts] == [0.5] * 3
+    features = parts[0][0]
+    assert features.dtype == torch.float32
+    assert_close(features.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
+    assert_close(features.std(0), torch.ones(2))
+    # units do not matter, nor does a feature that is constant
+    scale, offset = torch.tensor([1e6, 1e-6]), torch.tensor([1e7, 3.0])
+    for a, b in zip(
+        parts, _divide((x * scale + offset, y * scale + offset), 0.4, 3)
+    ):
+        assert_close(a, b, atol=1e-5, rtol=1e-5)
+    same = torch.full((200, 1), 0.1).double()
+    wide = _divide([torch.cat([t, same], 1) for t in (x, y)], 0.4, 3)
+    assert all(part[0].isfinite().all() for part in wide)
+
+
+def test_pairs_fall_into_the_same_part():
+    x = noise(50, 1)
+    for features, labels in _divide((x, x), 0.3, 5):
+        a, b = features[labels == 0], features[labels == 1]
+        assert len(a) and torch.equal(a, b)
+    rows = torch.cat(
+        [part[0][part[1] == 0] for part in _divide((x, x), 0.3, 5)]
+    )
+    assert len(rows.unique()) == 50  # each once
+
+
+def test_a_network_of_ones_own():
+    x, y = gaussians(100, 100, 2, 4.0)
+    images = x.reshape(100, 1, 2, 1), y.reshape(100, 1, 2, 1)
+    found = classifier_auc(
+        *images,
+        network=lambda n: nn.Linear(n, 1),
+        recipe=Recipe(steps=200, lr=0.1),
+        generator=seeded(),
+        bins=4,
+        held_out=0.5,
+    )
+    assert found.auc > 0.95 and found.counts.tolist() == [25] * 4
+    assert "predicted" not in repr(found)
+    with expect_fail(ValueError, contains="network: expected one number"):
+        classifier_auc(x, y, network=lambda n: nn.Linear(n, 2), recipe=QUICK)
+    with expect_fail(ValueError, contains="network: expected what makes"):
+        classifier_auc(x, y, network=lambda n: None, recipe=QUICK)
+
+
+def test_settings_of_a_classifier_are_read():
+    x, y = gaussians(30, 30, 2, 1.0)
+    for name, wrong in (
+        ("held_out", 0.05),
+        ("held_out", 1.0),
+        ("bins", 0),
+        ("recipe", {"steps": 3}),
+        ("generator", 3),
+    ):
+        with expect_fail(ValueError, contains=f"{name}: expected"):
+            classifier_auc(x, y, **{name: wrong})
+    for a, b, name in ((x[:19], y, "x"), (x, y[:19], "y")):
+        with expect_fail(ValueError, contains=f"{name}: expected 20 points"):
+            classifier_auc(a, b)
+    for held_out in (0.1, 0.9):  # the smallest samples
+        found = classifier_auc(
+            x[:20], y[:20], held_out=held_out, recipe=QUICK, generator=seeded()
+        )
+        assert found.counts.sum() == round(20 * held_out) * 2
+
+
+def test_a_default_device_does_not_reach_the_metrics():
+    x, y = gaussians(40, 30, 2, 1.0)
 
     def look():
+        found = classifier_auc(x, y, recipe=QUICK, generator=seeded())
         return (
-            torch.tensor([pareto_k(log_w), ess_share(log_w)], device="cpu"),
-            effective_sample_size(states),
-            r_hat(states),
+            wasserstein(x[:, 0], y[:, 0]),
+            *(distance(x, y) for distance in DISTANCES),
+            found.predicted,
+            found.observed,
         )
 
     plain = look()
@@ -287,15 +574,15 @@ def test_a_default_device_does_not_reach_the_judges():
 
 def test_a_device_without_float64_is_served(monkeypatch):
     # Apple's GPU, as far as this can be seen elsewhere
+    x, y = gaussians(40, 30, 2, 1.0)
+    plain = [distance(x, y) for distance in DISTANCES[1:]]
     monkeypatch.setattr("flowcourse.metrics.in_double", lambda t: t)
-    log_w = noise(1000).float()
-    whole = torch.Tensor.double
 
     def double(self):
-        # but for the fit, on the CPU
-        assert self.numel() < 100, "no float64"
-        return whole(self)
+        raise AssertionError("no float64")
 
     monkeypatch.setattr(torch.Tensor, "double", double)
-    assert ess_share(log_w) == pytest.approx(math.exp(-1), rel=0.2)
-    assert 0 < pareto_k(log_w) < 1
+    for distance, expected in zip(DISTANCES[1:], plain, strict=True):
+        assert_close(distance(x, y), expected, atol=1e-4, rtol=1e-4)
+    assert sliced(x, y) > 0
+    classifier_auc(x, y, recipe=QUICK, generator=seeded())

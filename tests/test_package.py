@@ -74,7 +74,8 @@ TOP = set(
     GaussianMixture Uniform Elementwise AffineMap AdditiveMap Coupling Couplings
     NICE RealNVP NSF MAF IAF NAF BNAF Planar Radial Sylvester ResidualFlow Continuous
     MLPVelocity check_bijection load toys
-    fit Recipe Objective MaximumLikelihood ReverseKL
+    ScoreVelocity Guided SDE fit Recipe Objective MaximumLikelihood ReverseKL
+    FlowMatching ScoreMatching
     """.split()
 )
 

@@ -25,7 +25,9 @@ from train_child import (
     press,
     run_blurred,
     run_likelihood,
+    run_matched,
     run_reverse,
+    run_scores,
 )
 from train_child import run_weighted as run_child_weighted
 
@@ -192,6 +194,8 @@ def test_two_processes_equal_one(tmp_path):
         "reverse": run_reverse()[1],
         "blurred": run_blurred()[1],
         "weighted": run_child_weighted()[1],
+        "matched": run_matched()[1],
+        "scores": run_scores()[1],
     }
     for name, history in one.items():
         for key in (

@@ -27,7 +27,8 @@ from flowcourse.trainer import TrainingDiverged
 from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["board", "depth", "digits", "dlgm", "families", "maps", "variational"]
+NAMES = ["board", "depth", "digits", "dlgm", "families", "maps", "matching"]
+NAMES += ["variational"]
 
 
 def study_of(path, run, *jobs):
@@ -294,6 +295,11 @@ def small(name):
     elif name == "board":
         module.RECIPE["steps"] = 4
         jobs = module.jobs[:2]
+    elif name == "matching":
+        module.SECONDS = dict.fromkeys(module.SECONDS, 0.1)
+        module.POINTS = dict.fromkeys(module.POINTS, 100)
+        first = {job["family"]: job for job in module.jobs[::-1]}
+        jobs = list(first.values())
     else:
         module.SECONDS = 0.1
         jobs = [module.jobs[0], module.jobs[-1]]
@@ -320,6 +326,33 @@ def test_a_job_of_each_study_finds_what_its_record_has(name, tmp_path):
         old = of_job[json.dumps(new["job"], sort_keys=True)]
         assert set(new) == set(old) | {"commit", "dirty", "versions"}
         assert type(new["results"]) is type(old["results"])
+
+
+def test_a_training_is_kept_until_its_job_is_recorded(tmp_path, monkeypatch):
+    """The study of matching goes on from what a broken judge left, and finds the same."""
+    study, out = small("matching"), tmp_path / "matching.jsonl"
+    module = study.run.__globals__
+    wanted = {"family": "matching, independent"}
+    jobs = [job for job in study.jobs if job.items() >= wanted.items()]
+    one = Study(study.name, study.path, jobs, study.run)
+
+    def broken(*_):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(module, "far", broken)
+        assert quietly(one, out)["failed"] == 1
+    (kept,) = tmp_path.glob(".matching/*/trained.pt")
+    weights, _ = torch.load(kept)
+    with monkeypatch.context() as patch:
+        patch.setitem(module, "fit_for_seconds", broken)
+        seen = []
+        patch.setitem(module, "judge", lambda flow, *_: seen.append(flow) or {})
+        assert quietly(one, out)["recorded"] == 1
+    trained = seen[0].state_dict()
+    assert trained.keys() == {n.removeprefix("flow.") for n in weights}
+    for name, value in trained.items():
+        assert torch.equal(value, weights[f"flow.{name}"])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,9 @@ from train_child import (
     press,
     run_blurred,
     run_likelihood,
+    run_matched,
     run_reverse,
+    run_scores,
 )
 
 from flowcourse.bases import DiagonalGaussian
@@ -96,7 +98,9 @@ def test_equals_a_loop_written_by_hand():
         assert torch.equal(p, a)
 
 
-@pytest.mark.parametrize("run", [run_likelihood, run_reverse, run_blurred])
+@pytest.mark.parametrize(
+    "run", [run_likelihood, run_reverse, run_blurred, run_matched, run_scores]
+)
 @pytest.mark.parametrize("at", [1, 9])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, run, at):
     want = run()

@@ -494,7 +494,7 @@ def test_a_default_device_does_not_reach_chains_and_energies():
 
 def test_a_device_without_float64_is_served(monkeypatch):
     # Apple's GPU, as far as this can be seen elsewhere
-    for module in ("variational", "metrics"):
+    for module in ("variational", "diagnostics"):
         monkeypatch.setattr(f"flowcourse.{module}.in_double", lambda t: t)
     whole = torch.Tensor.double
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flowcourse.continuous import Continuous, MLPVelocity
 from flowcourse.core import Flow
 from flowcourse.coupling import RealNVP
 from flowcourse.elementwise import AffineMap, Elementwise
 from flowcourse.objectives import MaximumLikelihood, Objective, ReverseKL
+from flowcourse.stochastic import FlowMatching, ScoreMatching, ScoreVelocity
 from flowcourse.trainer import fit
 
 
@@ -111,6 +113,27 @@ def run_blurred(**options):
     return flow, fit(Blurred(flow), make_data()[0], **options)
 
 
+def run_matched(**options):
+    """Flow matching with context, of which some is dropped: the flow and its history."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        flow = Flow(Continuous(MLPVelocity(2, hidden=(8,), context_dim=1)))
+    options = {"steps": 12, "validate_every": 5, **options}
+    objective = FlowMatching(flow, drop=0.2)
+    return flow, fit(objective, make_data(), **{**FULL, **options})
+
+
+def run_scores(**options):
+    """Score matching with an uneven last batch: the flow and its history."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        v = ScoreVelocity(2, hidden=(8,))
+    flow = Flow(Continuous(v), v.base())
+    options = {"steps": 12, "batch_size": 17, "validate_every": 5, **options}
+    objective = ScoreMatching(flow, "likelihood")
+    return flow, fit(objective, make_data()[0], **{**FULL, **options})
+
+
 def assert_same(got, want):
     """The same flow and history, to the last bit."""
     assert got[1] == want[1]
@@ -186,6 +209,8 @@ def main(kind, folder):
             "reverse": run_reverse()[1],
             "blurred": run_blurred()[1],
             "weighted": run_weighted()[1],
+            "matched": run_matched()[1],
+            "scores": run_scores()[1],
             "saved": run_likelihood(steps=12, checkpoint=folder / "two.pt")[1],
         }
         if torch.distributed.get_rank() == 0:
