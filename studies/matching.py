@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flowcourse.checkpoint import load_checkpoint, save_checkpoint
 from flowcourse.configs_flows import FlowConfig
 from flowcourse.continuous import Continuous
 from flowcourse.core import Flow
@@ -114,10 +115,10 @@ def train(folder, config, family, rows):
     """Train for the time of the data set, unless the job was stopped after that."""
     kept = folder / "trained.pt"
     if kept.exists():
-        weights, found = torch.load(kept)
+        state = load_checkpoint(kept)
         objective = make(config, family)
-        objective.load_state_dict(weights)
-        return objective.eval(), found
+        objective.load_state_dict(state["weights"])
+        return objective.eval(), state["found"]
     paired = PAIRINGS.get(family) == "optimal"
     objective, found = fit_for_seconds(
         partial(make, config, family),
@@ -126,7 +127,8 @@ def train(folder, config, family, rows):
         rows.validation[: PAIRED if paired else None],
         config.recipe,
     )
-    torch.save((objective.state_dict(), found), kept)
+    state = {"weights": objective.state_dict(), "found": found}
+    save_checkpoint(kept, state)
     return objective.eval(), found
 
 

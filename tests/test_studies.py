@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flowcourse import studies
+from flowcourse.checkpoint import load_checkpoint
 from flowcourse.cli import main
 from flowcourse.studies import (
     SideBySide,
@@ -343,7 +344,7 @@ def test_a_training_is_kept_until_its_job_is_recorded(tmp_path, monkeypatch):
         patch.setitem(module, "far", broken)
         assert quietly(one, out)["failed"] == 1
     (kept,) = tmp_path.glob(".matching/*/trained.pt")
-    weights, _ = torch.load(kept)
+    weights = load_checkpoint(kept)["weights"]
     with monkeypatch.context() as patch:
         patch.setitem(module, "fit_for_seconds", broken)
         seen = []

@@ -16,6 +16,7 @@ from ..core import Flow
 from flowcourse.exercises.common import (
     agrees,
     compare,
+    compare_letters,
     exercise,
     fixed_noise,
     instead,
@@ -49,8 +50,6 @@ def check_velocities(
     letters: str,  # Of the velocities that give a bijection
 ):
     """Check which velocities are allowed, and say why for one that is wrong."""
-    given = "".join(str(part) for part in letters).lower()
-    chosen, right = set(given) & set("abcdef"), set("bcf")
     reasons = {
         "a": "then a point's path depends on the company that it is in",
         "b": "ReLU is Lipschitz, which is all that existence and uniqueness ask",
@@ -59,14 +58,7 @@ def check_velocities(
         "e": "solve dx/dt = x²: where is x at t = 1 if it starts at 2?",
         "f": "standing still is a bijection, too",
     }
-    unknown = set(given) - set("abcdef ,;")
-    if unknown:
-        return f"the letters go from a to f, and {min(unknown)} is none of them"
-    if not chosen:
-        return "name at least one letter"
-    for letter in sorted(chosen ^ right):
-        return f"{letter}: {reasons[letter]}"
-    return None
+    return compare_letters(letters, "bcf", reasons)
 
 # %% ../../nbs/11-continuous-solutions.ipynb #539269e3
 @exercise(3)

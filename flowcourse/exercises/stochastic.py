@@ -15,9 +15,11 @@ from ..core import Flow
 from flowcourse.exercises.common import (
     agrees,
     compare,
+    compare_letters,
     exercise,
     fixed_noise,
     instead,
+    is_stub,
 )
 from ..metrics import sliced_wasserstein
 from ..schedules import SDE
@@ -49,7 +51,9 @@ def check_long_steps(
     ):
         try:
             found[name] = _numbers(answer, given)
-        except NotImplementedError:
+        except NotImplementedError as error:
+            if not is_stub(error):
+                raise
             continue
         if found[name] is None:
             return f"{name} should return one number"
@@ -94,8 +98,6 @@ def check_statements(
     letters: Iterable[str],  # Of the statements that are true
 ):
     """Check which statements are true, and say why for one that is wrong."""
-    given = "".join(str(part) for part in letters).lower()
-    chosen, right = set(given) & set("abcdef"), set("bde")
     reasons = {
         "a": "with noise, can the start alone decide where a point ends?",
         "b": "to a density, the noise and the drift that comes with it cancel",
@@ -104,14 +106,7 @@ def check_statements(
         "e": "can a velocity make or destroy mass?",
         "f": "guidance adds velocities; does that multiply the densities of the data?",
     }
-    unknown = set(given) - set("abcdef ,;")
-    if unknown:
-        return f"the letters go from a to f, and {min(unknown)} is none of them"
-    if not chosen:
-        return "name at least one letter"
-    for letter in sorted(chosen ^ right):
-        return f"{letter}: {reasons[letter]}"
-    return None
+    return compare_letters(letters, "bde", reasons)
 
 # %% ../../nbs/12-stochastic-solutions.ipynb #s3-check
 @exercise(3)
