@@ -331,7 +331,8 @@ def classifier_auc(
     The classifier two-sample test of Lopez-Paz and Oquab 2017, section 3, with the AUC in place of the
     accuracy, and its standard error by DeLong et al. 1988. Features are standardised with the training
     points, of which a fifth is kept to end the training early. The `i`-th points of `x` and `y` fall
-    into the same part, so that pairs are not torn.
+    into the same part, so that pairs are not torn. Fine structure may escape the default network: where
+    it matters, give `network` features that show it, and look at the `history`.
 
         >>> g = torch.Generator().manual_seed(0)
         >>> x, y = torch.randn(2, 500, 2, generator=g)

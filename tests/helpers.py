@@ -77,3 +77,12 @@ def affine(shift=0.0):
 def many(make, *args):
     """Two independent coordinates of a distribution of torch or Pyro."""
     return D.Independent(make(*(torch.full((2,), a) for a in args)), 1)
+
+
+def check_under_a_default_device(look):
+    """What `look` gives, several tensors, does not depend on torch's default device."""
+    plain = look()
+    with torch.device("meta"):
+        found = look()
+    for a, b in zip(plain, found, strict=True):
+        assert torch.equal(a, b)
