@@ -286,8 +286,8 @@ class ScoreMatching(_AlongPaths):
     $x_t = a x + s z$, for standard normal $z$ and the schedule of the flow's
     `ScoreVelocity`. With `weighting="noise"` times are uniform on [0, 1]; with
     "likelihood" they are drawn so that $\log(s/a)$ is uniform, and the loss is
-    multiplied by its range: an upper bound of the negative log-likelihood, up to a
-    constant.
+    multiplied by its range: up to a constant, an upper bound of the negative
+    log-likelihood of the reversed process with noise, not of the flow.
 
     Vincent 2011, eq. 9; Song et al. 2021 (maximum likelihood), theorem 1;
     Kingma et al. 2021, eq. 18.
