@@ -398,17 +398,14 @@ def solve_mlp(
 # %% ../nbs/lib-kernels-continuous.ipynb #bounded-mlp
 def bounded_weights(
     weights: tuple[Tensor, ...],  # Of each layer its matrix and bias
-    # Of each matrix, the last one's with its bias; infinity for none
-    bounds: tuple[float, ...],
+    bounds: tuple[float, ...],  # Of each matrix; infinity for none
 ) -> tuple[Tensor, ...]:  # As `weights`
     """Matrices scaled: hardly where their Frobenius norm is small, and never beyond the bound."""
     matrices = weights[::2]
     squares = [w.square().sum() for w in matrices]
-    squares[-1] = squares[-1] + weights[-1].square().sum()
     scales = [(1 + n / b**2).rsqrt() for n, b in zip(squares, bounds)]
     scaled = [w * s for w, s in zip(matrices, scales)]
-    biases = [*weights[1:-1:2], weights[-1] * scales[-1]]
-    return tuple(t for pair in zip(scaled, biases) for t in pair)
+    return tuple(t for pair in zip(scaled, weights[1::2]) for t in pair)
 
 
 def plain_mlp(
@@ -427,10 +424,8 @@ class _BoundedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bounds, rows, *weights):
-        parts = [float(torch.linalg.vector_norm(w)) for w in weights[::2]]
-        last = float(torch.linalg.vector_norm(weights[-1]))
-        parts[-1] = math.hypot(parts[-1], last)
-        scales = [1 / math.hypot(1, n / b) for n, b in zip(parts, bounds)]
+        norms = [float(torch.linalg.vector_norm(w)) for w in weights[::2]]
+        scales = [1 / math.hypot(1, n / b) for n, b in zip(norms, bounds)]
         *hidden, (out, drift, s) = zip(weights[::2], weights[1::2], scales)
         kept = [rows]
         for matrix, bias, scale in hidden:
@@ -439,7 +434,7 @@ class _BoundedMLP(torch.autograd.Function):
         if ctx is not None:
             ctx.bounds, ctx.scales = bounds, scales
             ctx.save_for_backward(*weights, *kept)
-        return torch.addmm(drift, kept[-1], out.mT, alpha=s, beta=s)
+        return torch.addmm(drift, kept[-1], out.mT, alpha=s)
 
     @staticmethod
     def backward(ctx, g):
@@ -457,19 +452,13 @@ class _BoundedMLP(torch.autograd.Function):
         learns = any(ctx.needs_input_grad[2:])
         found, top = [], len(kept) - 1
         for i in range(top, -1, -1):
-            h, matrix, bias = kept[i], *weights[2 * i : 2 * i + 2]
+            h, matrix = kept[i], weights[2 * i]
             s, bound = ctx.scales[i], ctx.bounds[i]
             if learns:
                 g_matrix = torch.addmm(matrix, g.mT, h, alpha=s, beta=0)
-                g_bias = g.sum(0)
-                share = torch.dot(g_matrix.view(-1), matrix.reshape(-1))
-                if i == top:
-                    share = share + torch.dot(g_bias.mul_(s), bias)
-                toward = -((s / bound) ** 2) * float(share)
-                g_matrix.add_(matrix, alpha=toward)
-                if i == top:
-                    g_bias.add_(bias, alpha=toward)
-                found[:0] = g_matrix, g_bias
+                share = float(torch.dot(g_matrix.view(-1), matrix.reshape(-1)))
+                g_matrix.add_(matrix, alpha=-((s / bound) ** 2) * share)
+                found[:0] = g_matrix, g.sum(0)
             if i or ctx.needs_input_grad[1]:
                 g = torch.addmm(h, g, matrix, alpha=s, beta=0)
             if i:  # in place: g times 1 - h²
