@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowcourse.autoregressive import MAF
+from flowcourse.conditioners import convnet
 from flowcourse.continuous import Continuous, MLPVelocity
 from flowcourse.core import Flow
 from flowcourse.coupling import Couplings, RealNVP
@@ -1217,16 +1218,15 @@ class GlowFreiaChannelsLast(GlowFreia):
 
 
 def glow_ours(shape, levels, layers, hidden, **_):
+    # the layers of ConvConditioner, in a chain that is known to be one
     return Ours(
         Glow(
             tuple(shape),
             levels,
             layers,
-            hidden=(hidden,),
+            hidden=(hidden, hidden),
             prior=False,
-            conditioner=lambda n_in, n_out, hidden, dropout: ConvConditioner(
-                n_in, n_out, *hidden
-            ),
+            conditioner=partial(convnet, activation=nn.ReLU, kernel=(3, 1, 3)),
         )
     )
 
