@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .arguments import as_int, require_choice, what_came
-from .batches import Batches, hold_out
+from .batches import Batches, hold_out, start
 from flowcourse.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -145,6 +145,8 @@ def fit(
             accelerator.num_processes,
             accelerator.device,
         )
+        if not resume:
+            start(objective, train, recipe.batch_size, recipe.seed)
         run = _Run(
             objective, recipe, batches, accelerator, checkpoint, provenance
         )
@@ -163,8 +165,9 @@ class _Run:
         self.objective, self.recipe, self.batches = objective, recipe, batches
         self.accelerator, self.history = accelerator, History()
         self.checkpoint, self.provenance = checkpoint, provenance
-        self.saved = None  # steps done when the checkpoint was written
-        self.best = None  # weights of the best validation
+        # steps done when the checkpoint was written; weights of the best
+        # validation
+        self.saved = self.best = None
         # before anything is moved or put into another mode
         self.modes = training_modes(objective)
         # moves it to the device
