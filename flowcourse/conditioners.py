@@ -110,11 +110,13 @@ def convnet(
     activation: type[nn.Module] = nn.SiLU,
     # Chance that a hidden unit is left out of a training step
     dropout: float = 0.0,
-    kernel: int = 3,  # Height and width of each layer's window, odd
+    # Height and width of the windows, odd; one for all layers, or for each
+    kernel: int | tuple[int, ...] = 3,
 ) -> nn.Sequential:  # Its last layer starts at zero
     """A conditioner of convolutions (CNN), for images.
 
-    It sees `kernel // 2` pixels further with every layer.
+    It sees `kernel // 2` pixels further with every layer. Glow's has windows
+    of 3, 1 and 3.
 
         >>> import torch
         >>> convnet(3, 2, hidden=(8,))(torch.randn(5, 3, 8, 8)).shape
@@ -122,11 +124,16 @@ def convnet(
     """
     widths = [n_in, *as_shape(hidden, "hidden")]
     dropout = as_float(dropout, "dropout", 0, 1)
+    kernels = kernel if isinstance(kernel, tuple) else (kernel,) * len(widths)
+    if len(kernels) != len(widths):
+        raise ValueError(
+            f"kernel: expected one number, or {len(widths)}, got {kernel!r}"
+        )
     layers = []
-    for a, b in zip(widths, widths[1:]):
+    for a, b, size in zip(widths, widths[1:], kernels):
         drop = [nn.Dropout(dropout)] if dropout else []
         bend = make_module(activation, "activation")
-        layers += [convolution(a, b, kernel), bend, *drop]
+        layers += [convolution(a, b, size), bend, *drop]
     return nn.Sequential(
-        *layers, _start_at_zero(convolution(widths[-1], n_out, kernel))
+        *layers, _start_at_zero(convolution(widths[-1], n_out, kernels[-1]))
     )

@@ -159,6 +159,13 @@ class Bijection(nn.Module):
     def _push(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self._forward(z, context)[0]
 
+    # whether a part has yet to take its parameters from data
+    _unstarted = False
+
+    def _start(self, x, context):
+        "Base points, after every part that starts from data has done so."
+        return self._inverse(x, context)[0]
+
     @property
     def _onto(self):
         "Whether coordinates have no ends, so that `forward` comes to any point."
@@ -334,6 +341,11 @@ class Compose(Bijection):
 
     def _inverse(self, x, context):
         return self._back("_inverse", x, context)
+
+    def _start(self, x, context):
+        for f in reversed(self.bijections):
+            x = f._start(x, context if f.context_dim else None)
+        return x
 
     @property
     def _onto(self):
@@ -633,6 +645,19 @@ class Flow(nn.Module):
         log_prob = self.base.log_prob(z) + ladj
         # without a gradient from the point that stood in
         return log_prob.masked_fill(ladj == -math.inf, -math.inf)
+
+    @torch.no_grad()
+    def start(
+        self,
+        x: Tensor,  # Data points, shape `(*batch, *event)`
+        # Features, shape `(*batch, context_dim)`
+        context: Tensor | None = None,
+    ) -> None:
+        """Let parts that start from data, such as `ActNorm`, do so once: one inverse pass, or nothing."""
+        f = self.bijection
+        x, context = f._check_data(x, context)
+        if any(getattr(part, "_unstarted", False) for part in f.modules()):
+            f._start(x, context)
 
     @torch.no_grad()
     def sample(

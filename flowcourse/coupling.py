@@ -75,6 +75,18 @@ def random_half(
     )
     return (order < len(order) // 2).reshape(shape).cpu()
 
+# %% ../nbs/06-coupling.ipynb #image-shape
+def image_shape(
+    event_shape: tuple[int, ...],  # Channels, height and width
+) -> tuple[int, ...]:  # The same
+    """Three sizes, or an error."""
+    shape = as_shape(event_shape, "event_shape")
+    if len(shape) != 3:
+        raise ValueError(
+            f"event_shape: expected (channels, height, width), got {shape}"
+        )
+    return shape
+
 # %% ../nbs/06-coupling.ipynb #d72b9e5a
 def channel(
     event_shape: tuple[int, int, int],  # Channels, height and width of an image
@@ -86,7 +98,7 @@ def channel(
         >>> channel((4, 1, 1)).flatten()
         tensor([ True,  True, False, False])
     """
-    n, height, width = _image_shape(event_shape)
+    n, height, width = image_shape(event_shape)
     return half(n)[:, None, None].expand(n, height, width)
 
 
@@ -101,20 +113,10 @@ def checkerboard(
         tensor([[ True, False],
                 [False,  True]])
     """
-    n, height, width = _image_shape(event_shape)
+    n, height, width = image_shape(event_shape)
     down, right = (torch.arange(n, device="cpu") for n in (height, width))
     place = down[:, None] + right
     return (place % 2 == 0).expand(n, height, width)
-
-
-def _image_shape(event_shape):
-    "Three sizes, or an error."
-    shape = as_shape(event_shape, "event_shape")
-    if len(shape) != 3:
-        raise ValueError(
-            f"event_shape: expected (channels, height, width), got {shape}"
-        )
-    return shape
 
 # %% ../nbs/06-coupling.ipynb #6243e635
 def _layout(kept):
@@ -212,7 +214,7 @@ class Coupling(Bijection):
         )
         self.n_made = self.n_out * scalar_map.n_params
         self.conditioner = make_module(
-            conditioner, "conditioner", n_in + self.context_dim, self.n_made
+            conditioner, "conditioner", n_in + self._n_planes, self.n_made
         )
 
     @property
@@ -278,12 +280,20 @@ class Coupling(Bijection):
             return point.index_select(axis, self.restore)
         return point
 
+    @property
+    def _n_planes(self):
+        "How many coordinates, or channels, the network sees of the context."
+        return self.context_dim
+
+    def _planes(self, context):
+        "The context as coordinates, or as channels that are constant over an image."
+        return context[(..., *[None] * (self.event_dim - 1))]
+
     def _theta(self, kept, context):
         "Raw parameters of what moves, along a new last axis."
         axis, n_params = -self.event_dim, self.scalar_map.n_params
         if context is not None:
-            planes = context[(..., *[None] * (self.event_dim - 1))]
-            planes = planes.expand(
+            planes = self._planes(context).expand(
                 *kept.shape[:axis], -1, *kept.shape[axis:][1:]
             )
             kept = torch.cat([kept, planes], axis)

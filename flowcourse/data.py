@@ -212,6 +212,38 @@ def load(
     y = torch.from_numpy(arrays["y"]).long() if "y" in arrays else None
     return Data(x, y)
 
+# %% ../nbs/lib-data.ipynb #counts-in-cells
+def require_counts(
+    counts: Tensor,  # Whole numbers from 0 to `levels - 1`
+    levels: int,  # Number of values that a count can take
+) -> None:
+    """Refuse what is no tensor of counts."""
+    if not isinstance(counts, Tensor) or counts.is_complex() or counts.is_meta:
+        raise ValueError(f"counts: expected a tensor of counts, got {counts!r}")
+    if counts.numel():
+        # As Python's numbers: 256 is 0 among the torch.uint8. The narrow
+        # unsigned dtypes of torch have no minimum.
+        wide = counts if counts.is_floating_point() else counts.long()
+        low, high = wide.min().item(), wide.max().item()
+        if not 0 <= low <= high < levels:
+            raise ValueError(
+                f"counts: expected 0 to {levels - 1}, got {low} to {high}"
+            )
+        if not (wide == wide.round()).all():
+            raise ValueError("counts: expected whole numbers, got fractions")
+
+
+def within_cells(
+    counts: Tensor,  # Whole numbers from 0 to `levels - 1`
+    noise: Tensor,  # Numbers in [0, 1), same shape, of the dtype wanted
+    levels: int,  # Number of values that a count can take
+) -> Tensor:  # `(counts + noise) / levels`, in [0, 1)
+    """Put each count into its own cell, at the place that the noise says."""
+    # A hair less than one, or rounding would carry some counts over the edge of
+    # their cell.
+    noise = noise * (1 - levels * torch.finfo(noise.dtype).eps)
+    return (counts.to(noise.dtype) + noise) / levels
+
 # %% ../nbs/lib-data.ipynb #a349c4b1
 def dequantise(
     # Whole numbers from 0 to `levels - 1`, of any shape and dtype
@@ -231,27 +263,12 @@ def dequantise(
         raise ValueError(
             f"levels: {dtype} has room for at most {most}, got {levels}"
         )
-    if not isinstance(counts, Tensor) or counts.is_complex() or counts.is_meta:
-        raise ValueError(f"counts: expected a tensor of counts, got {counts!r}")
-    if counts.numel():
-        # As Python's numbers: 256 is 0 among the torch.uint8. The narrow
-        # unsigned dtypes of torch have no minimum.
-        wide = counts if counts.is_floating_point() else counts.long()
-        low, high = wide.min().item(), wide.max().item()
-        if not 0 <= low <= high < levels:
-            raise ValueError(
-                f"counts: expected 0 to {levels - 1}, got {low} to {high}"
-            )
-        if not (wide == wide.round()).all():
-            raise ValueError("counts: expected whole numbers, got fractions")
+    require_counts(counts, levels)
     where = place_to_draw(generator, counts.device)
     noise = torch.rand(
         counts.shape, dtype=dtype, device=where, generator=generator
     )
-    # A hair less than one, or rounding would carry some counts over the edge of
-    # their cell.
-    noise = noise.to(counts.device) * (1 - levels * torch.finfo(dtype).eps)
-    return (counts.to(dtype) + noise) / levels
+    return within_cells(counts, noise.to(counts.device), levels)
 
 
 def _margin(alpha):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScalarMap', 'InverseMap', 'IdentityMap', 'AdditiveMap', 'AffineMap', 'PReLUMap', 'SoftplusMap', 'SigmoidMap', 'mlp',
-           'Conditional', 'Elementwise', 'BatchNorm', 'ActNorm']
+           'Conditional', 'Elementwise', 'BatchNorm']
 
 # %% ../nbs/03-elementwise.ipynb #bbc06141
 import math
@@ -669,44 +669,3 @@ class BatchNorm(Bijection):
             (x - mean) / scale, self.theta(context)
         )
         return z, self._total(log_slope - scale.log(), x)
-
-
-class ActNorm(BatchNorm):
-    """Activation normalisation (Glow): standardised by the first batch for good, then a learned scale and shift.
-
-    That is the first batch with at least two values for each channel that `inverse`
-    sees in train mode; until then it does not standardise.
-
-    Kingma and Dhariwal 2018, section 3.1. One pass in each direction. Show it a
-    batch before training is spread over processes, each of which would take one of
-    its own.
-
-        >>> f = ActNorm(2)
-        >>> _ = f.inverse(3 + 5 * torch.randn(100, 2))
-        >>> bool(f.initialised)
-        True
-    """
-
-    def __init__(
-        self,
-        # Shape of one point; statistics are per first axis
-        event_shape: int | tuple[int, ...],
-        *,
-        # Number of context features, which decide the scale and shift
-        context_dim: int = 0,
-        eps: float = 1e-5,  # Added to the variance, above 0
-        # Widths of the hidden layers, with a context
-        hidden: tuple[int, ...] = (32,),
-    ):
-        super().__init__(
-            event_shape,
-            context_dim=context_dim,
-            momentum=0.0,
-            eps=eps,
-            hidden=hidden,
-        )
-
-    def _statistics(self, x):
-        # after the first batch, with momentum 0, it changes nothing
-        super()._statistics(x)
-        return self.mean, self.variance

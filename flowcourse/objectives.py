@@ -44,6 +44,15 @@ class Objective(nn.Module):
         """Draw all the noise that one step needs; by default none."""
         return None
 
+    def start(
+        self,
+        # The rows of the first step; None without data
+        batch: Tensor | tuple[Tensor, ...] | None,
+        # What `draw` gave, the same rows
+        noise: Tensor | tuple[Tensor, ...] | None = None,
+    ) -> None:
+        """Take from data what has to be taken before the first step; by default nothing."""
+
     def losses(
         self,
         # Rows of the data, a tensor or a tuple of them; None without data
@@ -117,6 +126,16 @@ class MaximumLikelihood(Objective):
                 f"got {what_came(flow)}"
             )
         self.flow = flow
+
+    def start(
+        self,
+        # `x`, or the pair `(x, context)`
+        batch: Tensor | tuple[Tensor, Tensor],
+        noise: Any = None,  # Not used
+    ) -> None:
+        """Let parts of the flow that start from data do so."""
+        if isinstance(self.flow, Flow):
+            self.flow.start(*split_batch(batch))
 
     def losses(
         self,

@@ -145,6 +145,8 @@ def fit(
             accelerator.num_processes,
             accelerator.device,
         )
+        if not resume:
+            _start(objective, train, recipe)
         run = _Run(
             objective, recipe, batches, accelerator, checkpoint, provenance
         )
@@ -196,6 +198,17 @@ class _Run:
     def broken(self):
         """Name of the first trained tensor, or average of one, that is not finite."""
         return find_broken(self.objective, self.weights)
+
+
+def _start(objective, train, recipe):
+    """Show the objective the whole first batch, the same in every process."""
+    if type(objective).start is Objective.start:
+        return
+    home = next(objective.parameters()).device
+    settings = train, None, recipe.batch_size, recipe.seed, 0, 1, home
+    first = Batches(objective.draw, *settings).of_step(0)
+    set_modes(training_modes(objective))
+    objective.start(first.rows, first.noise)
 
 
 def _begin(run, resume):

@@ -9,7 +9,6 @@ __all__ = []
 from functools import partial
 
 from flowcourse.elementwise import (
-    ActNorm,
     AffineMap,
     BatchNorm,
     Elementwise,
@@ -65,7 +64,6 @@ rows = {
             "identity": "exp on a range of coordinates is never the identity"
         },
     ),
-    "actnorm": _row(ActNorm, reference="Kingma and Dhariwal 2018, sec. 3.1"),
     "batchnorm": _row(
         BatchNorm, reference="Dinh et al. 2017, sec. 3.7 and app. E"
     ),

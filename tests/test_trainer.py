@@ -28,7 +28,8 @@ from flowcourse.bases import DiagonalGaussian
 from flowcourse.batches import _ORDER, _generator
 from flowcourse.checkpoint import CheckpointError, load_checkpoint
 from flowcourse.core import Compose, Flow
-from flowcourse.elementwise import ActNorm, BatchNorm
+from flowcourse.elementwise import BatchNorm
+from flowcourse.images import ActNorm
 from flowcourse.objectives import MaximumLikelihood, Objective
 from flowcourse.trainer import TrainingInterrupted, fit
 
