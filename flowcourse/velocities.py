@@ -70,6 +70,8 @@ class UNetVelocity(nn.Module):
     form: `exact` takes a pass for each pixel, so use "hutchinson". It starts at
     zero, which makes the map the identity.
 
+        >>> from flowcourse.continuous import Continuous
+        >>> from flowcourse.core import Flow
         >>> v = UNetVelocity((1, 8, 8), hidden=(8, 16))
         >>> flow = Flow(Continuous(v, divergence="hutchinson"))
         >>> flow.log_prob(torch.randn(5, 1, 8, 8)).shape
