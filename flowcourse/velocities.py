@@ -27,8 +27,8 @@ def waves(
 
 
 def _normed(width):
-    "Normalise groups of channels, at most eight, of each image alone."
-    return nn.GroupNorm(math.gcd(8, width), width)
+    "Normalise groups of at least four channels, at most eight, of each image alone."
+    return nn.GroupNorm(math.gcd(8, width, max(1, width // 4)), width)
 
 
 class TimedBlock(nn.Module):
@@ -44,10 +44,12 @@ class TimedBlock(nn.Module):
         self.first = nn.Sequential(
             _normed(n_in), nn.SiLU(), convolution(n_in, n_out)
         )
-        self.timed = nn.Linear(n_features, n_out)
-        self.second = nn.Sequential(
-            _normed(n_out), nn.SiLU(), convolution(n_out, n_out)
+        # after the normalisation, which would take a shift of channels out
+        self.normed, self.timed = (
+            _normed(n_out),
+            nn.Linear(n_features, 2 * n_out),
         )
+        self.second = nn.Sequential(nn.SiLU(), convolution(n_out, n_out))
         self.past = (
             nn.Identity() if n_in == n_out else convolution(n_in, n_out, 1)
         )
@@ -58,15 +60,16 @@ class TimedBlock(nn.Module):
         features: Tensor,  # Shape `(n, n_features)`
     ) -> Tensor:  # Shape `(n, n_out, height, width)`
         """What comes in, and what the block makes of it."""
-        h = self.first(x) + self.timed(features)[..., None, None]
+        scale, shift = self.timed(features)[..., None, None].chunk(2, 1)
+        h = self.normed(self.first(x)) * (1 + scale) + shift
         return self.past(x) + self.second(h)
 
 # %% ../nbs/lib-velocities.ipynb #vel-unet
 class UNetVelocity(nn.Module):
     """A velocity `v(x, t)` of images for `Continuous`: a U-Net of convolutions that knows the time.
 
-    Ronneberger et al. 2015; with the time in every block as in Ho et al. 2020,
-    appendix B, but smaller and without attention. Its divergence has no closed
+    Ronneberger et al. 2015, with the time in every block as in Dhariwal and Nichol
+    2021, section 3, but smaller and without attention. Its divergence has no closed
     form: `exact` takes a pass for each pixel, so use "hutchinson". It starts at
     zero, which makes the map the identity.
 

@@ -242,7 +242,7 @@ def shaken(kind):
         for name, p in objective.named_parameters():
             if p.requires_grad and "raw" not in name:
                 p.data += (
-                    0.1 * torch.randn_like(p) / max(1, p[0].numel()) ** 0.5
+                    0.5 * torch.randn_like(p) / max(1, p[0].numel()) ** 0.5
                 )
     return config, objective
 
