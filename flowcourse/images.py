@@ -40,6 +40,7 @@ from flowcourse.elementwise import (
     ScalarMap,
     SigmoidMap,
 )
+from flowcourse.kernels_images import is_quick, run_steps
 from flowcourse.linear import PLU, Diagonal, Permutation
 from flowcourse.objectives import Objective, split_batch
 from flowcourse.supports import is_everywhere
@@ -346,6 +347,23 @@ class GlowSteps(Compose):
             ]
         super().__init__(*parts)
 
+    def _run(self, inverse, points, context):
+        "Both results from pixels in rows, or None where the plain form has to run."
+        steps = [*self.bijections]
+        if not is_quick(steps, points):
+            return None
+        return run_steps(steps, inverse, points, context)
+
+    def _forward(self, z, context):
+        return self._run(False, z, context) or super()._forward(z, context)
+
+    def _push(self, z, context):
+        found = self._run(False, z, context)
+        return super()._push(z, context) if found is None else found[0]
+
+    def _inverse(self, x, context):
+        return self._run(True, x, context) or super()._inverse(x, context)
+
 # %% ../nbs/13-images.ipynb #lib-glow-network
 def glow_network(conditioner, hidden, dropout):
     "What makes the network of a coupling; by default with windows of 3, 1, ..., 3."
@@ -591,7 +609,8 @@ class Dequantisation(Objective):
         """Draw what the noise of one step is made of."""
         if self.noise is not None:
             return self.noise.base.noise((n,), generator)
-        like = next(self.flow.parameters())
+        numbers = self.flow.state_dict().values()
+        like = next(t for t in numbers if t.is_floating_point())
         return draw(torch.rand, (n, *self.flow.event_shape), like, generator)
 
     def _spread(self, counts, noise):
