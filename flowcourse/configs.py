@@ -6,9 +6,12 @@
 __all__ = ['configs']
 
 # %% ../nbs/lib-configs.ipynb #a2e6965f
+from dataclasses import replace
+
 from .arguments import Table
 from .configs_dlgm import DLGMConfig
 from .configs_flows import FlowConfig
+from .configs_images import ImageConfig
 from .recipe import Recipe
 
 # %% ../nbs/lib-configs.ipynb #4a343a39
@@ -20,6 +23,7 @@ _DIGITS = Recipe(
     clip=10.0,
     validate_every=100,
 )
+_MNIST = ImageConfig().recipe
 configs = Table(
     {
         "realnvp.digits": FlowConfig(
@@ -50,6 +54,27 @@ configs = Table(
             jitter=0.2,
             layers=6,
             hidden=(32, 32),
+        ),
+        "glow.digits": ImageConfig(
+            data="optdigits",
+            layers=8,
+            hidden=(64, 64),
+            alpha=0.01,
+            dropout=0.2,
+            recipe=replace(_DIGITS, clip=100.0),
+        ),
+        "glow.mnist": ImageConfig(),
+        "residual.mnist": ImageConfig(
+            kind="residual",
+            levels=3,
+            layers=4,
+            hidden=(64, 64),
+            recipe=replace(_MNIST, validate_every=5000),
+        ),
+        "fm.mnist": ImageConfig(
+            kind="matching",
+            hidden=(32, 64),
+            recipe=replace(_MNIST, ema=0.999),
         ),
         **{
             f"dlgm.{name}.{data}": DLGMConfig(

@@ -61,8 +61,8 @@ _DIGITS = dict(
     source="MNIST, from the original IDX files (LeCun, Cortes and Burges)",
     licence="CC BY-SA 3.0, as the original",
     citation="LeCun, Bottou, Bengio and Haffner 1998, Proceedings of the IEEE 86, 2278-2324",
-    shapes={"train": (60000, 28, 28), "test": (10000, 28, 28)},
 )
+_BINARY = {"train": (60000, 28, 28), "test": (10000, 28, 28)}
 _CELL = (
     "radius, texture, perimeter, area, smoothness, compactness, concavity, concave points, "
     "symmetry, fractal dimension"
@@ -76,6 +76,7 @@ _records = (
             "train": "865f7ef3f8c41f8c7d23997311e693c7f23607d199de45ba13901e39275f36bb",
             "test": "e10b4c1f479adae72462caa238689b5b797f6bc17ceba6afd04c66bf34ff7570",
         },
+        shapes=_BINARY,
         **_DIGITS,
     ),
     Record(
@@ -84,6 +85,22 @@ _records = (
         sha256={
             "train": "6b5bf7b05860cd06da86b920b65140798d27e0add76e2f2be678a4e02dd23fed",
             "test": "633780423be9d862c89d6f8c751bfce3eb8b1a6b993a290255a6447683b40909",
+        },
+        shapes=_BINARY,
+        **_DIGITS,
+    ),
+    Record(
+        name="mnist-grey",
+        about="Grey level 0 to 255 a pixel, of MNIST's test images alone; labels 0 to 9",
+        shapes={
+            "train": (8000, 28, 28),
+            "validation": (1000, 28, 28),
+            "test": (1000, 28, 28),
+        },
+        sha256={
+            "train": "c7e5605fcd9c6ec0f312603170773648b51928b18976d97f8cfa3d96891fa9d4",
+            "validation": "66915e7c7dcb230a35e0b74e9cfcd1d636fb681bb25556ea45dbed0881ec202b",
+            "test": "3f46ca7f14a52f4109c42a962fb682bf2b4b9a72647a7c916be3c2804148463b",
         },
         **_DIGITS,
     ),
@@ -162,7 +179,7 @@ def unpack(
 # %% ../nbs/lib-data.ipynb #709a4d6a
 def load(
     name: str,  # A name in `datasets`
-    # "train" or "test" for MNIST; the others have only "all"
+    # "train" or "test" for MNIST, "validation" too if grey; others have "all"
     split: str | None = None,
 ) -> Data:  # Images as uint8, tables in torch's default dtype
     """Load a packaged data set, after a check of its checksum.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowcourse import data
+from flowcourse import data, mnist
 from flowcourse.cli import main
 from flowcourse.data import (
     bits_per_dim,
@@ -98,13 +98,15 @@ def test_small_sets_are_what_the_script_makes(make_data):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_binary_mnist_is_what_the_script_makes(make_data, split):
+def test_mnist_is_what_the_script_makes(make_data, split):
     if "FLOWCOURSE_DATA" not in os.environ:
         pytest.skip(
             "FLOWCOURSE_DATA does not name a folder with the IDX files of MNIST"
         )
-    folder = data._find_mnist(data.MNIST_FILES[split][0]).parent
-    for name, arrays in make_data.mnist(folder, split).items():
+    folder = mnist._find_mnist(mnist.MNIST_FILES[split][0]).parent
+    made = make_data.mnist(folder, split)
+    made |= make_data.grey(folder) if split == "test" else {}
+    for name, arrays in made.items():
         assert make_data.same(
             arrays, data.unpack((make_data.FILES / name).read_bytes())
         ), name
@@ -129,6 +131,47 @@ def test_binarisation_is_fair_and_its_stream_is_fixed(make_data):
         True,
         True,
     ]
+
+
+def test_grey_digits_are_the_test_images_each_once():
+    parts = [
+        load("mnist-grey", split) for split in ("train", "validation", "test")
+    ]
+    x, y = (torch.cat(part) for part in zip(*parts))
+    binary = load("mnist-threshold", "test")
+    # each thresholded image, with its label, has a partner among the binary
+    rows, wanted = (
+        torch.cat([images.flatten(1), labels[:, None]], 1)
+        for images, labels in (((x > 127).long(), y), binary)
+    )
+    assert len(torch.unique(x, dim=0)) == 10_000
+    for found, expected in zip(
+        torch.unique(rows, dim=0, return_counts=True),
+        torch.unique(wanted, dim=0, return_counts=True),
+    ):
+        assert torch.equal(found, expected)
+    for part in parts:
+        share = part.y.bincount() / len(part.y)
+        assert 0.08 < share.min() and share.max() < 0.12
+
+
+def test_the_order_of_the_grey_digits_is_fixed(make_data, monkeypatch):
+    arrays = {
+        "t10k-images-idx3-ubyte.gz": np.arange(10_000)[:, None, None],
+        "t10k-labels-idx1-ubyte.gz": np.arange(10_000),
+    }
+    monkeypatch.setattr(make_data, "read_idx", lambda path: arrays[path.name])
+    made = make_data.grey("nowhere")
+    assert [len(part["y"]) for part in made.values()] == [8000, 1000, 1000]
+    for part in made.values():
+        assert np.array_equal(part["x"].ravel(), part["y"])
+    order = np.concatenate([part["y"] for part in made.values()])
+    assert np.array_equal(np.sort(order), np.arange(10_000))
+    # as many from the first half, which is cleaner, within four standard errors
+    halves = [(part["y"] < 5000).mean() for part in made.values()]
+    assert np.abs(np.array(halves) - 0.5).max() < 4 * 0.5 / math.sqrt(1000)
+    digest = hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()
+    assert digest.startswith("1585322b78d1f451")
 
 
 # --- damaged files ---

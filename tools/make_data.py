@@ -22,6 +22,8 @@ from flowcourse.mnist import MNIST_FILES, read_idx
 FILES = Path(__file__).parents[1] / "flowcourse" / "files"
 LIMIT = 2_400_000  # bytes in one file
 SEEDS = {"train": 20150607, "test": 20150608}  # of the Bernoulli binarisation
+GREY_SEED = 20180709  # of the order in which the grey test images are divided
+GREY_SIZES = {"train": 8000, "validation": 1000, "test": 1000}
 
 # Eruption and waiting time, in minutes, of `faithful` in R (Azzalini and Bowman
 # 1990).
@@ -72,6 +74,24 @@ def bernoulli(grey, seed):
 def threshold(grey):
     """Whether grey/255 is above one half."""
     return grey > 127
+
+
+def grey(folder):
+    """The packed arrays of the grey test images, by file name, in a random order.
+
+    The first half of MNIST's test file is cleaner than the second, so that its order
+    would make the splits differ. The order sorts the raw stream of a Philox generator.
+    """
+    images, labels = (
+        read_idx(Path(folder) / name) for name in MNIST_FILES["test"]
+    )
+    words = np.random.Philox(key=GREY_SEED).random_raw(len(images))
+    order = np.argsort(words, kind="stable")
+    parts = np.split(order, np.cumsum([*GREY_SIZES.values()])[:-1])
+    return {
+        f"mnist-grey-{split}.npz.xz": {"x": images[rows], "y": labels[rows]}
+        for split, rows in zip(GREY_SIZES, parts, strict=True)
+    }
 
 
 def pack(**arrays):
@@ -130,7 +150,10 @@ def main():
     )
     args = parser.parse_args()
     contents = (
-        mnist(args.folder, "train") | mnist(args.folder, "test") | small()
+        mnist(args.folder, "train")
+        | mnist(args.folder, "test")
+        | grey(args.folder)
+        | small()
     )
     total = 0
     for name, arrays in contents.items():
