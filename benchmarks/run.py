@@ -150,12 +150,13 @@ def _graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def best(times, mode, kinds):
+def best(case, times, mode, kinds):
     """The quickest peer by its median."""
+    others = (OURS, FLOOR, *case.beside)
     peers = [
         k
         for k in times
-        if k[0] not in (OURS, FLOOR) and k[1] in kinds and k[2] == mode
+        if k[0] not in others and k[1] in kinds and k[2] == mode
     ]
     return min(peers, key=lambda k: quartiles(times[k])[1], default=None)
 
@@ -167,7 +168,7 @@ def compare(case, times):
         found[mode] = {}
         kinds = {"eager": ("eager",), "compiled": ("eager", "compiled")}
         for kind, allowed in kinds.items():
-            peer = best(times, mode, allowed)
+            peer = best(case, times, mode, allowed)
             if peer is None or (
                 kind == "compiled" and not any(k[1] == kind for k in times)
             ):
@@ -198,6 +199,22 @@ def compare(case, times):
                     None if target is None else entry["ratio"] <= target
                 )
             found[mode][kind] = entry
+    return found
+
+
+def compare_beside(case, times):
+    """For each contestant with targets of its own: ours over it, mode by mode."""
+    found = {}
+    for name, targets in case.beside.items():
+        found[name] = {}
+        for mode in case.modes:
+            pair = (OURS, "eager", mode), (name, "eager", mode)
+            if not all(key in times for key in pair):
+                continue
+            row = ratio(*(times[key] for key in pair))
+            target = targets.get(mode)
+            met = None if target is None else row["ratio"] <= target
+            found[name][mode] = row | {"target": target, "met": met}
     return found
 
 
@@ -269,6 +286,8 @@ def run_case(name, options):
         row[mode] = row.get(mode, {}) | summary(seconds)
     record["contestants"] = {n: record["contestants"][n] for n in entrants}
     record["ratios"] = compare(case, times)
+    if case.beside:
+        record["beside"] = compare_beside(case, times)
     return record
 
 
@@ -376,6 +395,11 @@ def report(record):
             print(
                 f"  {mode:<9}{kind:<9} best peer {row['best_peer']} ({over}): {ours}, {target}"
             )
+    for name, modes in record.get("beside", {}).items():
+        for mode, row in modes.items():
+            wanted = row["target"]
+            told = "no target" if wanted is None else f"target {wanted:.2f}"
+            print(f"  {mode:<9}beside {name}: {row['ratio']:.2f}, {told}")
 
 
 def arguments(words=None):

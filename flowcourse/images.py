@@ -40,6 +40,7 @@ from flowcourse.elementwise import (
     ScalarMap,
     SigmoidMap,
 )
+from flowcourse.kernels_images import is_quick, run_steps
 from flowcourse.linear import PLU, Diagonal, Permutation
 from flowcourse.objectives import Objective, split_batch
 from flowcourse.supports import is_everywhere
@@ -345,6 +346,23 @@ class GlowSteps(Compose):
                 ActNorm(mask.shape),
             ]
         super().__init__(*parts)
+
+    def _run(self, inverse, points, context):
+        "Both results from pixels in rows, or None where the plain form has to run."
+        steps = [*self.bijections]
+        if not is_quick(steps, points):
+            return None
+        return run_steps(steps, inverse, points, context)
+
+    def _forward(self, z, context):
+        return self._run(False, z, context) or super()._forward(z, context)
+
+    def _push(self, z, context):
+        found = self._run(False, z, context)
+        return super()._push(z, context) if found is None else found[0]
+
+    def _inverse(self, x, context):
+        return self._run(True, x, context) or super()._inverse(x, context)
 
 # %% ../nbs/13-images.ipynb #lib-glow-network
 def glow_network(conditioner, hidden, dropout):

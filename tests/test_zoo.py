@@ -99,7 +99,7 @@ def test_every_row_whose_numbers_can_come_from_a_context_has_one():
         name
         for name, scalar_map in elementwise_maps.items()
         if not scalar_map.n_params
-    }
+    } | {"squeeze", "logit-margin"}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,8 @@ def test_a_row_is_exempt_from_the_identity_because_it_is_not(name):
     row = rows[name]
     f = row.make(row.event_shapes[-1]).eval()
     z = biject_to(f.domain)(torch.randn(8, *row.event_shapes[-1]))
-    assert not torch.allclose(f(z)[0], z, rtol=0, atol=1e-6)
+    x = f(z)[0]
+    assert x.shape != z.shape or not torch.allclose(x, z, rtol=0, atol=1e-6)
 
 
 def test_an_unknown_name_is_answered_with_those_that_exist():
@@ -157,7 +158,7 @@ def test_a_row_states_what_its_map_declares(name):
     row = rows[name]
     for shape in row.event_shapes:
         f = row.make(shape)
-        assert f.event_shape == shape
+        assert f.event_shape in (shape, None)
         assert (row.forward_cost, row.inverse_cost) == (
             f.forward_cost,
             f.inverse_cost,
