@@ -609,7 +609,8 @@ class Dequantisation(Objective):
         """Draw what the noise of one step is made of."""
         if self.noise is not None:
             return self.noise.base.noise((n,), generator)
-        like = next(self.flow.parameters())
+        numbers = self.flow.state_dict().values()
+        like = next(t for t in numbers if t.is_floating_point())
         return draw(torch.rand, (n, *self.flow.event_shape), like, generator)
 
     def _spread(self, counts, noise):

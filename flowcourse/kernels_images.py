@@ -73,7 +73,6 @@ class Sums(torch.autograd.Function):
 
 # %% ../nbs/lib-kernels-images.ipynb #convolve
 FEW = 16  # channels, on one side, for which a product is quicker
-ROWS = 4096  # pixels of a batch, up to which a 1x1 convolution is
 
 
 def convolve(
@@ -97,12 +96,12 @@ def convolve(
 _POINTWISE = (nn.ReLU, nn.SiLU, nn.Tanh, nn.GELU, nn.ELU, nn.Dropout)
 
 
-def _is_product(conv, n):
-    "Whether `convolve` does what a convolution of `n` pixels does, and quicker."
+def _is_product(conv):
+    "Whether `convolve` does what a convolution does, and quicker."
     kernel = conv.kernel_size[0]
     few = min(conv.in_channels, conv.out_channels) <= FEW
     return (
-        (n <= ROWS if kernel == 1 else few)
+        (kernel == 1 or few)
         and kernel % 2 == 1
         and conv.kernel_size == (kernel, kernel)
         and conv.padding == (kernel // 2, kernel // 2)
@@ -133,10 +132,13 @@ def run_network(
         image = rows.view(*shape, -1).permute(0, 3, 1, 2)
         made = coupling._made(image, (coupling.n_made, *shape[1:]))
         return made.permute(0, 2, 3, 1).reshape(len(rows), -1)
-    for layer in net:
-        if type(layer) is not nn.Conv2d:
+    for i, layer in enumerate(net):
+        if type(layer) is nn.ReLU and i and type(net[i - 1]) is nn.Conv2d:
+            # what a product made, and does not need; a view would be copied
+            rows = rows.relu() if rows._is_view() else rows.relu_()
+        elif type(layer) is not nn.Conv2d:
             rows = layer(rows)
-        elif _is_product(layer, len(rows)):
+        elif _is_product(layer):
             rows = convolve(layer, rows, shape)
         else:
             image = rows.view(*shape, -1).permute(0, 3, 1, 2)
