@@ -28,8 +28,8 @@ from flowcourse.trainer import TrainingDiverged
 from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["board", "depth", "digits", "dlgm", "families", "maps", "matching"]
-NAMES += ["variational"]
+NAMES = ["board", "depth", "digits", "dlgm", "families", "images", "maps"]
+NAMES += ["matching", "variational"]
 
 
 def study_of(path, run, *jobs):
@@ -296,6 +296,9 @@ def small(name):
     elif name == "board":
         module.RECIPE["steps"] = 4
         jobs = module.jobs[:2]
+    elif name == "images":
+        module.SECONDS = 0.1
+        jobs = module.jobs[: len(module.FAMILIES)]
     elif name == "matching":
         module.SECONDS = dict.fromkeys(module.SECONDS, 0.1)
         module.POINTS = dict.fromkeys(module.POINTS, 100)
