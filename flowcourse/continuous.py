@@ -25,9 +25,9 @@ from flowcourse.arguments import (
 from flowcourse.core import Bijection
 from flowcourse.kernels import forward_mode, traced
 from flowcourse.kernels_continuous import (
-    bounded_mlp,
-    bounded_weights,
+    bounded,
     mlp_field,
+    plain_mlp,
     solve_mlp,
 )
 from flowcourse.numerics import full_precision, rademacher
@@ -106,18 +106,15 @@ class MLPVelocity(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:  # Matrix, bias, matrix, ...
         """The matrices and biases that the velocity computes with, the matrices bounded."""
-        return bounded_weights(*self._layers())
-
-    def _layers(self):
-        "Matrices and biases, and the bound of each matrix; features have none."
-        weights = [t for f in self.layers for t in (f.weight, f.bias)]
-        bounds = [self.bound] * len(self.layers)
-        if self.context_dim:
-            own, features = weights[0].tensor_split([self.dim + 1], 1)
-            scale = (1 + own.square().sum() / self.bound**2).rsqrt()
-            weights[0] = torch.cat([own * scale, features], 1)
-            bounds[0] = math.inf
-        return tuple(weights), tuple(bounds)
+        first, *rest = self.layers
+        own = first.weight
+        if self.context_dim:  # features have no bound
+            own, features = own.tensor_split([self.dim + 1], 1)
+            own = torch.cat([bounded(own, self.bound), features], 1)
+        else:
+            own = bounded(own, self.bound)
+        inner = [(bounded(f.weight, self.bound), f.bias) for f in rest]
+        return own, first.bias, *(t for pair in inner for t in pair)
 
     def forward(
         self,
@@ -130,7 +127,7 @@ class MLPVelocity(nn.Module):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         given = [x, t.expand(len(x), 1)]
         given = given if context is None else [*given, context]
-        return bounded_mlp(torch.cat(given, -1), *self._layers())
+        return plain_mlp(torch.cat(given, -1), self.weights())
 
     def with_divergence(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowcourse.kernels import forward_mode, traced
+from flowcourse.kernels import traced
 from flowcourse.solver import (
     ERROR,
     STAGES,
@@ -396,16 +396,17 @@ def solve_mlp(
     return point, total, plan.evaluations
 
 # %% ../nbs/lib-kernels-continuous.ipynb #bounded-mlp
-def bounded_weights(
-    weights: tuple[Tensor, ...],  # Of each layer its matrix and bias
-    bounds: tuple[float, ...],  # Of each matrix; infinity for none
-) -> tuple[Tensor, ...]:  # As `weights`
-    """Matrices scaled: hardly where their Frobenius norm is small, and never beyond the bound."""
-    matrices = weights[::2]
-    squares = [w.square().sum() for w in matrices]
-    scales = [(1 + n / b**2).rsqrt() for n, b in zip(squares, bounds)]
-    scaled = [w * s for w, s in zip(matrices, scales)]
-    return tuple(t for pair in zip(scaled, weights[1::2]) for t in pair)
+def bounded(
+    matrix: Tensor,  # Any shape
+    bound: float,  # Of its Frobenius norm
+) -> Tensor:  # The same shape
+    """The matrix as it is if its norm is at most half of the bound; otherwise scaled, below the bound."""
+    half = bound / 2
+    at_hand = not traced() and matrix.device.type == "cpu"
+    if at_hand and torch.linalg.vector_norm(matrix.detach()).item() <= half:
+        return matrix
+    n = matrix.square().sum().clamp(min=half**2).sqrt()
+    return matrix * (half * (1 + torch.tanh(n / half - 1)) / n)
 
 
 def plain_mlp(
@@ -417,71 +418,3 @@ def plain_mlp(
     for matrix, bias in zip(weights[2::2], weights[3::2]):
         h = F.linear(h.tanh(), matrix, bias)
     return h
-
-
-class _BoundedMLP(torch.autograd.Function):
-    "A perceptron whose matrices are scaled within the products."
-
-    @staticmethod
-    def forward(ctx, bounds, rows, *weights):
-        norms = [float(torch.linalg.vector_norm(w)) for w in weights[::2]]
-        scales = [1 / math.hypot(1, n / b) for n, b in zip(norms, bounds)]
-        *hidden, (out, drift, s) = zip(weights[::2], weights[1::2], scales)
-        kept = [rows]
-        for matrix, bias, scale in hidden:
-            h = torch.addmm(bias, kept[-1], matrix.mT, alpha=scale)
-            kept.append(h.tanh_())
-        if ctx is not None:
-            ctx.bounds, ctx.scales = bounds, scales
-            ctx.save_for_backward(*weights, *kept)
-        return torch.addmm(drift, kept[-1], out.mT, alpha=s)
-
-    @staticmethod
-    def backward(ctx, g):
-        weights = ctx.saved_tensors[: 2 * len(ctx.bounds)]
-        kept = ctx.saved_tensors[len(weights) :]
-        again = torch.is_grad_enabled()  # a gradient of this gradient
-        if again or torch._C._functorch.is_legacy_batchedtensor(g):
-            given = kept[0], *weights
-            asked = [t for t in given if t.requires_grad]
-            with torch.enable_grad():
-                out = plain_mlp(kept[0], bounded_weights(weights, ctx.bounds))
-            found = torch.autograd.grad(out, asked, g, create_graph=again)
-            by = {id(t): grad for t, grad in zip(asked, found)}
-            return None, *(by.get(id(t)) for t in given)
-        learns = any(ctx.needs_input_grad[2:])
-        found, top = [], len(kept) - 1
-        for i in range(top, -1, -1):
-            h, matrix = kept[i], weights[2 * i]
-            s, bound = ctx.scales[i], ctx.bounds[i]
-            if learns:
-                g_matrix = torch.addmm(matrix, g.mT, h, alpha=s, beta=0)
-                share = float(torch.dot(g_matrix.view(-1), matrix.reshape(-1)))
-                g_matrix.add_(matrix, alpha=-((s / bound) ** 2) * share)
-                found[:0] = g_matrix, g.sum(0)
-            if i or ctx.needs_input_grad[1]:
-                g = torch.addmm(h, g, matrix, alpha=s, beta=0)
-            if i:  # in place: g times 1 - h²
-                back = torch.ops.aten.tanh_backward.grad_input
-                back(g, h, grad_input=g)
-        g = g if ctx.needs_input_grad[1] else None
-        return None, g, *(found or [None] * len(weights))
-
-
-def bounded_mlp(
-    rows: Tensor,  # Shape `(n, size)`
-    weights: tuple[Tensor, ...],  # As in `bounded_weights`
-    bounds: tuple[float, ...],  # As there
-) -> Tensor:  # Shape `(n, size of the last bias)`
-    """`plain_mlp` with `bounded_weights`, and quicker."""
-    if (
-        traced()
-        or forward_mode()
-        or type(rows) is not Tensor
-        or rows.device.type != "cpu"
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return plain_mlp(rows, bounded_weights(weights, bounds))
-    if torch.is_grad_enabled():
-        return _BoundedMLP.apply(bounds, rows, *weights)
-    return _BoundedMLP.forward(None, bounds, rows, *weights)

@@ -10,10 +10,8 @@ from torch.testing import assert_close
 
 from flowcourse.continuous import MLPVelocity
 from flowcourse.kernels_continuous import (
-    bounded_mlp,
-    bounded_weights,
+    bounded,
     mlp_field,
-    plain_mlp,
     solve_mlp,
 )
 from flowcourse.solver import (
@@ -199,54 +197,50 @@ def test_a_solve_that_never_ends_is_given_up():
         )
 
 
-def both_forms(w, rows, bounds):
-    """One evaluation written out, and in the plain form."""
-    return [
-        bounded_mlp(rows, tuple(w), bounds),
-        plain_mlp(rows, bounded_weights(tuple(w), bounds)),
-    ]
+def of_norm(n):
+    """A matrix of a Frobenius norm."""
+    matrix = noise(3, 4)
+    return (matrix * n / matrix.norm()).requires_grad_()
 
 
-@pytest.mark.parametrize("widths", [(7,), (7, 5)])
-@pytest.mark.parametrize("first", [0.5, math.inf])
-def test_one_evaluation_is_that_of_the_plain_form(widths, first):
-    """With bounds that matter: values, gradients, second derivatives."""
-    w, rows = weights(3, widths), noise(6, 4, seed=9).requires_grad_()
-    found = []
-    for out in both_forms(w, rows, (first, *[1.5] * len(widths))):
-        value = (out * noise(6, 3, seed=5)).sum()
-        leaves = [rows, *w]
-        grads = torch.autograd.grad(value, leaves, retain_graph=True)
-        graph = torch.autograd.grad(value, leaves, create_graph=True)
-        mixed = sum(
-            (t * noise(*t.shape, seed=i)).sum() for i, t in enumerate(graph)
-        )
-        # the last bias has none
-        second = torch.autograd.grad(mixed, leaves, materialize_grads=True)
-        found.append([out, *grads, *graph, *second])
-    for a, b in zip(*found, strict=True):
-        assert_close(a, b, rtol=1e-10, atol=1e-10)
+def in_a_transform(matrix, bound):
+    """The bounded matrix where no branch may follow the data."""
+    return torch.func.vmap(bounded, (0, None))(matrix[None], bound)[0]
 
 
-def test_one_evaluation_leaves_out_what_nothing_asks_for():
-    w, rows = weights(3, (7, 5)), noise(6, 4)
-    frozen = [t.detach() for t in w]
-    bounds = (1.0, 1.0, 1.0)
-    with torch.no_grad():
-        written, plain_form = both_forms(w, rows, bounds)
-    assert_close(written, plain_form)
-    one = [*frozen[:2], w[2], *frozen[3:]]
-    grads = [
-        torch.autograd.grad(out.square().sum(), w[2])[0]
-        for out in both_forms(one, rows, bounds)
-    ]
-    assert_close(*grads)
-    rows.requires_grad_()
-    grads = [
-        torch.autograd.grad(out.square().sum(), rows)[0]
-        for out in both_forms(frozen, rows, bounds)
-    ]
-    assert_close(*grads)
+def test_a_matrix_of_half_the_bound_stays_as_it_is():
+    small = of_norm(0.999)
+    assert bounded(small, 2.0) is small
+    assert_close(in_a_transform(small, 2.0), small)
+    nothing = torch.zeros(3, 4, requires_grad=True)
+    (g,) = torch.autograd.grad(in_a_transform(nothing, 2.0).sum(), nothing)
+    assert_close(g, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("n", [1.001, 1.5, 4.0, 1e4])
+def test_a_larger_matrix_comes_below_the_bound(n):
+    matrix = of_norm(n)
+    found = bounded(matrix, 2.0)
+    assert 1 < found.norm() <= 2
+    assert_close(found / found.norm(), matrix / n)
+    assert_close(in_a_transform(matrix, 2.0), found)
+    look = dict(atol=1e-5 / n, rtol=1e-4) if n > 100 else {}
+    assert torch.autograd.gradcheck(lambda m: bounded(m, 2.0), matrix, **look)
+
+
+def test_the_parts_of_the_bound_meet_with_their_slope_and_curvature():
+    n = torch.tensor([1 - 1e-7, 1 + 1e-7], dtype=torch.float64)
+    n.requires_grad_()
+    values = torch.stack([bounded(each, 2.0) for each in n])
+    (slope,) = torch.autograd.grad(values.sum(), n, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), n)
+    assert_close(values, n.detach(), rtol=0, atol=1e-12)
+    assert_close(slope, torch.ones_like(n), rtol=0, atol=1e-10)
+    assert_close(curvature, torch.zeros_like(n), rtol=0, atol=1e-5)
+
+
+def test_a_matrix_that_is_not_finite_says_so():
+    assert bounded(torch.full((2, 2), math.nan), 2.0).isnan().all()
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
@@ -262,25 +256,3 @@ def test_a_velocity_alone_is_that_beside_its_divergence(context_dim):
     for i, row in enumerate(v(each, x, context)):
         c = None if context is None else context[i : i + 1]
         assert_close(row, v(each[i, 0], x[i : i + 1], c)[0])
-
-
-def test_one_evaluation_goes_through_transforms():
-    w, rows = [t.detach() for t in weights(3, (7, 5))], noise(6, 4)
-    bounds = (1.0, 1.0, 1.0)
-
-    def run(r):
-        return bounded_mlp(r, tuple(w), bounds)
-
-    plain_form = torch.autograd.functional.jacobian(run, rows)
-    many = torch.autograd.functional.jacobian(run, rows, vectorize=True)
-    assert_close(many, plain_form)
-    assert_close(torch.func.jacfwd(run)(rows), plain_form)
-    assert_close(torch.func.jacrev(run)(rows), plain_form)
-
-
-def test_one_evaluation_under_autocast_is_in_its_precision():
-    w = [t.detach().float() for t in weights(3, (7, 5))]
-    rows = noise(6, 4).float()
-    with torch.autocast("cpu"):
-        out = bounded_mlp(rows, tuple(w), (1.0, 1.0, 1.0))
-    assert out.dtype == torch.bfloat16
