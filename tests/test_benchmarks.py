@@ -44,7 +44,11 @@ def test_ours_has_as_many_parameters_as_the_floor(name):
     ours, floor = (
         sum(
             p.numel()
-            for p in case.builders()[who].build(**case.sizes).parameters()
+            for of, p in case.builders()[who]
+            .build(**case.sizes)
+            .named_parameters()
+            # the matrices and norms of Glow, which are no networks
+            if not (name.startswith("glow") and ".raw." in of)
         )
         for who in (table.OURS, table.FLOOR)
     )
