@@ -273,7 +273,9 @@ def check_best_noise(
             "normalised over the given u, not over all": inside
             - inside.exp().mean().log(),
             "the integral of p, not of log p": inside
-            - log_p((x + (torch.arange(2000).double() + 0.5) / 2000) / L).mean(),
+            - log_p(
+                (x + (torch.arange(2000).double() + 0.5) / 2000) / L
+            ).mean(),
         }
         hint = compare("log q", answer(log_p, x, u, L), right, slips, tol=2e-3)
         if hint:
