@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .arguments import as_float, what_came
+from .runtime import set_modes, training_modes
 
 # %% ../nbs/lib-batches.ipynb #8f7dcd32
 def _parts(rows):
@@ -343,3 +344,17 @@ class Batches:
             index = index[rows]
             found = _rows(data.rows, index), noise, _rows(data.weights, index)
         return Batch(*send_to_device(found, self.device), share, index)
+
+# %% ../nbs/lib-batches.ipynb #start
+def start(
+    objective: Any,  # As the caller gave it
+    train: Dataset | None,  # Rows to train on
+    size: int,  # Rows in a step, over all processes together
+    seed: int,  # Of the run
+) -> None:
+    """Show an objective the whole first batch, in the modes of training."""
+    home = next(objective.parameters()).device
+    settings = train, None, size, seed, 0, 1, home
+    first = Batches(objective.draw, *settings).of_step(0)
+    set_modes(training_modes(objective))
+    objective.start(first.rows, first.noise)

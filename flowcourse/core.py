@@ -22,7 +22,14 @@ from flowcourse.arguments import (
     require_event,
     require_instance,
 )
-from .supports import density_zero, has_ends, lies_in, moved_inside
+from flowcourse.supports import (
+    common_width,
+    density_zero,
+    has_ends,
+    lies_in,
+    moved_inside,
+    require_chain,
+)
 
 # %% ../nbs/01-change-of-variables.ipynb #80ad44f0
 # of a direction, the cheapest first
@@ -163,8 +170,8 @@ class Bijection(nn.Module):
     _unstarted = False
 
     def _start(self, x, context):
-        "Base points, after every part that starts from data has done so."
-        return self._inverse(x, context)[0]
+        "`_inverse`, after every part that starts from data has done so."
+        return self._inverse(x, context)
 
     @property
     def _onto(self):
@@ -248,38 +255,11 @@ class Compose(Bijection):
             raise ValueError(
                 "bijections: Compose expects at least one, got none"
             )
-        shape: tuple[int, ...] | None = None
-        first: tuple[int, ...] | None = None
         for i, f in enumerate(bijections):
             require_instance(f, f"bijections[{i}]", Bijection, "a bijection")
-            expects = f"bijections[{i}]: {type(f).__name__} expects events of"
-            if i and f.event_dim != bijections[i - 1].event_dim_out:
-                came = bijections[i - 1].event_dim_out
-                raise ValueError(
-                    f"{expects} {f.event_dim} dimensions, got {came}"
-                )
-            if shape is not None and f.event_shape not in (None, shape):
-                raise ValueError(
-                    f"{expects} shape {f.event_shape}, got {shape}"
-                )
-            if i and not lies_in(bijections[i - 1].codomain, f.domain):
-                before = bijections[i - 1]
-                raise ValueError(
-                    f"bijections[{i}]: {type(f).__name__} takes points of "
-                    f"{f.domain}, got those that {type(before).__name__} "
-                    f"leads to, {before.codomain}"
-                )
-            if shape is None and f.event_shape is not None:
-                shape = first = f.event_shape
-                for before in reversed(bijections[:i]):
-                    first = before.event_shape_in(first)
-            shape = None if shape is None else f.event_shape_out(shape)
-        widths = {f.context_dim for f in bijections} - {0}
-        if len(widths) > 1:
-            raise ValueError(
-                f"bijections: expected one context_dim, got {sorted(widths)}"
-            )
-        super().__init__(first, max(widths, default=0), bijections[0].event_dim)
+        first = require_chain(bijections)
+        width = common_width(bijections, "bijections")
+        super().__init__(first, width, bijections[0].event_dim)
         # the entries of a ModuleList have no type of their own
         self.bijections = nn.ModuleList(bijections)  # type: ignore[assignment]
 
@@ -343,9 +323,7 @@ class Compose(Bijection):
         return self._back("_inverse", x, context)
 
     def _start(self, x, context):
-        for f in reversed(self.bijections):
-            x = f._start(x, context if f.context_dim else None)
-        return x
+        return self._back("_start", x, context)
 
     @property
     def _onto(self):
@@ -647,17 +625,11 @@ class Flow(nn.Module):
         return log_prob.masked_fill(ladj == -math.inf, -math.inf)
 
     @torch.no_grad()
-    def start(
-        self,
-        x: Tensor,  # Data points, shape `(*batch, *event)`
-        # Features, shape `(*batch, context_dim)`
-        context: Tensor | None = None,
-    ) -> None:
+    def start(self, x: Tensor, context: Tensor | None = None) -> None:
         """Let parts that start from data, such as `ActNorm`, do so once: one inverse pass, or nothing."""
         f = self.bijection
-        x, context = f._check_data(x, context)
         if any(getattr(part, "_unstarted", False) for part in f.modules()):
-            f._start(x, context)
+            f._start(*f._check_data(x, context))
 
     @torch.no_grad()
     def sample(

@@ -43,7 +43,7 @@ from flowcourse.elementwise import (
 from flowcourse.kernels_images import is_quick, run_steps
 from flowcourse.linear import PLU, Diagonal, Permutation
 from flowcourse.objectives import Objective, split_batch
-from flowcourse.supports import is_everywhere
+from flowcourse.supports import common_width, is_everywhere
 
 # %% ../nbs/13-images.ipynb #lib-squeeze
 class Squeeze(Bijection):
@@ -148,7 +148,7 @@ class ActNorm(Diagonal):
             )
             start.data.copy_(raw)
             self.started.fill_(True)
-        return self._inverse(x, context)[0]
+        return self._inverse(x, context)
 
 # %% ../nbs/13-images.ipynb #lib-multi-scale
 class MultiScale(Bijection):
@@ -204,13 +204,8 @@ class MultiScale(Bijection):
                 )
             sizes.append((shape[0] - out[0], *shape[1:]))
             out = f.event_shape_out(shape)
-        widths = {f.context_dim for f in levels} - {0}
-        if len(widths) > 1:
-            raise ValueError(
-                f"levels: expected one context_dim, got {sorted(widths)}"
-            )
         lengths = [math.prod(size) for size in sizes]
-        super().__init__(sum(lengths), max(widths, default=0))
+        super().__init__(sum(lengths), common_width(levels, "levels"))
         self.sizes, self.lengths, self.image_shape = sizes, lengths, out
         # the entries of a ModuleList have no type of their own
         self.levels = nn.ModuleList(levels)  # type: ignore[assignment]
@@ -269,30 +264,21 @@ class MultiScale(Bijection):
             x = f._push(x, context if f.context_dim else None)
         return x
 
-    def _down(self, x, pull):
-        "The vector, from what `pull` makes of each level's image."
-        parts = []
-        for f, (n, *_) in zip(reversed(self.levels), reversed(self.sizes)):
-            x = pull(f, x)
-            x, part = x.tensor_split((x.shape[-3] - n,), -3)
-            parts.append(part.flatten(-3))
-        return torch.cat(parts[::-1], -1)
-
     def _inverse(self, x, context):
-        total: float | Tensor = 0.0
-
-        def pull(f, x):
-            nonlocal total
-            z, ladj = f._inverse(x, context if f.context_dim else None)
-            total = total + ladj
-            return z
-
-        return self._down(x, pull), total
+        return self._down("_inverse", x, context)
 
     def _start(self, x, context):
-        return self._down(
-            x, lambda f, x: f._start(x, context if f.context_dim else None)
-        )
+        return self._down("_start", x, context)
+
+    def _down(self, name, x, context):
+        parts: list[Tensor] = []
+        total = 0.0
+        for f, (n, *_) in zip(reversed(self.levels), reversed(self.sizes)):
+            x, ladj = getattr(f, name)(x, context if f.context_dim else None)
+            x, part = x.tensor_split((x.shape[-3] - n,), -3)
+            parts.insert(0, part.flatten(-3))
+            total = total + ladj
+        return torch.cat(parts, -1), total
 
 # %% ../nbs/13-images.ipynb #lib-glow-steps
 class GlowSteps(Compose):

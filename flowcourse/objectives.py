@@ -47,9 +47,8 @@ class Objective(nn.Module):
     def start(
         self,
         # The rows of the first step; None without data
-        batch: Tensor | tuple[Tensor, ...] | None,
-        # What `draw` gave, the same rows
-        noise: Tensor | tuple[Tensor, ...] | None = None,
+        batch: Any,
+        noise: Any = None,  # What `draw` gave, the same rows
     ) -> None:
         """Take from data what has to be taken before the first step; by default nothing."""
 

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/lib-supports.ipynb #92e3264d
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,6 +122,47 @@ def is_everywhere(
 ) -> bool:  # Whether each coordinate may be any number
     """Say whether a constraint asks for nothing."""
     return isinstance(_single(constraint), type(constraints.real))
+
+# %% ../nbs/lib-supports.ipynb #chain
+def require_chain(
+    bijections: Sequence[Any],  # In generative order
+) -> tuple[int, ...] | None:  # Of a point before the first; None for any
+    """Refuse maps that do not take what the one before them makes."""
+    shape: tuple[int, ...] | None = None
+    first: tuple[int, ...] | None = None
+    for i, f in enumerate(bijections):
+        expects = f"bijections[{i}]: {type(f).__name__} expects events of"
+        if i and f.event_dim != bijections[i - 1].event_dim_out:
+            came = bijections[i - 1].event_dim_out
+            raise ValueError(f"{expects} {f.event_dim} dimensions, got {came}")
+        if shape is not None and f.event_shape not in (None, shape):
+            raise ValueError(f"{expects} shape {f.event_shape}, got {shape}")
+        if i and not lies_in(bijections[i - 1].codomain, f.domain):
+            before = bijections[i - 1]
+            raise ValueError(
+                f"bijections[{i}]: {type(f).__name__} takes points of "
+                f"{f.domain}, got those that {type(before).__name__} "
+                f"leads to, {before.codomain}"
+            )
+        if shape is None and f.event_shape is not None:
+            shape = first = f.event_shape
+            for before in reversed(bijections[:i]):
+                first = before.event_shape_in(first)
+        shape = None if shape is None else f.event_shape_out(shape)
+    return first
+
+
+def common_width(
+    bijections: Sequence[Any],  # With contexts or without
+    name: str,  # Of the argument that they came in
+) -> int:  # Their number of context features
+    """The one `context_dim` of several maps, not counting those without context."""
+    widths = {f.context_dim for f in bijections} - {0}
+    if len(widths) > 1:
+        raise ValueError(
+            f"{name}: expected one context_dim, got {sorted(widths)}"
+        )
+    return max(widths, default=0)
 
 # %% ../nbs/lib-supports.ipynb #044391c9
 def moved_inside(

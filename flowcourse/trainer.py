@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .arguments import as_int, require_choice, what_came
-from .batches import Batches, hold_out
+from .batches import Batches, hold_out, start
 from flowcourse.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -146,7 +146,7 @@ def fit(
             accelerator.device,
         )
         if not resume:
-            _start(objective, train, recipe)
+            start(objective, train, recipe.batch_size, recipe.seed)
         run = _Run(
             objective, recipe, batches, accelerator, checkpoint, provenance
         )
@@ -165,8 +165,9 @@ class _Run:
         self.objective, self.recipe, self.batches = objective, recipe, batches
         self.accelerator, self.history = accelerator, History()
         self.checkpoint, self.provenance = checkpoint, provenance
-        self.saved = None  # steps done when the checkpoint was written
-        self.best = None  # weights of the best validation
+        # steps done when the checkpoint was written; weights of the best
+        # validation
+        self.saved = self.best = None
         # before anything is moved or put into another mode
         self.modes = training_modes(objective)
         # moves it to the device
@@ -198,17 +199,6 @@ class _Run:
     def broken(self):
         """Name of the first trained tensor, or average of one, that is not finite."""
         return find_broken(self.objective, self.weights)
-
-
-def _start(objective, train, recipe):
-    """Show the objective the whole first batch, the same in every process."""
-    if type(objective).start is Objective.start:
-        return
-    home = next(objective.parameters()).device
-    settings = train, None, recipe.batch_size, recipe.seed, 0, 1, home
-    first = Batches(objective.draw, *settings).of_step(0)
-    set_modes(training_modes(objective))
-    objective.start(first.rows, first.noise)
 
 
 def _begin(run, resume):
