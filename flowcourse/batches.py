@@ -352,7 +352,9 @@ def start(
     size: int,  # Rows in a step, over all processes together
     seed: int,  # Of the run
 ) -> None:
-    """Show an objective the whole first batch, in the modes of training."""
+    """Show an objective the whole first batch, in the modes of training, if it has to start from data."""
+    if not objective._unstarted:
+        return
     home = next(objective.parameters()).device
     settings = train, None, size, seed, 0, 1, home
     first = Batches(objective.draw, *settings).of_step(0)

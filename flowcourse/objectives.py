@@ -44,6 +44,11 @@ class Objective(nn.Module):
         """Draw all the noise that one step needs; by default none."""
         return None
 
+    @property
+    def _unstarted(self):
+        "Whether `start` has something to do."
+        return type(self).start is not Objective.start
+
     def start(
         self,
         # The rows of the first step; None without data
@@ -125,6 +130,12 @@ class MaximumLikelihood(Objective):
                 f"got {what_came(flow)}"
             )
         self.flow = flow
+
+    @property
+    def _unstarted(self):
+        own = type(self).start is not MaximumLikelihood.start
+        parts = self.flow.modules() if isinstance(self.flow, Flow) else ()
+        return own or any(getattr(f, "_unstarted", False) for f in parts)
 
     def start(
         self,
