@@ -16,7 +16,7 @@ from .continuous import Continuous, MLPVelocity
 from .zoo import Row
 
 # %% ../nbs/lib-zoo-continuous.ipynb #5d36fcfa
-STEPS = 48  # leave an error below 1e-9 at any level of noise
+STEPS = 72  # leave an error below 1e-9 at any level of noise
 
 
 def _continuous(dim, context_dim, hidden=(8, 8), bound=4.0, **options):

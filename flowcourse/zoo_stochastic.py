@@ -21,7 +21,7 @@ from .stochastic import Guided, ScoreVelocity
 from .zoo import Row
 
 # %% ../nbs/lib-zoo-stochastic.ipynb #rows
-STEPS = 12  # leave an error below 1e-9 at any level of noise
+STEPS = 24  # leave an error below 1e-9 at any level of noise
 
 
 def _score(dim, context_dim, schedule, data_sd=1.0):

@@ -51,13 +51,14 @@ def test_forward_mode_agrees_with_reverse_mode(name, way):
     def ladj(point, theta):
         return functional_call(module, theta, (point,))[1]
 
-    velocity, weight = noise(*shape, seed=8), noise(*shape, seed=7)
+    image = module(point)[0]
+    velocity, weight = noise(*point.shape, seed=8), noise(*image.shape, seed=7)
     jacobians = jacrev(module)(point)
     close(jacfwd(module)(point), jacobians)
     _, moved = jvp(module, (point,), (velocity,))
     close(
         moved,
-        tuple((j * velocity).flatten(-len(shape)).sum(-1) for j in jacobians),
+        tuple((j * velocity).flatten(-point.dim()).sum(-1) for j in jacobians),
     )
 
     def value(point):
@@ -70,7 +71,7 @@ def test_forward_mode_agrees_with_reverse_mode(name, way):
         other = jacrev(grad(ladj), 1)(point, theta)
         for key, p in theta.items():
             ahead = mixed[key].flatten(p.dim()).movedim(-1, 0)
-            close(ahead.reshape(*shape, *p.shape), other[key])
+            close(ahead.reshape(*point.shape, *p.shape), other[key])
 
 
 QUICK = {  # maps whose gradients are written out, and so know no forward mode
