@@ -24,6 +24,7 @@ import tyro
 import flowcourse
 from .configs import configs
 from .experiments import Config
+from .files import save_bytes
 from .records import save_json
 from .runs import is_main, record, recorded, test, train
 from .studies import load_study, run_study
@@ -75,7 +76,7 @@ class _Study:
 
 @dataclass
 class _Record:
-    """Write the records of finished runs, small enough to commit."""
+    """Write the records and pictures of finished runs, small enough to commit."""
 
     # Of runs that are trained and tested, such as runs/realnvp.digits
     folders: tyro.conf.Positional[
@@ -241,6 +242,10 @@ def _obey(command, args):
             path = group / f"{found['name']}.json"
             save_json(path, found, indent=1)
             print(path)
+            for picture in sorted(folder.glob("*.png")):
+                path = group / f"{found['name']}.{picture.name}"
+                save_bytes(path, picture.read_bytes())
+                print(path)
         return 0
     out = command.out or Path("runs", command.config)
     if isinstance(command, _Train):

@@ -52,9 +52,12 @@ def finished(tmp_path):
 
 def test_a_record_is_of_the_run(finished, tmp_path, capsys):
     out = tmp_path / "results"
+    (finished / "samples.png").write_bytes(b"picture")
     assert main(["record", str(finished), "--out", str(out)]) == 0
     path = out / "realnvp" / f"{NAME}.json"
-    assert capsys.readouterr().out == f"{path}\n"
+    picture = path.with_name(f"{NAME}.samples.png")
+    assert capsys.readouterr().out == f"{path}\n{picture}\n"
+    assert picture.read_bytes() == b"picture"
     found = json.loads(path.read_text())
     run = json.loads((finished / "run.json").read_text())
     for key in ("name", "config", "commit", "dirty", "versions", "machine"):
