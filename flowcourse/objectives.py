@@ -281,3 +281,6 @@ class ReverseKL(Objective):
         require_log_density(log_p, x, "log_target", len(self.flow.event_shape))
         weight = 1.0 if self.annealing is None else self.annealing()
         return log_q - weight * log_p
+
+    def extra_repr(self) -> str:  # by which a run knows that it goes on
+        return f"path={self.path}"

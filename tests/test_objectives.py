@@ -55,6 +55,24 @@ def test_annealing_counts_updates_and_resumes(tmp_path):
         Annealing(updates=0)
 
 
+def test_a_run_that_goes_on_takes_the_gradient_that_it_began_with(tmp_path):
+    def run(path, resume, steps):
+        objective = ReverseKL(make_flow(), log_target, path=path)
+        fit(
+            objective,
+            steps=steps,
+            batch_size=8,
+            progress=False,
+            checkpoint=tmp_path / "run.pt",
+            resume=resume,
+        )
+
+    run(True, False, 2)
+    with pytest.raises(ValueError, match="path=True"):
+        run(False, True, 4)
+    run(True, True, 4)
+
+
 def test_annealing_weighs_the_target_and_is_1_in_eval_mode():
     flow = make_flow().double()
     objective = ReverseKL(flow, log_target, Annealing(0.25, 8))
