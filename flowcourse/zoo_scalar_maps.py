@@ -61,6 +61,9 @@ def _crossed(name, container):
     """The row of a scalar map in a container, which is its family."""
     scalar_map = scalar_maps[name]
     forward, inverse = scalar_map.forward_cost, scalar_map.inverse_cost
+    # in the plane a mass inverts hundreds of thousands of points; it is weighed
+    # where the map stands by itself
+    costly = "numerical" in (forward, inverse) and container != "elementwise"
     if container == "autoregressive":
         forward = max("D passes", forward, key=COSTS.index)
     return Row(
@@ -71,6 +74,7 @@ def _crossed(name, container):
         forward_cost=forward,
         inverse_cost=inverse,
         domain=scalar_map.domain,
+        event_shapes=((3,), (5,)) if costly else ((2,), (5,)),
         exempt=_exempt.get(name, {}),
     )
 
