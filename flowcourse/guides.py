@@ -14,8 +14,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from pyro.nn import PyroModule
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
@@ -128,6 +126,7 @@ class AutoFlow(AutoContinuous):
         self._recipe: tuple[Any, ...] | None = (bijection, base, init_scale)
 
     def _setup_prototype(self, *args, **kwargs):
+        self._own()
         try:
             self._look(*args, **kwargs)
             self.flow = self._made(self._one_context(args, kwargs))
@@ -230,15 +229,11 @@ class AutoFlow(AutoContinuous):
     def _own(self):
         "Drop what Pyro's parameter store holds of another guide by our names."
         store = pyro.get_param_store()
-        for part in ("flow", "encoder"):
-            module = self._modules.get(part)
-            if module is None or isinstance(module, PyroModule):
-                continue
-            prefix = self._pyro_get_fullname(part)
-            for name, p in module.named_parameters():
-                name = param_with_module_name(prefix, name)
-                if name in store and store[name].unconstrained() is not p:
-                    del store[name]
+        ours = {id(p) for p in self.parameters()}
+        for name in list(store):
+            mine = name.startswith(f"{self._pyro_name}.")
+            if mine and id(store[name].unconstrained()) not in ours:
+                del store[name]
 
     def get_posterior(self, *args, **kwargs) -> FlowDistribution:
         """The distribution of the unconstrained latents, side by side in one vector."""
@@ -406,8 +401,6 @@ def _detached(constraint):
             vars(new)[key] = value.detach()
         elif isinstance(value, constraints.Constraint):
             vars(new)[key] = _detached(value)
-        elif key == "cseq":  # side by side
-            vars(new)[key] = [_detached(one) for one in value]
     return new
 
 

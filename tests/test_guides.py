@@ -415,10 +415,46 @@ def test_svi_trains_the_encoder(double):
     assert all(moved) and len(moved) == 4  # encoder; weight and bias; last
 
 
-def test_two_guides_have_parameters_of_their_own():
+class PyroSummary(pyro.nn.PyroModule):
+    """The same, as a module of Pyro."""
+
+    def __init__(self):
+        super().__init__()
+        positive = dist.constraints.positive
+        self.scale = pyro.nn.PyroParam(torch.ones(1), positive)
+
+    def forward(self, x):
+        return self.scale * x.mean(-1, keepdim=True)
+
+
+class Turned(Bijection):
+    """A matrix that does not lie in memory row after row."""
+
+    def __init__(self, d):
+        super().__init__(d)
+        matrix = torch.eye(d)
+        matrix[0, 1:] = 0.5
+        self.matrix = nn.Parameter(matrix.t())
+        assert not self.matrix.is_contiguous()
+
+    def _forward(self, z, context):
+        ladj = torch.linalg.slogdet(self.matrix)[1]
+        return z @ self.matrix.T, ladj.expand(z.shape[:-1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AutoFlow(gaussians, small),
+        lambda: AutoFlow(gaussians, small, encoder=Summary()),
+        lambda: AutoFlow(gaussians, small, encoder=PyroSummary()),
+        lambda: AutoFlow(gaussians, Turned),
+    ],
+)
+def test_two_guides_have_parameters_of_their_own(make):
     x = torch.ones(3)
     optimizer = pyro.optim.Adam({"lr": 0.1})
-    first, second = (AutoFlow(gaussians, small) for _ in range(2))
+    first, second = make(), make()
     for guide, other in ((first, None), (second, first), (first, second)):
         svi = SVI(gaussians, guide, optimizer, Trace_ELBO())
         guide(x)
@@ -488,10 +524,12 @@ def test_a_model_that_learns_too_can_be_copied():
         def forward(self):
             pyro.sample("a", dist.Normal(0.0, self.scale.exp()))
             pyro.sample("b", dist.Uniform(0.0, self.scale.exp()))
+            ends = self.scale.exp().expand(2)
+            pyro.sample("c", dist.Uniform(-ends, ends).to_event(1))
 
     guide = made(Learns())
-    assert set(pickle.loads(pickle.dumps(guide))()) == {"a", "b"}
-    assert set(copy.deepcopy(guide)()) == {"a", "b"}
+    assert set(pickle.loads(pickle.dumps(guide))()) == {"a", "b", "c"}
+    assert set(copy.deepcopy(guide)()) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -530,6 +568,12 @@ def test_quantiles_and_median_are_those_of_the_posterior(double):
     ends = guide.quantiles(torch.tensor([0.0, 1.0]))["a"]
     assert ends[0] < wanted[0, 0] and ends[1] > wanted[-1, 0]
     assert guide.quantiles(0.3)["b"].shape == ()
+    # between two draws, a line
+    two = made(gaussians, small, x, draws=2)
+    torch.manual_seed(1)
+    low, high = two.sample(2)["a"].sort().values
+    torch.manual_seed(1)
+    assert_close(two.quantiles(0.25)["a"], 0.75 * low + 0.25 * high)
 
 
 def test_densities_are_zero_outside_of_the_supports(double):
@@ -807,6 +851,13 @@ def test_an_error_of_the_first_call_leaves_no_half_made_guide():
     guide = AutoFlow(gaussians, small)
     with pytest.raises(AttributeError):
         guide(None)
+    assert set(guide(X)) == {"a", "b"}
+    sizes = iter([3, 2])
+    guide = AutoFlow(gaussians, lambda _: small(next(sizes)))
+    with pytest.raises(ValueError, match="^bijection: "):
+        guide(X)
+    with pytest.raises(ValueError, match="^guide: "):
+        guide.median()
     assert set(guide(X)) == {"a", "b"}
 
     def broken(x):
