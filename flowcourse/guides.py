@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
@@ -52,6 +53,16 @@ class _Drawn(FlowDistribution):
         if kept is not None and kept[0] is value:
             return kept[1]
         return super().log_prob(value)
+
+
+class _Plates(Messenger):
+    "Sees how deep a model's plates are, those of its data too."
+
+    deepest = 0
+
+    def _pyro_sample(self, msg):
+        dims = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
+        self.deepest = max(self.deepest, *dims, 0)
 
 
 class _Stay(Bijection):
@@ -119,7 +130,9 @@ class AutoFlow(AutoContinuous):
             require_function(encoder, "encoder")
         require_function(init_loc_fn, "init_loc_fn")
         init_scale = as_float(init_scale, "init_scale", 0, strict=True)
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        plates = _Plates()
+        super().__init__(plates(model), init_loc_fn=init_loc_fn)
+        self._plates = plates
         self.draws = as_int(draws, "draws", 1)
         self.encoder = encoder
         # in a tuple: modules in it are parts of the flow, once it is there
@@ -287,8 +300,9 @@ class AutoFlow(AutoContinuous):
 
     def log_prob(
         self,
-        # Latents by the names of their sites, shape `(*batch, *site)` each;
-        # other names are passed over
+        # By the names of sites, shape `(*batch, *site)` each. Ones between
+        # batch and site are left out, where Pyro has put them for the plates
+        # that a site is not in. Other names are passed over
         latents: dict[str, Tensor],
         # The model's, for the encoder: of one data set or, if the encoder takes
         # them, of several
@@ -298,8 +312,7 @@ class AutoFlow(AutoContinuous):
         """Log-density of latents on their supports; -inf outside of these."""
         self._require_made()
         parts, batches, ladjs, insides, bads = [], [], [], [], []
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            value = _latent(latents, name, site["value"].shape)
+        for value, site in self._aligned(latents):
             batch = value.shape[: value.dim() - site["value"].dim()]
             n, support = len(batch), site["fn"].support
             to_support = biject_to(support)
@@ -329,6 +342,30 @@ class AutoFlow(AutoContinuous):
         for bad in bads:
             log_prob = log_prob.masked_fill(bad, math.nan)
         return log_prob
+
+    def _aligned(self, latents):
+        "The values of the sites, without the ones of plates that they are not in."
+        values, sites, ones = [], [], []
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            own = site["value"].dim() - site["fn"].event_dim
+            values.append(_latent(latents, name, site["value"].shape))
+            sites.append(site)
+            ones.append(max(self._plates.deepest - own, 0))
+        starts = [
+            value.dim() - site["value"].dim() - n
+            for value, site, n in zip(values, sites, ones)
+        ]
+        if len({*starts}) == 1 and starts[0] > 0:
+            between = [
+                value.shape[starts[0] : starts[0] + n]
+                for value, n in zip(values, ones)
+            ]
+            if all(shape.numel() == 1 for shape in between):
+                values = [
+                    value.flatten(starts[0] - 1, starts[0] - 1 + n)
+                    for value, n in zip(values, ones)
+                ]
+        return zip(values, sites)
 
     def quantiles(
         self,

@@ -150,12 +150,12 @@ def test_a_trace_and_log_prob_say_the_same(double, particles):
 
     trace = poutine.trace(called).get_trace()
     values = {name: trace.nodes[name]["value"] for name in SIZES}
-    if particles is not None:
-        for name, shape in SIZES.items():
-            inner = len(shape)
-            # plates to the left of a site's own have one entry
-            values[name] = values[name].reshape(particles, *shape[:inner])
     wanted = guide.log_prob(values)
+    if particles is not None:  # with ones for plates, and without
+        assert values["place"].shape == (particles, 1, 1)
+        for name, shape in SIZES.items():
+            values[name] = values[name].reshape(particles, *shape)
+        assert_close(guide.log_prob(values), wanted, atol=0, rtol=0)
     assert wanted.shape == (() if particles is None else (particles,))
     assert_close(trace.log_prob_sum(), wanted.sum())
     if particles is not None:
@@ -191,9 +191,14 @@ class Correlated(Bijection):
 
 def gaussians(x):
     """A correlated Gaussian posterior, of a number and the logarithm of another."""
+    gaussians_of(x, x.shape[-1])
+
+
+def gaussians_of(x, n):
+    """The same, of data that may have yet to be drawn."""
     a = pyro.sample("a", dist.Normal(0.0, 2.0))
     b = pyro.sample("b", dist.LogNormal(1.0, 0.5)).log()
-    with pyro.plate("data", x.shape[-1]):
+    with pyro.plate("data", n):
         pyro.sample("x", dist.Normal(a + b, 1.5), obs=x)
 
 
@@ -366,6 +371,30 @@ def test_an_encoder_makes_one_guide_of_many_data_sets(double):
     # one draw of latents, and all data sets
     one = {name: value[0, 0] for name, value in found.items()}
     assert guide.log_prob(one, many).shape == (6,)
+
+
+def test_latents_are_taken_as_pyro_lays_them_out(double):
+    """Also where all plates are those of the data."""
+    x = torch.ones(3)
+    guide = scattered(made(gaussians, small, x, encoder=Summary()))
+    many = Predictive(
+        lambda: gaussians_of(None, 3), num_samples=6, parallel=True
+    )()
+    assert many["a"].shape == (6, 1) and many["x"].shape == (6, 3)
+    found = guide.log_prob(many, many["x"])
+    flat = {name: many[name][:, 0] for name in "ab"}
+    assert_close(found, guide.log_prob(flat, many["x"]), atol=0, rtol=0)
+    each = [
+        guide.log_prob({k: v[i] for k, v in flat.items()}, many["x"][i])
+        for i in range(6)
+    ]
+    assert_close(found, torch.stack(each))
+    # one draw of one data set is no layout of plates
+    one = {name: value[:1] for name, value in flat.items()}
+    assert guide.log_prob(one, x).shape == (1,)
+    # nor are ones where there is a plate of latents
+    other = made(supports)
+    assert other.log_prob(other.sample((5, 1, 1))).shape == (5, 1, 1)
 
 
 def test_training_on_draws_of_the_prior_finds_the_posterior(double):
