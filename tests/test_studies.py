@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyro.poutine import condition, trace
 
 from flowcourse import studies
 from flowcourse.checkpoint import load_checkpoint
@@ -28,8 +30,8 @@ from flowcourse.trainer import TrainingDiverged
 from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["board", "depth", "digits", "dlgm", "families", "images", "maps"]
-NAMES += ["matching", "variational"]
+NAMES = ["board", "depth", "digits", "dlgm", "families", "guides", "images"]
+NAMES += ["maps", "matching", "variational"]
 
 
 def study_of(path, run, *jobs):
@@ -296,6 +298,12 @@ def small(name):
     elif name == "board":
         module.RECIPE["steps"] = 4
         jobs = module.jobs[:2]
+    elif name == "guides":
+        module.CHAINS, module.WARM_UP, module.KEPT = 2, 5, 5
+        module.STEPS, module.DRAWS, module.PART = 20, 60, 30
+        module.PAIRS = 5
+        first = {job["method"]: job for job in module.jobs[::-1]}
+        jobs = [*first.values(), module.jobs[-1]]
     elif name == "images":
         module.SECONDS = 0.1
         jobs = module.jobs[: len(module.FAMILIES)]
@@ -330,6 +338,87 @@ def test_a_job_of_each_study_finds_what_its_record_has(name, tmp_path):
         old = of_job[json.dumps(new["job"], sort_keys=True)]
         assert set(new) == set(old) | {"commit", "dirty", "versions"}
         assert type(new["results"]) is type(old["results"])
+
+
+def guides_record():
+    """The records of the study of guides, by posterior and method; several seeds of a guide."""
+    found = {}
+    for record in read_records(ROOT / "results" / "guides.jsonl"):
+        job = record["job"]
+        found.setdefault((job["posterior"], job["method"]), []).append(record)
+    return found
+
+
+def test_the_flow_is_the_best_guide_of_the_funnel():
+    """By more than two standard errors of fresh draws, in each seed."""
+    found, centred = guides_record(), "eight schools, centred"
+    of = {
+        method: [
+            (r["results"]["ELBO [nat]"], r["results"]["standard error [nat]"])
+            for r in found[centred, method]
+        ]
+        for method in ("mean field", "full rank", "flow")
+    }
+    assert all(len(seeds) == 3 for seeds in of.values())
+    for method in ("mean field", "full rank"):
+        for (flow, error), (other, its) in zip(of["flow"], of[method]):
+            assert flow - other > 2 * math.hypot(error, its)
+
+
+def test_marginals_of_the_flow_are_those_of_the_chains():
+    """The mean distance of quantiles, in deviations of the chains."""
+    found = guides_record()
+    for posterior, chains in (
+        ("eight schools, centred", "eight schools"),
+        ("eight schools", "eight schools"),
+        ("logistic regression", "logistic regression"),
+    ):
+        (reference,) = found[chains, "NUTS"]
+        assert max(reference["results"]["R-hat"]) < 1.02
+        wanted, sd = (
+            torch.tensor(reference["marginals"][key])
+            for key in ("quantiles", "sd")
+        )
+        for record in found[posterior, "flow"]:
+            mine = torch.tensor(record["marginals"]["quantiles"])
+            off = (mine - wanted).abs().mean(1) / sd
+            if "centred" in posterior:  # it leaves out the funnel's neck
+                assert off[1] < 0.3
+                off[1] = 0
+            assert off.max() < 0.1
+
+
+def test_the_study_of_guides_weighs_and_counts_as_it_says():
+    module = small("guides").run.__globals__
+    y, sigma = module["POSTERIORS"]["eight schools"][1]()
+    mu, tau, eta = y[0] / 7, y[1] / 3, y / 20
+    log_p = []
+    for name, own in (
+        ("schools", {"eta": eta}),
+        ("schools_centred", {"theta": mu + tau * eta}),
+    ):
+        latents = {"mu": mu, "tau": tau} | own
+        model = condition(module[name], latents)
+        log_p.append(trace(model).get_trace(y, sigma).log_prob_sum())
+        rows = {k: v.expand(4, *v.shape) for k, v in latents.items()}
+        found = module["coordinates"](rows)
+        wanted = torch.cat([mu[None], tau.log()[None], mu + tau * eta])
+        torch.testing.assert_close(found, wanted.expand(4, 10))
+    # the two forms are one model, in other coordinates
+    torch.testing.assert_close(log_p[0] - 8 * tau.log(), log_p[1])
+    x, labels = module["tumours"]()
+    assert x.shape == (569, 31) and labels.sum() == 357
+    w = torch.linspace(-1, 1, 31, dtype=torch.float64)
+    logits = x @ w
+    by_hand = (labels * logits - torch.log1p(logits.exp())).sum()
+    by_hand = by_hand - (w.square() / 2 + math.log(2 * math.pi) / 2).sum()
+    model = condition(module["logistic"], {"weights": w})
+    found = trace(model).get_trace(x, labels).log_prob_sum()
+    torch.testing.assert_close(found, by_hand)
+    draws = torch.arange(101.0, dtype=torch.float64)[:, None]
+    kept = module["marginals"](["a"], draws)
+    assert kept["mean"] == [50.0] and kept["quantiles"][0][0] == 2.0
+    assert kept["quantiles"][0][12] == 50.0
 
 
 def test_a_training_is_kept_until_its_job_is_recorded(tmp_path, monkeypatch):
