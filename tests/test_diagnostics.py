@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.stats
 import torch
 from helpers import check_under_a_default_device, noise
 from pyro.ops.stats import effective_sample_size as pyro_ess
@@ -10,6 +11,8 @@ from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch.testing import assert_close
 
 from flowcourse.diagnostics import (
+    calibration_ranks,
+    calibration_test,
     effective_sample_size,
     ess_share,
     pareto_k,
@@ -275,12 +278,19 @@ def test_weights_are_one_row_of_numbers(judge):
 
 def test_a_default_device_does_not_reach_the_judges():
     log_w, states = noise(1000), noise(50, 3, 2)
+    draws = noise(20, 50, 3)
 
     def look():
+        ranks = calibration_ranks(states[:, :, 0], draws)
+        calibration = calibration_test(ranks, 20)
         return (
             torch.tensor([pareto_k(log_w), ess_share(log_w)], device="cpu"),
             effective_sample_size(states),
             r_hat(states),
+            ranks,
+            calibration.p_values,
+            calibration.shift,
+            calibration.spread,
         )
 
     check_under_a_default_device(look)
@@ -300,3 +310,134 @@ def test_a_device_without_float64_is_served(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "double", double)
     assert ess_share(log_w) == pytest.approx(math.exp(-1), rel=0.2)
     assert 0 < pareto_k(log_w) < 1
+
+
+# --- calibration -------------------------------------------------------------
+
+
+def test_ranks_are_counts_of_draws_below():
+    truths = torch.tensor([[0.5, -3.0], [9.0, 0.0]])
+    draws = torch.tensor([0.0, 1.0, 2.0])[:, None, None].expand(3, 2, 2)
+    assert calibration_ranks(truths, draws).tolist() == [[1, 0], [3, 0]]
+    assert (
+        calibration_ranks(truths.double(), draws.double()).dtype == torch.int64
+    )
+
+
+@pytest.mark.parametrize(
+    "draws, n, d", [(1, 40, 1), (9, 200, 3), (99, 200, 1), (63, 1000, 2)]
+)
+def test_a_right_posterior_is_rejected_as_often_as_stated(draws, n, d):
+    """The level holds, for coordinates that hang together, too."""
+    g, level, repeats = seeded(), 0.05, 600
+    rejected = 0
+    for _ in range(repeats):
+        shared = torch.randint(0, draws + 1, (n, 1), generator=g)
+        own = torch.randint(0, draws + 1, (n, d), generator=g)
+        ranks = torch.where(torch.arange(d) < 2, shared, own)
+        rejected += calibration_test(ranks, draws, level).rejected
+    # three standard errors, and a tenth for the limit of Pearson's statistic
+    most = 1.1 * level + 3 * math.sqrt(level * (1 - level) / repeats)
+    assert rejected / repeats < most
+    if d == 1:  # nothing is given away
+        assert rejected / repeats > 0.9 * level - 3 * math.sqrt(level / repeats)
+
+
+def conjugate(scale=1.0, shift=0.0, n=500, d=2, draws=63, seed=0):
+    """Ranks for a normal posterior with its sd scaled, and its mean shifted by sds."""
+    truths = noise(n, d, seed=seed)
+    x = truths + noise(n, d, seed=seed + 1)
+    sd = math.sqrt(0.5)
+    posterior = x / 2 + sd * (shift + scale * noise(draws, n, d, seed=seed + 2))
+    return calibration_test(calibration_ranks(truths, posterior), draws)
+
+
+@pytest.mark.parametrize("seed", [0, 10, 20, 30])
+def test_what_is_wrong_with_a_posterior_shows(seed):
+    right = conjugate(seed=seed)
+    assert not right.rejected and right.p_values.shape == (2,)
+    # four standard errors of a mean and of a variance of 500 equal ranks
+    assert (right.shift.abs() < 4 * math.sqrt(1 / 12 / 500)).all()
+    assert ((right.spread - 1).abs() < 4 * math.sqrt(0.8 / 500)).all()
+    for narrow in (0.5, 0.75):
+        found = conjugate(narrow, seed=seed)
+        assert found.rejected and (found.spread > 1.1).all()
+    wide = conjugate(1.4, seed=seed)
+    assert wide.rejected and (wide.spread < 0.9).all()
+    high, low = conjugate(1.0, 0.4, seed=seed), conjugate(1.0, -0.4, seed=seed)
+    assert high.rejected and (high.shift < -0.05).all()
+    assert low.rejected and (low.shift > 0.05).all()
+
+
+def test_one_bad_coordinate_of_many_shows():
+    good = torch.randint(0, 64, (500, 20), generator=seeded())
+    assert not calibration_test(good, 63).rejected
+    good[:, 7] = good[:, 7] // 2
+    found = calibration_test(good, 63)
+    assert found.rejected and found.p_values.argmin() == 7
+    assert (
+        found.p_values.shape == found.shift.shape == found.spread.shape == (20,)
+    )
+
+
+def test_the_chi_square_is_pearsons():
+    """64 ranks in 20 bins of three and four: the bins' sizes count."""
+    ranks = torch.randint(0, 64, (800,), generator=seeded())
+    bins = torch.arange(64) * 20 // 64
+    sizes = torch.bincount(bins).double()
+    assert set(sizes.tolist()) == {3.0, 4.0}
+    counts = torch.bincount(bins[ranks], minlength=20)
+    wanted = scipy.stats.chisquare(
+        counts.numpy(), (800 * sizes / 64).numpy()
+    ).pvalue
+    assert_close(
+        calibration_test(ranks, 63).p_values.item(), wanted, atol=1e-10, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: calibration_ranks(torch.zeros(3), torch.zeros(5, 4)),
+            r"draws: expected shape \(draws, 3\)",
+        ),
+        (
+            lambda: calibration_ranks(torch.zeros(3).long(), torch.zeros(5, 3)),
+            "truths: expected floating-point",
+        ),
+        (
+            lambda: calibration_ranks(
+                torch.zeros(3), torch.full((5, 3), math.nan)
+            ),
+            "draws: expected numbers, got nan",
+        ),
+        (
+            lambda: calibration_test(torch.zeros(30), 5),
+            "ranks: expected a tensor of whole numbers",
+        ),
+        (
+            lambda: calibration_test([1, 2], 5),
+            "ranks: expected a tensor of whole numbers, got list",
+        ),
+        (
+            lambda: calibration_test(torch.zeros(19, dtype=torch.long), 5),
+            r"n at least 20, got \(19,\)",
+        ),
+        (
+            lambda: calibration_test(torch.full((30,), 6), 5),
+            "ranks: expected numbers from 0 to 5, got 6 to 6",
+        ),
+        (
+            lambda: calibration_test(torch.zeros(30).long(), 0),
+            "draws: expected a whole number of at least 1",
+        ),
+        (
+            lambda: calibration_test(torch.zeros(30).long(), 5, 0.0),
+            "level: expected a finite number above 0",
+        ),
+    ],
+)
+def test_calibration_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
