@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../nbs/lib-differences.ipynb #4f74a4d0
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +84,6 @@ class Slopes:
         self.scales = 1 / (1 + values.detach().abs())
         # of the mixture, and of `ladj`: a dict from name to gradient each
         self.gradients = [self._gradients(values, k) for k in range(2)]
-        # where both are looked at, and what they were there
-        self._directions: dict[str, Any] = {}
-        self._seen: dict[tuple, Tensor] = {}
 
     def _values(self, y, context=None):
         "Shape `(n, 2)`: a random mixture of the point's entries, and `ladj`."
@@ -145,17 +141,23 @@ class Slopes:
         """Each row along its own random direction, all steps in one batch."""
         t = self.inputs[name]
         grad = self.gradients[k][name].flatten(1) / self.scales[:, k, None]
-        if name not in self._directions:
-            self._directions[name] = self.case.randn(t.shape)
-        direction = self._directions[name]
+        direction = self.case.randn(t.shape)
         slope = (grad * direction.flatten(1)).sum(-1)
         size = 1 + grad.norm(dim=-1) * direction.flatten(1).norm(dim=-1)
 
         def judge(scale):
-            key = name, tuple(scale.tolist())
-            if key not in self._seen:
-                self._seen[key] = self._at_inputs(name, direction, scale)
-            values = self._seen[key][..., k]
+            steps = (_STEPS[:, None] * _OFFSETS).to(t).view(-1, 1) * scale
+            moved = {
+                other: u.detach().expand(len(steps), *u.shape)
+                for other, u in self.inputs.items()
+            }
+            by = steps.view(*steps.shape, *[1] * (t.dim() - 1)) * direction
+            moved[name] = moved[name] + by
+            with torch.no_grad():
+                values = self._values(
+                    *[u.flatten(0, 1) for u in moved.values()]
+                )[:, k]
+            values = values.view(len(_STEPS), len(_OFFSETS), -1)
             error, doubt = _against(slope, _quotients(values) / scale)
             return error / size, allowed + doubt / size
 
@@ -172,13 +174,11 @@ class Slopes:
         allowed: float,  # The error that is always allowed
     ) -> tuple[Tensor, Tensor, str]:  # The same
         """Along one random direction through all parameters; where that fails, through each alone."""
-        if "parameters" not in self._directions:
-            size = sum(t.numel() for t in self.parameters.values()) ** 0.5
-            self._directions["parameters"] = {
-                name: self.case.randn(t.shape) / size
-                for name, t in self.parameters.items()
-            }
-        direction = self._directions["parameters"]
+        size = sum(t.numel() for t in self.parameters.values()) ** 0.5
+        direction = {
+            name: self.case.randn(t.shape) / size
+            for name, t in self.parameters.items()
+        }
 
         def judge(names):
             slope = sum(
@@ -190,11 +190,8 @@ class Slopes:
             ).sqrt()
 
             def moved_by(scale):
-                key = *names, scale.item()
-                if key not in self._seen:
-                    along = {n: direction[n] for n in names}
-                    self._seen[key] = self._along(along, scale)
-                quotients = _quotients(self._seen[key][..., k]) / scale
+                values = self._along(k, {n: direction[n] for n in names}, scale)
+                quotients = _quotients(values) / scale
                 error, doubt = _against(slope, quotients)
                 size = 1 + quotients.abs().nan_to_num(nan=math.inf).amin(0)
                 return error / size, allowed + doubt / size
@@ -213,22 +210,8 @@ class Slopes:
         return error[None], tolerance[None], f"{name}{hint}"
 
     @torch.no_grad()
-    def _at_inputs(self, name, direction, scale):
-        "Both values of each row at each step and offset of an input."
-        t = self.inputs[name]
-        steps = (_STEPS[:, None] * _OFFSETS).to(t).view(-1, 1) * scale
-        moved = {
-            other: u.detach().expand(len(steps), *u.shape)
-            for other, u in self.inputs.items()
-        }
-        by = steps.view(*steps.shape, *[1] * (t.dim() - 1)) * direction
-        moved[name] = moved[name] + by
-        values = self._values(*[u.flatten(0, 1) for u in moved.values()])
-        return values.view(len(_STEPS), len(_OFFSETS), -1, 2)
-
-    @torch.no_grad()
-    def _along(self, direction, scale):
-        "Sums of both over the rows, at each step and offset of some parameters."
+    def _along(self, k, direction, scale):
+        "Sums over the rows at each step and offset of some parameters."
         # Through `.data`, because the graph of the gradients is still in use.
         start = {n: self.parameters[n].detach().clone() for n in direction}
         values = []
@@ -237,7 +220,7 @@ class Slopes:
                 moved = start[name] + h * scale * t
                 self.parameters[name].data.copy_(moved)
             at = self._values(*self.inputs.values())
-            values.append((at * self.scales).sum(0))
+            values.append((at[:, k] * self.scales[:, k]).sum())
         for name, t in start.items():
             self.parameters[name].data.copy_(t)
-        return torch.stack(values).view(len(_STEPS), len(_OFFSETS), 2)
+        return torch.stack(values).view(len(_STEPS), len(_OFFSETS))

@@ -451,7 +451,7 @@ rejected = {
     FirstContext: ("batch", "forward with several contexts"),
     ContextDetached: (
         "gradients",
-        " in context (is it detached?)",
+        "gradient of x of forward in context (is it detached?)",
     ),
     AsksForOneBlock: ("batch", "forward not contiguous: RuntimeError"),
     AsksForRows: ("batch", "inverse of an empty batch"),
