@@ -31,7 +31,7 @@ from flowcourse.arguments import (
 )
 from flowcourse.core import Base, Bijection, Compose, Flow
 from flowcourse.distributions import FlowDistribution
-from flowcourse.elementwise import AffineMap, Elementwise
+from flowcourse.elementwise import AffineMap, Elementwise, IdentityMap
 
 # %% ../nbs/16-pyro.ipynb #lib-draw
 class _Drawn(FlowDistribution):
@@ -63,15 +63,6 @@ class _Plates(Messenger):
     def _pyro_sample(self, msg):
         dims = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
         self.deepest = max(self.deepest, *dims, 0)
-
-
-class _Stay(Bijection):
-    "The identity; with it a base is a flow."
-
-    def _forward(self, z, context):
-        return z, z.new_zeros(z.shape[:-1])
-
-    _inverse = _forward
 
 # %% ../nbs/16-pyro.ipynb #lib-guide
 class AutoFlow(AutoContinuous):
@@ -256,7 +247,8 @@ class AutoFlow(AutoContinuous):
     def get_base_dist(self) -> FlowDistribution:
         """The distribution at the other end of `get_transform`, as `NeuTraReparam` asks for it."""
         self._require_made()
-        return FlowDistribution(Flow(_Stay(self.latent_dim), self.flow.base))
+        same = Elementwise(self.latent_dim, IdentityMap())
+        return FlowDistribution(Flow(same, self.flow.base))
 
     def get_transform(self, *args, **kwargs) -> Transform:
         """The flow's bijection, from the base to the unconstrained latents."""
