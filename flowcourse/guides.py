@@ -99,7 +99,8 @@ class AutoFlow(AutoContinuous):
         # From the model's arguments to features, shape `(context_dim,)`
         encoder: Callable[..., Tensor] | None = None,
         # Standard deviation of each unconstrained latent, before the bijection
-        # bends it
+        # bends it. From so narrow a start, the neck of a funnel can stay empty:
+        # try 1.0, with `init_to_feasible` below
         init_scale: float = 0.1,
         # From a site to the value at which it starts, as in Pyro
         init_loc_fn: Callable = init_to_median,
