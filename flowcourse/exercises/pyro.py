@@ -150,13 +150,13 @@ def check_of_guides(
     """Check which statements are true, and say why for one that is wrong."""
     reasons = {
         "a": "what is left between them, and when is it zero?",
-        "b": "which ranks has a guide that always gives back the prior?",
+        "b": "where does the truth of the test come from?",
         "c": "what does the ELBO approach, and does that depend on how the program is written?",
         "d": "what happens to a density when its variable is mapped?",
         "e": "write the loss as an entropy and a divergence",
         "f": "is k-hat a number of the sample, or of the tail of the weights?",
     }
-    return compare_letters(letters, "ace", reasons)
+    return compare_letters(letters, "abce", reasons)
 
 # %% ../../nbs/16-pyro-solutions.ipynb #s4-check
 @exercise(4)
