@@ -38,8 +38,8 @@ def evenly_spaced(
 
 def _tails(w, u, axis):
     "Terms of the mixture's two tails, over the largest of each, and the logarithms of those."
-    left = F.logsigmoid(u)
-    right = left - u  # the logarithm of sigmoid(-u)
+    # not left - u, whose slope by autograd is lost where the map is flat
+    left, right = F.logsigmoid(u), F.logsigmoid(-u)
     most_left, most_right = (
         t.detach().amax(axis, keepdim=True) for t in (left, right)
     )

@@ -103,7 +103,7 @@ class Pass:
             None if context is None else context.detach().requires_grad_()
         )
         self.points = points.detach().requires_grad_()
-        self.parameters = list(bijection.parameters())
+        self.bijection = bijection
         with torch.enable_grad():  # wherever it is first asked for
             self.out, self.ladj = getattr(bijection, way)(
                 self.points, self.context
@@ -170,7 +170,7 @@ class Pass:
     ) -> Tensor:  # One for each of these rows
         """What relative changes of all parameters do to some rows, at most."""
         value = getattr(self, name)
-        params = [p for p in self.parameters if p.requires_grad]
+        params = [p for p in self.bijection.parameters() if p.requires_grad]
         slopes = []
         for entry in value[rows].flatten():
             if not (params and entry.requires_grad):
@@ -182,6 +182,52 @@ class Pass:
             used = [(p, g) for p, g in zip(params, grads) if g is not None]
             slopes.append(sum((p.detach() * g).abs().sum() for p, g in used))
         return torch.stack(slopes).view(len(rows), -1).amax(-1)
+
+    @torch.no_grad()
+    def spread(
+        self,
+        name: str,  # "out" or "ladj"
+        rows: Tensor,  # Their numbers
+        unit: float,  # Relative size of the changes
+        tries: int = 8,  # Number of draws
+    ) -> Tensor:  # One for each of these rows
+        """How far relative changes of points, context and parameters move some rows, found by trying.
+
+        No slope at one point knows where a map that is flat there bends again.
+        """
+        own = torch.Generator().manual_seed(0)
+
+        def moved(t, size, unit):
+            noise = torch.randn(t.shape, generator=own, dtype=torch.float64)
+            return t + unit * size * noise.to(t)
+
+        points = self.points.detach()[rows]
+        context = None if self.context is None else self.context[rows]
+        size = 1 + per_row(points).view(-1, *[1] * (points.dim() - 1))
+        values = []
+        for i in range(tries + 1):
+            step = unit if i else 0.0
+            twin = copy.deepcopy(self.bijection)
+            for p in twin.parameters():
+                p.copy_(moved(p, p.abs(), step))
+            near = context
+            if context is not None:
+                near = moved(context, context.abs(), step)
+            out, ladj = getattr(twin, self.way)(moved(points, size, step), near)
+            values.append(out if name == "out" else ladj)
+        # beyond the support there is nothing to compare
+        off = torch.stack([gap(v, values[0]) for v in values[1:]])
+        return off.nan_to_num(nan=0.0, posinf=0.0).amax(0)
+
+    def doubt(
+        self,
+        name: str,  # "out" or "ladj"
+        rows: Tensor,  # Their numbers
+        unit: float,  # Relative size of one rounding
+    ) -> Tensor:  # One for each of these rows
+        """What rounding may cost some rows, by slopes or by trying, whichever is larger."""
+        first = unit * self.parameter_slope(name, rows)
+        return torch.maximum(first, self.spread(name, rows, unit).to(first))
 
     def where(
         self,
@@ -348,17 +394,15 @@ class Case:
         tolerance: Tensor,  # What is allowed so far, one number or one a row
         error: Tensor,  # Of each row
         judged: Tensor,  # The rows that count
-        # Function of row numbers: what rounding the parameters costs
+        # Function of row numbers: what rounding may cost besides
         cost: Callable[[Tensor], Tensor],
     ) -> Tensor:  # Shape `(n,)`
-        """With wild parameters, what their rounding costs is allowed to rows that need it."""
+        """With wild parameters, what rounding may cost besides is allowed to rows that need it."""
         tolerance = tolerance.to(error.device).expand(error.shape)
         rows = (judged & ~(error <= tolerance)).nonzero().flatten()
         if not self.level or not len(rows):
             return tolerance
-        return tolerance.index_add(
-            0, rows, self.rounding * cost(rows).to(tolerance)
-        )
+        return tolerance.index_add(0, rows, cost(rows).to(tolerance))
 
 # %% ../nbs/lib-probes.ipynb #a31131be
 class Broken(Exception):
@@ -423,7 +467,7 @@ class Promise:
         *,
         rounding: Tensor,  # What rounding must cost each row, relative
         judged: Tensor,  # The rows that count
-        # Function of row numbers: what rounding the parameters costs, relative
+        # Function of row numbers: what rounding may cost besides, relative
         cost: Callable[[Tensor], Tensor],
     ) -> Measure:  # With the tolerance that these costs make
         """A comparison that is allowed what rounding must cost."""

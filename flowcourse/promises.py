@@ -17,6 +17,7 @@ from flowcourse.probes import (
     Broken,
     Case,
     Measure,
+    Pass,
     Promise,
     gap,
     per_row,
@@ -89,7 +90,7 @@ class RoundTrip(Promise):
             rounding=case.rounding * exact.again.norm * z / size,
             judged=case.judged("inverse") & p.finite,
             cost=lambda rows: (
-                exact.again.parameter_slope("out", rows) / size[rows]
+                exact.again.doubt("out", rows, case.rounding) / size[rows]
             ),
         )
 
@@ -120,8 +121,15 @@ class RoundTripInZ(Promise):
             gap(case.back[0], z) / size,
             rounding=reach / size,
             judged=case.judged("forward") & p.finite,
-            cost=lambda rows: back.parameter_slope("out", rows) / size[rows],
+            cost=lambda rows: self._doubt(case, rows) / size[rows],
         )
+
+    def _doubt(self, case, rows):
+        "How far rounding moves what comes back from the images themselves."
+        p = case.exact.forward
+        context = None if p.context is None else p.context[rows]
+        back = Pass(case.exact.bijection, "inverse", p.out[rows], context)
+        return back.doubt("out", torch.arange(len(rows)), case.rounding)
 
 # %% ../nbs/lib-promises.ipynb #15a8e5d9
 class Ladj(Promise):
@@ -155,7 +163,7 @@ class Ladj(Promise):
                 rounding=(case.rounding * slope + doubt) / size,
                 judged=judged,
                 cost=lambda rows, exact=exact, size=size: (
-                    exact.parameter_slope("ladj", rows) / size[rows]
+                    exact.doubt("ladj", rows, case.rounding) / size[rows]
                 ),
             )
 
@@ -190,7 +198,8 @@ class Cancel(Promise):
             judged=case.judged("inverse") & p.finite,
             cost=lambda rows: (
                 sum(
-                    part.parameter_slope("ladj", rows) for part in (back, there)
+                    part.doubt("ladj", rows, case.rounding)
+                    for part in (back, there)
                 )
                 / size[rows]
             ),

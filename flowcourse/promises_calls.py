@@ -162,7 +162,9 @@ class _SameAnswers(Promise):
                 rounding=(rounding / size).clamp(min=spread),
                 judged=judged,
                 cost=lambda bad, field=field, size=size: (
-                    exact.parameter_slope(field, which[bad]) / size[bad]
+                    case.rounding
+                    * exact.parameter_slope(field, which[bad])
+                    / size[bad]
                 ),
             )
 

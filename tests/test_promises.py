@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flowcourse.core import Bijection
-from flowcourse.probes import Broken, Measure, Promise
+from flowcourse.probes import Broken, Measure, Pass, Promise
 from flowcourse.promises import PROMISES
 from flowcourse.testing import ContractError, check_bijection
 
@@ -150,3 +150,34 @@ def test_a_promise_without_a_way_to_run_says_so():
 def test_what_is_no_new_promise_is_refused(also, message):
     with pytest.raises(ValueError, match=message):
         check_bijection(Scale(), z, also=also)
+
+
+class Cube(Bijection):
+    """Flat at zero, where its inverse has no slope."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def _forward(self, z, context):
+        return z**3, (3 * z.square()).log().sum(-1)
+
+    def _inverse(self, x, context):
+        z = x.sign() * x.abs() ** (1 / 3)
+        return z, -(3 * z.square()).log().sum(-1)
+
+
+def test_the_spread_of_rounding_sees_beyond_a_slope():
+    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    rows = torch.arange(2)
+    found = Pass(Cube(), "inverse", x, None).spread("out", rows, 1e-15)
+    assert 1e-6 < found[0] < 1e-4 and 1e-16 < found[1] < 1e-14
+
+
+def test_the_spread_of_rounding_is_not_what_other_rows_do():
+    class Shifted(Cube):
+        def _forward(self, z, context):
+            return z + z.mean(), torch.zeros(len(z))
+
+    z = torch.tensor([[0.0], [1.0], [5.0]], dtype=torch.float64)
+    p = Pass(Shifted(), "forward", z, None)
+    assert (p.spread("out", torch.tensor([1]), 1e-15) < 1e-13).all()
