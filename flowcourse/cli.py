@@ -91,6 +91,9 @@ class _Study:
         Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
     ] = ""
     out: Path | None = None  # Records; by default results/NAME.jsonl
+    # Address of a Dask scheduler, such as tcp://HOST:8786, whose workers do the
+    # jobs; by default this process does them
+    dask: str | None = None
 
 
 @dataclass
@@ -225,9 +228,8 @@ def _worded(error):
     text = re.sub("(?<= )resume=True", "--resume", text)
     name, colon, rest = text.partition(": ")
     name = {"name": "config"}.get(name, name)
-    known = {"out", "device", "resume", "config", "n", "run", "context"}.union(
-        *(config.settings() for config in configs.values())
-    )
+    known = {"config", "out", "device", "resume", "n", "run", "context", "dask"}
+    known = known.union(*(config.settings() for config in configs.values()))
     return _option(name) + colon + rest if name in known else text
 
 
@@ -235,7 +237,8 @@ def _study(command, args):
     """Run a study and say how far it is; 1 if a job failed."""
     study = load_study(command.name)
     out = command.out or Path("results", f"{study.name}.jsonl")
-    jobs = run_study(study, out, shlex.join(["flowcourse", *args]))
+    command_line = shlex.join(["flowcourse", *args])
+    jobs = run_study(study, out, command_line, dask=command.dask)
     told = f"{jobs['recorded']} of {len(study.jobs)} jobs are recorded in {out}"
     words = {"failed": "failed", "elsewhere": "run in other processes"}
     for what, word in words.items():

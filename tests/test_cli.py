@@ -423,7 +423,8 @@ def read(terminal):
 
 
 def test_the_command_imports_nothing_that_it_may_not_need():
-    heavy = "matplotlib accelerate pooch scipy sklearn pandas IPython"
+    heavy = "matplotlib accelerate pooch scipy sklearn pandas IPython "
+    heavy += "distributed dask h5py"
     code = "import sys, flowcourse.cli; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
