@@ -80,21 +80,24 @@ def _commit(path, out):
     return {"commit": commit, "dirty": dirty}
 
 
+def this_process() -> dict:  # Versions and machine
+    """What a record says of the process that did the work."""
+    threads = torch.get_num_threads()
+    machine = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    versions = {
+        "flowcourse": flowcourse.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    return {"versions": versions, "machine": machine}
+
+
 def origin(
     path: Path,  # The file that says what is done
     out: Path | None = None,  # Where the results go, if not to `results/`
 ) -> dict:  # Commit, whether the tree was dirty, versions, machine, date
     """What a record says of where it is from."""
-    threads = torch.get_num_threads()
-    machine = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.get_device_name()}"
-    return _commit(path, out) | {
-        "versions": {
-            "flowcourse": flowcourse.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-        "machine": machine,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    date = time.strftime("%Y-%m-%d")
+    return _commit(path, out) | this_process() | {"date": date}
