@@ -244,9 +244,8 @@ def make_showers(
         wrong = energy[~((energy >= low) & (energy <= high))]
         if len(wrong):
             raise ValueError(
-                f"energy: expected {low:g} to {high:g} GeV, where the stand-in "
-                f"was calibrated, got {len(wrong)} outside, the first "
-                f"{wrong[0].item():g}"
+                f"energy: expected {low:g} to {high:g} GeV, "
+                f"got {len(wrong)} outside, the first {wrong[0].item():g}"
             )
         dtype = energy.dtype if dtype is None else dtype
         device = energy.device if device is None else device
