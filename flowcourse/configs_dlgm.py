@@ -13,8 +13,9 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from .arguments import as_float, as_int
+from .arguments import as_float, as_int, draw
 from .autoregressive import IAF
 from .coupling import NICE, Couplings, random_half
 from .data import datasets
@@ -219,6 +220,24 @@ class DLGMConfig(Config):
             found = -log_mean_weight(weights, 5000).mean().item()
             result[f"-log p(x), 5000 samples, {len(few)} images [nat]"] = found
         return result
+
+    def sampler(
+        self,
+        objective: FreeEnergy,
+        context: tuple[float, ...] = (),
+    ) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+        """What draws images of zeros and ones, shape `(n, 28, 28)`: a latent, then its pixels."""
+        model = objective.model
+
+        @torch.no_grad()
+        def rows(n, generator):
+            z = model.prior.sample((n,), generator)
+            p = model.decoder(z).sigmoid()
+            u = draw(torch.rand, p.shape, p, generator)
+            x = (u < p).to(torch.uint8).cpu()
+            return {"x": x.unflatten(1, (math.isqrt(x.shape[1]), -1))}
+
+        return rows
 
     @torch.no_grad()
     def pictures(self, objective: FreeEnergy) -> dict:

@@ -6,12 +6,13 @@
 __all__ = ['FlowConfig']
 
 # %% ../nbs/lib-configs-flows.ipynb #26d42cf1
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import as_float, as_int, as_shape, require_choice
 from .autoregressive import MAF
@@ -21,8 +22,10 @@ from .coupling import Couplings, alternating, half, random_half
 from flowcourse.data import (
     bits_per_dim,
     dequantise,
+    from_logit,
     split,
     standardise,
+    to_counts,
     to_logit,
 )
 from .elementwise import InverseMap
@@ -102,14 +105,17 @@ class FlowConfig(Config):
 
     def load(self) -> Splits:
         """The data, split by the seed, dequantised where they are counts, and standardised."""
+        return self._prepared()[0]
+
+    def _prepared(self):
+        """The data, and the mean and standard deviation that were taken out of them."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         if self.data in toys:
             toy = toys[self.data]
             raw = [toy.sample(n, generator) for n in (20_000, 2_000, 10_000)]
-            parts, _, sd = standardise(*raw)
-            return Splits(
-                *parts, -sd.log().sum().expand(10_000), toy.log_prob(raw[-1])
-            )
+            parts, *moved = standardise(*raw)
+            ladj = -moved[1].log().sum().expand(10_000)
+            return Splits(*parts, ladj, toy.log_prob(raw[-1])), *moved
         parts = split(
             packaged(self.data).flatten(1), SIZES[self.data], self.recipe.seed
         )
@@ -120,17 +126,15 @@ class FlowConfig(Config):
                 to_logit(dequantise(part, generator=generator))
                 for part in counts
             ]
-            (train, validation, test), _, sd = standardise(
-                *(x for x, _ in made)
-            )
-            return Splits(train, validation, test, made[-1][1] - sd.log().sum())
-        (train, validation, test), _, sd = standardise(train, validation, test)
+            parts, *moved = standardise(*(x for x, _ in made))
+            ladj = made[-1][1] - moved[1].log().sum()
+            return Splits(*parts, ladj), *moved
+        (train, *others), *moved = standardise(train, validation, test)
         train = train + self.jitter * torch.randn(
             train.shape, generator=generator
         )
-        return Splits(
-            train, validation, test, -sd.log().sum().expand(len(test))
-        )
+        ladj = -moved[1].log().sum().expand(len(test))
+        return Splits(train, *others, ladj), *moved
 
     def objective(self) -> MaximumLikelihood | FlowMatching:
         """The loss of a new flow whose weights follow from the seed."""
@@ -190,3 +194,20 @@ class FlowConfig(Config):
                 (rows.truth - log_prob).mean().item()
             )
         return result
+
+    def sampler(
+        self,
+        objective: MaximumLikelihood | FlowMatching,
+        context: tuple[float, ...] = (),
+    ) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+        """What draws points of a toy, rows of a table in its units, or digits as counts of 8 x 8."""
+        _, mean, sd = self._prepared()
+
+        def rows(n, generator):
+            x = objective.flow.sample((n,), generator=generator).cpu()
+            x = x * sd + mean
+            if self.data == "optdigits":
+                x = to_counts(from_logit(x)[0], 17).unflatten(1, (8, 8))
+            return {"x": x}
+
+        return rows

@@ -7,6 +7,7 @@ __all__ = ['ImageConfig']
 
 # %% ../nbs/lib-configs-images.ipynb #cim-imports
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,13 @@ from .arguments import as_float, as_int, as_shape, draw
 from .configs_flows import SIZES
 from .continuous import Continuous
 from .core import Bijection, Compose, Flow
-from .data import datasets, require_counts, split, within_cells
+from flowcourse.data import (
+    datasets,
+    require_counts,
+    split,
+    to_counts,
+    within_cells,
+)
 from .elementwise import Elementwise
 from .experiments import Config, Splits, packaged
 from flowcourse.images import (
@@ -309,6 +316,21 @@ class ImageConfig(Config):
             "test images": len(x),
             "draws of noise": self.samples,
         }
+
+    def sampler(
+        self,
+        objective: Dequantisation | MatchedImages,
+        context: tuple[float, ...] = (),
+    ) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+        """What draws images as counts, shape `(n, 1, height, width)`."""
+        matched = isinstance(objective, MatchedImages)
+        flow = (objective.bound if matched else objective).flow
+
+        def rows(n, generator):
+            x = flow.sample((n,), generator=generator)
+            return {"x": to_counts(x, self.counts).cpu()}
+
+        return rows
 
     @torch.no_grad()
     def pictures(self, objective: Dequantisation | MatchedImages) -> dict:

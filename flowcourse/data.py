@@ -244,6 +244,16 @@ def within_cells(
     noise = noise * (1 - levels * torch.finfo(noise.dtype).eps)
     return (counts.to(noise.dtype) + noise) / levels
 
+
+def to_counts(
+    p: Tensor,  # Numbers, those in [0, 1] within the cells
+    levels: int,  # Number of values that a count can take, at most 256
+) -> Tensor:  # Of torch.uint8, same shape
+    """The counts whose cells numbers lie in, the end ones for those beyond; undoes `within_cells`."""
+    if p.isnan().any():
+        raise ValueError(f"p: expected numbers, got {int(p.isnan().sum())} NaN")
+    return (p * levels).floor().clamp(0, levels - 1).to(torch.uint8)
+
 # %% ../nbs/lib-data.ipynb #a349c4b1
 def dequantise(
     # Whole numbers from 0 to `levels - 1`, of any shape and dtype

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/lib-experiments.ipynb #b6796f9b
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import (
     Any,
@@ -18,7 +19,7 @@ from typing import (
     get_type_hints,
 )
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .arguments import as_int, require_choice
 from .data import load
@@ -54,6 +55,8 @@ class Config:
 
     # names of the settings that only matter to what is trained already
     judging: ClassVar[tuple[str, ...]] = ()
+    # what the numbers of a row's context are, with their units; none without one
+    context: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         self._read(as_int, 1, "checkpoint_every")
@@ -112,6 +115,17 @@ class Config:
     def evaluate(self, objective: Objective) -> dict[str, float]:
         """What a trained model is judged by on the test rows, name by name, units in the names."""
         raise NotImplementedError(f"{type(self).__name__} defines no evaluate")
+
+    def sampler(
+        self,
+        objective: Objective,  # Trained, in eval mode
+        # Of all rows, a number for each name in `context`; empty: each row
+        # has its own, as the data have
+        context: tuple[float, ...] = (),
+        # Takes how many rows to draw and a source of randomness on the CPU
+    ) -> Callable[[int, Generator], dict[str, Tensor]]:
+        """What draws rows in the units of the data, as `x` and whatever belongs to them by name, on the CPU."""
+        raise NotImplementedError(f"{type(self).__name__} defines no sampler")
 
     def pictures(self, objective: Objective) -> dict:
         """Figures of a trained model by name; by default none."""

@@ -8,23 +8,23 @@ __all__ = []
 # %% ../nbs/lib-files.ipynb #4f67d008
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/lib-files.ipynb #33647fe7
-def save_bytes(
+@contextmanager
+def replacing(
     path: Path,  # File to write
-    content: bytes,  # What to write
     # Name under which the file that was there is kept; None: it is not
     kept: Path | None = None,
-) -> None:
-    """Write a file so that a crash leaves the one before or the whole new one."""
+) -> Iterator[Path]:  # Where to write it meanwhile, a new name beside it
+    """Let a file be written by a block; if that ends well, it takes its place, else there is none."""
     # two runs never write to one name
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         if kept is not None:
             os.replace(path, kept)
@@ -32,6 +32,17 @@ def save_bytes(
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def save_bytes(
+    path: Path,  # File to write
+    content: bytes,  # What to write
+    # Name under which the file that was there is kept; None: it is not
+    kept: Path | None = None,
+) -> None:
+    """Write a file so that a crash leaves the one before or the whole new one."""
+    with replacing(path, kept) as temporary:
+        temporary.write_bytes(content)
 
 
 def _sync_folder(folder):

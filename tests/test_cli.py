@@ -170,9 +170,13 @@ STUDIES = ", ".join(
         for path in Path(__file__).resolve().parents[1].glob("studies/*.py")
     )
 )
+SAMPLE = ["sample", "--config", NAME, "--run", "{}", "--out"]
 LATENT = ["train", "--config", "dlgm.nf10.mnist", "--out", "{}"]
 MISTAKES = [
-    (["tset"], "tset: expected one of train, test, list, study, record first"),
+    (
+        ["tset"],
+        "expected one of train, test, sample, list, study, record first",
+    ),
     (["--config", NAME, "train"], "--config: expected one of train"),
     (["list", "extra"], "extra: unknown option; flowcourse list takes no"),
     (["train", "--config", "realnvp.digit"], "--config: expected one of"),
@@ -217,6 +221,26 @@ MISTAKES = [
     (["study", "{}/x.py"], "or the path of a .py file, got"),
     (["study", "maps", "--shard", "0/2"], "--shard: unknown option"),
     (["study", "maps", "digits"], "digits: unknown option"),
+    ([*SAMPLE, "{}.h5"], "--run: expected a folder with the trained model of"),
+    ([*SAMPLE, "{}.h5"], "train it first"),
+    (
+        [*SAMPLE, "{}.txt"],
+        "--out: expected a file that ends in .h5, .npz, .csv",
+    ),
+    ([*SAMPLE, "{}"], "--out: expected a file that ends in .h5, .npz, .csv"),
+    (
+        [*SAMPLE, "{}.h5", "--n", "0"],
+        "--n: expected a whole number of at least",
+    ),
+    ([*SAMPLE, "{}.h5", "--n", "-1"], "--n: expected a whole number of at"),
+    ([*SAMPLE, "{}.h5", "--seed", str(2**64)], "--seed: expected a whole"),
+    ([*SAMPLE, "{}.h5", "--device", "meta"], "--device: expected one that"),
+    ([*SAMPLE, "{}.h5", "--layers", "3"], "--layers: unknown option"),
+    ([*SAMPLE, "{}.h5", "--run", "a", "--run", "b"], "--run: expected once"),
+    (
+        [*SAMPLE[:2], "realnvp.digit", "--out", "{}.h5"],
+        "--config: expected one",
+    ),
     (["record"], "folders: expected one run or more, got none"),
     (["record", "{}"], "folders: expected runs that `flowcourse train` fin"),
     (["record", "--ot", "x"], "flowcourse record takes --out"),
@@ -238,6 +262,9 @@ def test_a_mistake_is_answered_in_a_line(words, message, tmp_path, capsys):
         ([*TRAIN, "--schedule", "linear"], "'constant', 'cosine'"),
         ([*TRAIN, "--steps", "many"], "steps"),
         ([*TRAIN, "--device"], "--device"),
+        (["sample", "--config", NAME], "--out"),
+        (["sample", "--out", "x.h5"], "--config"),
+        ([*SAMPLE, "x.h5", "--n", "many"], "--n"),
     ],
 )
 def test_a_bad_value_is_answered_with_what_exists(words, message, capsys):
@@ -550,3 +577,54 @@ def test_the_trained_weights_are_judged_in_eval_mode(copied, monkeypatch):
     trained = load_checkpoint(copied / "model.pt")["objective"]
     assert not training and weights.keys() == trained.keys()
     assert all(torch.equal(weights[key], trained[key]) for key in trained)
+
+
+def test_a_file_of_samples_must_have_a_place(finished, tmp_path, capsys):
+    words = ["sample", "--config", NAME, "--run", finished, "--n", 3, "--out"]
+    (tmp_path / "folder.csv").mkdir()
+    for out in (
+        tmp_path / "folder.csv",
+        "/dev/null/x.csv",
+        "x" * 300 + ".csv",
+        "a\0b.csv",
+    ):
+        assert run(*words, out) == 2
+        assert "--out: expected a file" in told(capsys.readouterr().err)
+    assert run(*words, tmp_path / "folder.csv" / "x.csv") == 0
+    capsys.readouterr()
+    # the run of another experiment, and one that is not finished
+    words[2] = "realnvp.digits"
+    assert run(*words, tmp_path / "x.csv") == 2
+    error = told(capsys.readouterr().err)
+    assert f"is a run of '{NAME}', expected 'realnvp.digits'" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]
+    assert sum(1 for _ in tmp_path.rglob("*")) == 2
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_the_drawing_has_no_half_file(finished, tmp_path, ending):
+    out = tmp_path / "a" / "b" / "rows.csv"
+    words = ["sample", "--config", NAME, "--run", finished, "--out", out]
+    child = start(*words, "--n", 10**9, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not any(
+        path.stat().st_size for path in out.parent.glob("rows.csv.*")
+    ):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(ending)
+    text = child.communicate(timeout=120)[1]
+    last = told(text.replace("\r", "\n").splitlines(True)[-1])
+    name = "Ctrl-C" if ending == signal.SIGINT else "SIGTERM"
+    assert last.startswith(f"stopped by {name} with ")
+    assert last.endswith(f" of 1000000000 rows drawn; {out} is as it was\n")
+    assert child.returncode == 128 + ending and "Traceback" not in text
+    assert not list(tmp_path.iterdir())  # no folder either
+
+
+def test_the_options_of_sample_are_few(capsys):
+    assert run("sample", "--config", NAME, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("--run", ".npz", "by default runs/NAME", "--n", "--context"):
+        assert word in text
+    assert "--layers" not in text

@@ -5,6 +5,7 @@ import pytest
 from flowcourse.configs import configs
 from flowcourse.configs_dlgm import DLGMConfig
 from flowcourse.configs_flows import FlowConfig
+from flowcourse.experiments import Config
 from flowcourse.recipe import Recipe
 
 
@@ -69,3 +70,8 @@ def test_identity_is_what_decides_the_model_and_its_data():
     latent = {"data", "posterior", "length", "amortised", "context_scale"}
     latent |= {"decoder", "latent_dim", "features", "window", "annealing"}
     assert set(DLGMConfig().identity) == latent | {"held_out"}
+
+
+@pytest.mark.parametrize("name", configs)
+def test_each_model_can_be_drawn_from(name):
+    assert type(configs[name]).sampler is not Config.sampler

@@ -140,3 +140,26 @@ def test_additive_posteriors_cut_at_random():
         return [b.flatten().tolist() for b in after.buffers()]
 
     assert masks(0) == masks(0) != masks(1)
+
+
+def test_pixels_are_drawn_given_a_latent():
+    config = DLGMConfig(decoder="linear", **SMALL)
+    objective = config.objective().eval()
+    decoder, n = objective.model.decoder, 300
+    with (
+        torch.no_grad()
+    ):  # all pixels of an image, but the first, as its latent is
+        decoder.weight.zero_()[1:, 0] = 1000.0
+        decoder.bias.zero_()[0] = math.log(3)
+    draw = config.sampler(objective)
+    x, again, other = (
+        draw(n, torch.Generator().manual_seed(seed))["x"] for seed in (0, 0, 1)
+    )
+    assert x.dtype == torch.uint8 and x.shape == (n, 28, 28)
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    pixels = x.flatten(1).float()
+    first, rest = pixels[:, 0].mean(), pixels[:, 1:].mean(1)
+    assert abs(first - 0.75) < 5 * (0.75 * 0.25 / n) ** 0.5
+    # but for latents near zero, of which there are few: |z| < 0.01
+    assert ((rest == 0) | (rest == 1)).float().mean() > 0.95
+    assert abs(rest.mean() - 0.5) < 5 * 0.5 / n**0.5

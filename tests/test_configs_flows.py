@@ -215,3 +215,52 @@ def test_a_family_without_a_scalar_map_learns_too(kind, bijection, told):
     before = config.evaluate(objective.eval())[gap]
     fit(objective.train(), rows.train, config.recipe, progress=False)
     assert 0 < config.evaluate(objective.eval())[gap] < before - 0.05
+
+
+class Told:
+    """An objective whose flow gives rows that were told, and notes how many were asked for."""
+
+    def __init__(self, x):
+        self.x, self.flow, self.asked = x, self, []
+
+    def sample(self, shape, context=None, generator=None):
+        self.asked.append((shape, context, generator))
+        return self.x[: shape[0]]
+
+
+@pytest.mark.parametrize(
+    "data", ["moons", "old-faithful", "breast-cancer", "optdigits"]
+)
+def test_rows_are_drawn_in_the_units_of_the_data(data):
+    """What the test rows were made to for training is undone, in that row's shape."""
+    config = FlowConfig(data=data, jitter=0.1).replace(seed=3)
+    draw = torch.Generator().manual_seed(3)
+    if data in toys:
+        raw = [toys[data].sample(n, draw) for n in (20_000, 2_000, 10_000)][-1]
+    else:
+        raw = split(load(data).x, module.SIZES[data], seed=3)[-1]
+    told, noise = Told(config.load().test), torch.Generator()
+    found = config.sampler(told)(50, noise)
+    assert list(found) == ["x"] and told.asked == [((50,), None, noise)]
+    if data == "optdigits":
+        assert found["x"].dtype == torch.uint8
+        assert torch.equal(found["x"], raw[:50].to(torch.uint8))
+    else:
+        # rounded a few times, at the size of the largest number
+        off = (found["x"] - raw[:50]).abs() / raw.abs().amax(0)
+        assert off.max() < 8 * torch.finfo(torch.float32).eps
+
+
+def test_draws_of_a_new_flow_are_normal_with_the_mean_and_sd_of_training():
+    config = FlowConfig(data="old-faithful", layers=2, hidden=(8,))
+    draw = config.sampler(config.objective().eval())
+    x, again, other = (
+        draw(4000, torch.Generator().manual_seed(seed))["x"]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    raw = split(load("old-faithful").x, module.SIZES["old-faithful"], seed=0)
+    mean, sd = raw[0].mean(0), raw[0].std(0, correction=0)
+    z = (x - mean) / sd
+    assert (z.mean(0).abs() < 5 / 4000**0.5).all()
+    assert ((z.std(0) - 1).abs() < 5 / 8000**0.5).all()

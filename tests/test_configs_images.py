@@ -379,3 +379,31 @@ def test_the_named_configs_are_of_28_by_28_and_run_on_the_original():
         assert config.event_shape == (1, 28, 28) and config.counts == 256
         assert config.data == "mnist-original" and config.samples == 1
     assert configs["glow.mnist"].levels == 2
+
+
+# --- samples ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_drawn(kind):
+    config = SMALL.replace(kind=kind)
+    draw = config.sampler(config.objective().eval())
+    x, again, other = (
+        draw(20, torch.Generator().manual_seed(seed))["x"] for seed in (0, 0, 1)
+    )
+    assert x.dtype == torch.uint8 and x.shape == (20, 1, 8, 8)
+    assert x.max() <= 16
+    assert torch.equal(x, again) and not torch.equal(x, other)
+
+
+def test_drawn_counts_have_the_probability_that_is_judged():
+    """A new velocity is zero, so that a pixel is the base behind a logit, cut into cells."""
+    config = SMALL.replace(kind="matching")
+    draw = config.sampler(config.objective().eval())
+    x = draw(500, torch.Generator().manual_seed(0))["x"]
+    edges = 0.01 + 0.98 * torch.arange(18) / 17
+    below = torch.distributions.Normal(0.0, 1.0).cdf(edges.logit())
+    below[0], below[-1] = 0.0, 1.0  # what is beyond has the end cells
+    p = below.diff()
+    share = torch.bincount(x.flatten().long(), minlength=17) / x.numel()
+    assert ((share - p).abs() < 5 * (p * (1 - p) / x.numel()).sqrt()).all()

@@ -419,3 +419,19 @@ def test_a_default_device_does_not_reach_the_data():
 def test_mistakes_are_named(call, text):
     with pytest.raises(ValueError, match=f"^{text}: "):
         call()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 17, 256])
+def test_counts_come_back_from_anywhere_in_their_cells(levels):
+    counts = torch.arange(levels).expand(3, levels)
+    for dtype in (torch.float32, torch.float64):
+        u = torch.tensor([0.0, 0.5, 1 - torch.finfo(dtype).eps], dtype=dtype)
+        p = data.within_cells(counts, u[:, None].expand(3, levels), levels)
+        found = data.to_counts(p, levels)
+        assert found.dtype == torch.uint8
+        assert torch.equal(found.long(), counts)
+        beyond = torch.tensor([-1.0, -1e-6, 1.0, 1 + 1e-6, math.inf])
+        ends = [0, 0, levels - 1, levels - 1, levels - 1]
+        assert data.to_counts(beyond.to(dtype), levels).tolist() == ends
+    with pytest.raises(ValueError, match="^p: expected numbers, got 2 NaN"):
+        data.to_counts(torch.tensor([0.5, math.nan, math.nan]), levels)

@@ -5,11 +5,16 @@ import shlex
 import shutil
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
+import torch
 
 from flowcourse import runs
+from flowcourse.arguments import Table
 from flowcourse.cli import main, parse
 from flowcourse.configs import configs
+from flowcourse.configs_flows import FlowConfig
 from flowcourse.runs import command_for, is_main, record
 
 NAME = "realnvp.faithful"
@@ -95,3 +100,97 @@ def test_an_unfinished_run_has_no_record(finished):
     (finished / "result.json").unlink()
     with pytest.raises(ValueError, match=r"folders: .*finished.*result\.json"):
         record(finished)
+
+
+def drawn(run, out, n, **options):
+    runs.sample(NAME, run, out, n, device="cpu", progress=False, **options)
+    return np.load(out)["x"]
+
+
+@pytest.mark.parametrize("n", [1, 500, 1201])
+def test_rows_are_those_of_the_model_in_pieces(finished, tmp_path, n):
+    """By hand: the trained flow, five hundred rows at a time, from one source of noise."""
+    x = drawn(finished, tmp_path / "x.npz", n, seed=7)
+    config = runs.recorded(NAME, finished)
+    objective = config.objective().eval()
+    state = runs.load_checkpoint(finished / "model.pt")["objective"]
+    objective.load_state_dict(state)
+    draw = config.sampler(objective)
+    noise = torch.Generator().manual_seed(7)
+    sizes = [min(500, n - k) for k in range(0, n, 500)]
+    wanted = torch.cat([draw(size, noise)["x"] for size in sizes])
+    assert x.shape == (n, 2) and np.array_equal(x, wanted.numpy())
+    # the weights matter, and so does the seed
+    untrained = config.sampler(config.objective().eval())
+    noise = torch.Generator().manual_seed(7)
+    assert not np.allclose(untrained(sizes[0], noise)["x"], x[: sizes[0]])
+    assert not np.array_equal(drawn(finished, tmp_path / "y.npz", n), x)
+    assert np.array_equal(drawn(finished, tmp_path / "y.npz", n, seed=7), x)
+
+
+def test_no_more_is_asked_for_at_once(finished, tmp_path, monkeypatch):
+    asked = []
+
+    def sampler(self, objective, context=()):
+        assert not objective.training
+
+        def rows(n, generator):
+            asked.append(n)
+            return {"x": torch.zeros(n, 2)}
+
+        return rows
+
+    monkeypatch.setattr(FlowConfig, "sampler", sampler)
+    assert drawn(finished, tmp_path / "x.npz", 1201).shape == (1201, 2)
+    assert asked == [500, 500, 201]
+
+
+class Warm(FlowConfig):
+    """Draws that tell the context they were given."""
+
+    context = ("energy [GeV]", "angle")
+
+    def sampler(self, objective, context=()):
+        def rows(n, generator):
+            own = torch.rand(n, 2, generator=generator)
+            energy = torch.tensor(context).expand(n, 2) if context else own
+            return {"x": torch.ones(n, 3), "context": energy}
+
+        return rows
+
+
+def test_a_context_is_what_the_config_names(finished, tmp_path, monkeypatch):
+    for context in ((1.0,), (1.0, 2.0)):
+        with pytest.raises(ValueError, match="^context: expected none, since"):
+            drawn(finished, tmp_path / "x.npz", 3, context=context)
+    warm = Warm().replace(**configs[NAME].settings())
+    monkeypatch.setattr(runs, "configs", Table({NAME: warm}))
+    for context in ((1.0,), (1.0, 2.0, 3.0)):
+        told = r"^context: expected energy \[GeV\], angle, got"
+        with pytest.raises(ValueError, match=told):
+            drawn(finished, tmp_path / "x.npz", 3, context=context)
+    with pytest.raises(ValueError, match="^context: expected a finite number"):
+        drawn(finished, tmp_path / "x.npz", 3, context=(1.0, float("nan")))
+    assert not list(tmp_path.glob("x*"))
+    drawn(finished, tmp_path / "x.npz", 3, context=(1.0, 2))
+    found = np.load(tmp_path / "x.npz")["context"]
+    assert np.array_equal(found, [[1.0, 2.0]] * 3)
+    drawn(finished, tmp_path / "x.npz", 3)
+    assert len(np.unique(np.load(tmp_path / "x.npz")["context"])) == 6
+
+
+def test_hdf5_says_what_was_typed(finished, tmp_path, capsys):
+    out = tmp_path / "new" / "rows.h5"  # in a folder that is made
+    words = ["sample", "--config", NAME, "--run", str(finished), "--n", "600"]
+    words += ["--seed", "3", "--device", "cpu", "--out", str(out)]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"600 rows of {NAME} are in {out}\n"
+    with h5py.File(out) as file:
+        assert list(file) == ["x"] and file["x"].shape == (600, 2)
+        assert dict(file.attrs) == {
+            "config": NAME,
+            "seed": 3,
+            "command": shlex.join(["flowcourse", *words]),
+        }
+        wanted = drawn(finished, tmp_path / "x.npz", 600, seed=3)
+        assert np.array_equal(file["x"], wanted)
