@@ -12,6 +12,8 @@ from .arguments import Table
 from .configs_dlgm import DLGMConfig
 from .configs_flows import FlowConfig
 from .configs_images import ImageConfig
+from .configs_shower import ShowerConfig
+from .shower import LOWS
 from .recipe import Recipe
 
 # %% ../nbs/lib-configs.ipynb #4a343a39
@@ -24,6 +26,37 @@ _DIGITS = Recipe(
     validate_every=100,
 )
 _MNIST = ImageConfig().recipe
+
+
+def _showers():
+    """ShowerFlow by form, blocks, representation and base."""
+    blocks = {
+        "original": (2, 10),
+        "alt1": (1, 2, 4, 8, 10),
+        "alt2": (2,),
+        "alt3": (1,),
+        "log1": (2,),
+        "spline": (2,),
+    }
+    for version, numbers in blocks.items():
+        # exponentials take points above zero only
+        dequantised = () if version in LOWS else ("softplus", "log")
+        for n in numbers:
+            for kind in ("max-normed", "fnorms", *dequantised):
+                for base in (False, True)[: 1 + ((version, n) == ("alt1", 2))]:
+                    ending = "" if kind == "max-normed" else f".{kind}"
+                    ending += ".tbase" * base
+                    yield (
+                        f"shower.{version}.nb{n}{ending}",
+                        ShowerConfig(
+                            version=version,
+                            num_blocks=n,
+                            representation=kind,
+                            train_base=base,
+                        ),
+                    )
+
+
 configs = Table(
     {
         "realnvp.digits": FlowConfig(
@@ -90,5 +123,6 @@ configs = Table(
                 ("spline", "spline", 4),
             )
         },
+        **dict(_showers()),
     }
 )

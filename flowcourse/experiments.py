@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 
 from .arguments import as_int, require_choice
 from .data import load
+from .history import History
 from .objectives import Objective
 from .recipe import Recipe
 
@@ -107,6 +108,9 @@ class Config:
     def objective(self) -> Objective:
         """The loss around a new model whose weights follow from the seed."""
         raise NotImplementedError(f"{type(self).__name__} defines no objective")
+
+    def watch(self, step: int, objective: Objective, history: History) -> None:
+        """What to put into `history.tracked` after a step of training; by default nothing."""
 
     def evaluate(self, objective: Objective) -> dict[str, float]:
         """What a trained model is judged by on the test rows, name by name, units in the names."""

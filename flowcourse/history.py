@@ -12,11 +12,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .plots import COLORS
 
 # %% ../nbs/lib-history.ipynb #4343ec95
 def _floats():
     return field(default_factory=list)
+
+
+def _each(change, columns):
+    "Change every column, those within a dictionary too."
+    return {
+        key: _each(change, values)
+        if isinstance(values, dict)
+        else change(values)
+        for key, values in columns.items()
+    }
 
 
 @dataclass(repr=False)
@@ -38,6 +51,8 @@ class History:
     evaluations: list[float] = _floats()
     # Wall time of each step
     seconds: list[float] = field(default_factory=list, compare=False)
+    # What callbacks keep, by name: mostly a number for each step
+    tracked: dict[str, list[float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -66,19 +81,36 @@ class History:
         """How many validations there were since the best one."""
         return len(self.validation_loss) - 1 - self._best
 
-    def to_dict(self) -> dict[str, list]:
-        """Plain lists by name, ready for a data frame."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists by name; what callbacks keep is a dictionary of its own."""
         return asdict(self)
+
+    def state(self) -> dict[str, Any]:
+        """The same as tensors, for checkpoints."""
+        return _each(
+            lambda v: torch.tensor(v, dtype=torch.float64, device="cpu"),
+            self.to_dict(),
+        )
+
+    @classmethod
+    def from_state(
+        cls,
+        state: dict[str, Any],  # What `state` gave
+    ) -> "History":  # The same history
+        """Read what a checkpoint has kept."""
+        columns = _each(Tensor.tolist, state)
+        columns["validation_step"] = [*map(int, columns["validation_step"])]
+        return cls(**columns)
 
     def save(
         self,
         path: str | Path,  # A `.json` file
     ) -> None:
         """Write the history as JSON, which has no NaN: it becomes `"nan"`, infinity `"inf"`."""
-        plain = {
-            key: [v if math.isfinite(v) else str(v) for v in values]
-            for key, values in self.to_dict().items()
-        }
+        plain = _each(
+            lambda values: [v if math.isfinite(v) else str(v) for v in values],
+            self.to_dict(),
+        )
         Path(path).write_text(json.dumps(plain, allow_nan=False))
 
     @classmethod
@@ -87,10 +119,12 @@ class History:
         path: str | Path,  # A file that `save` wrote
     ) -> "History":  # The same history
         """Read a history back."""
-        columns: dict[str, list] = {
-            key: [float(v) if isinstance(v, str) else v for v in values]
-            for key, values in json.loads(Path(path).read_text()).items()
-        }
+        columns = _each(
+            lambda values: [
+                float(v) if isinstance(v, str) else v for v in values
+            ],
+            json.loads(Path(path).read_text()),
+        )
         return cls(**columns)
 
     def plot(

@@ -31,6 +31,21 @@ def bounded(
     )
 
 # %% ../nbs/lib-numerics.ipynb #02bf738f
+def _spacing(end, info):
+    "How far apart the numbers of a format are, from `end` outwards."
+    return math.ldexp(info.eps, math.frexp(end)[1] - 1)
+
+
+def _beside(end, sign, info):
+    "The next number of a format above, or below, what `end` is in it."
+    if abs(end) < info.tiny:
+        return end + sign * info.tiny
+    end = round(end / _spacing(end, info)) * _spacing(end, info)
+    # towards zero the numbers below a power of two are twice as dense
+    dense = sign * end < 0 and abs(math.frexp(end)[0]) == 0.5
+    return end + sign * _spacing(end, info) / (1 + dense)
+
+
 def interior(
     t: Tensor,  # Points
     # Where they belong: the line, a half-line or an interval
@@ -42,10 +57,10 @@ def interior(
         getattr(constraint, f"{end}_bound", None) for end in ("lower", "upper")
     )
     if low is not None:
-        inside = low + max(abs(low) * info.eps / 2, info.tiny)
+        inside = _beside(low, 1, info)
         t = torch.where((t >= low) & (t < inside), inside, t)
     if high is not None:
-        inside = high - max(abs(high) * info.eps / 2, info.tiny)
+        inside = _beside(high, -1, info)
         t = torch.where((t <= high) & (t > inside), inside, t)
     return t
 

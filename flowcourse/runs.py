@@ -115,7 +115,7 @@ def train(
             resume=resume,
             identity={"config": name} | config.identity,
             device=device or best_device(),
-            callbacks=(write_down,),
+            callbacks=(write_down, config.watch),
             progress=progress,
         )
         if is_main():

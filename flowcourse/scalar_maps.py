@@ -195,29 +195,45 @@ class ELUMap(ScalarMap):
 
 
 class ExpMap(ScalarMap):
-    """The map `x = exp(z)`, onto the positive numbers.
+    """The map `x = low + exp(z)`, onto the numbers above `low`.
 
     Kobyzev et al. 2021, section 3.1. One pass in each direction; it overflows
-    float32 just below 89.
+    float32 just below 89. Where `low` is not 0, an `x` close to it has few
+    digits of its own, and the way back to `z` no more.
 
         >>> ExpMap().forward(torch.zeros(2))
         (tensor([1., 1.]), tensor([0., 0.]))
     """
 
-    codomain = constraints.positive
     reference = "Kobyzev et al. 2021, sec. 3.1"
+
+    def __init__(
+        self,
+        low: float = 0.0,  # Where it ends
+    ):
+        self.low = as_float(low, "low")
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        """What lies above the end."""
+        if self.low:
+            return constraints.greater_than(self.low)
+        return constraints.positive
 
     def point(self, z: Tensor) -> Tensor:
         """Base to data."""
-        return z.exp()
+        return z.exp() + self.low if self.low else z.exp()
 
     def back(self, x: Tensor) -> Tensor:
         """Data to base."""
-        return x.log()
+        return (x - self.low if self.low else x).log()
 
     def log_slope(self, z: Tensor, x: Tensor) -> Tensor:
         """log dx/dz from both ends."""
         return z
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.low else "ExpMap()"
 
 
 class TanhMap(ScalarMap):
@@ -265,6 +281,7 @@ elementwise_maps = Table(
         "softplus-inverse": InverseMap(SoftplusMap()),
         "exp": ExpMap(),
         "log": InverseMap(ExpMap()),
+        "exp-shifted": ExpMap(-0.1),
         "sigmoid": SigmoidMap(),
         "logit": InverseMap(SigmoidMap(0.5)),
         "tanh": TanhMap(),

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def fit(
     # True for torch.compile, or the name of its backend
     compile: bool | str = False,
     device: str | torch.device | None = None,  # None for where the objective is
-    # Each called after a step with `(step, objective, history)`
+    # Each called after a step with `(step, objective, history)`; what it puts
+    # into `history.tracked` is kept by checkpoints
     callbacks: tuple[Callable[[int, Objective, History], object], ...] = (),
     progress: bool = True,  # Show a progress bar
     **settings: Any,  # Fields of `Recipe`, which replace the recipe's
@@ -432,10 +433,7 @@ def _save(run):
         return
     average, scaler = run.average, run.accelerator.scaler
     state = {
-        "history": {
-            key: torch.tensor(values, dtype=torch.float64, device="cpu")
-            for key, values in asdict(run.history).items()
-        },
+        "history": run.history.state(),
         "objective": run.objective.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "average": None if average is None else average.state_dict(),
@@ -455,9 +453,7 @@ def _load(run):
             f"{', '.join(state) or 'nothing'}"
         )
     require_same_run(path, state, run.provenance, stacklevel=5)
-    columns = {key: value.tolist() for key, value in state["history"].items()}
-    columns["validation_step"] = [int(s) for s in columns["validation_step"]]
-    run.history = History(**columns)
+    run.history = History.from_state(state["history"])
     try:
         run.objective.load_state_dict(state["objective"])
         run.optimizer.load_state_dict(state["optimizer"])

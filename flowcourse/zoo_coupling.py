@@ -24,6 +24,7 @@ from flowcourse.coupling import (
     random_half,
 )
 from .elementwise import AffineMap, ScalarMap, mlp
+from .shower import TanhAffineMap
 from .splines import NSF
 from .zoo import SMALL, Row
 
@@ -64,6 +65,11 @@ rows = {
     "affine-coupling-residual": _row(
         partial(small_coupling, conditioner=residual),
         reference="Dinh et al. 2017, sec. 4.1",
+    ),
+    "affine-coupling-shower": _row(
+        partial(small_coupling, scalar_map=TanhAffineMap()),
+        module="shower",
+        reference=TanhAffineMap.reference,
     ),
     "affine-coupling-channel": _image_row(
         partial(small_coupling, partition=channel, conditioner=convnet),

@@ -51,6 +51,35 @@ def test_a_history_with_numbers_that_are_not_finite_is_json(tmp_path):
     assert repr(History.load(path).to_dict()) == repr(history.to_dict())
 
 
+def keep_largest(step, objective, history):
+    largest = max(p.max().item() for p in objective.parameters())
+    history.tracked.setdefault("largest", []).append(largest)
+
+
+def test_what_callbacks_keep_is_part_of_the_history(tmp_path):
+    """One that was cut and goes on has kept what one has that was not."""
+    settings = dict(callbacks=(keep_largest,), checkpoint_every=1)
+    whole = run_likelihood(steps=6, **settings)[1]
+    assert len(whole.tracked["largest"]) == 6
+    path = tmp_path / "run.pt"
+
+    def stop(step, objective, history):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    cut = settings | dict(callbacks=(keep_largest, stop), checkpoint=path)
+    with pytest.raises(KeyboardInterrupt):
+        run_likelihood(steps=6, **cut)
+    again = run_likelihood(steps=6, checkpoint=path, resume=True, **settings)[1]
+    assert again == whole and again.tracked == whole.tracked
+    again.tracked["other"] = [math.nan]
+    again.save(tmp_path / "history.json")
+    loaded = History.load(tmp_path / "history.json")
+    assert loaded.tracked["largest"] == whole.tracked["largest"]
+    assert math.isnan(loaded.tracked["other"][0])
+    assert History(tracked={"a": [1.0]}) != History(tracked={"a": [2.0]})
+
+
 def test_history_is_tidy(tmp_path, capsys):
     history = run_likelihood(steps=10)[1]
     assert len(history) == 10 and all(

@@ -19,7 +19,7 @@ CORE = ["00-quick-start", "01-change-of-variables", "02-training", "06-coupling"
         "07-splines", "09-masked-flows", "14-variational"]  # fmt: skip
 FURTHER = ["03-elementwise", "04-linear", "05-planar", "08-monotone",
            "10-residual", "11-continuous", "12-stochastic",
-           "13-images", "15-dlgm", "16-pyro"]  # fmt: skip
+           "13-images", "15-dlgm", "16-pyro", "17-shower"]  # fmt: skip
 LIBRARY = re.compile(r"^## In the library\b", re.MULTILINE)
 FORMULA = re.compile(r"\$\$.*?\$\$", re.DOTALL)
 HEX = re.compile(r"#[0-9a-fA-F]{6}\b")

@@ -54,6 +54,24 @@ def test_an_end_that_is_open_is_left_for_the_next_number(dtype):
         assert_close(interior(outside, unit), outside, equal_nan=True)
 
 
+ENDS = [*(0.1, 1e-6, 0.3, 0.5, 7.0, 1000.1), 1 - 2.0**-26, 3.3e-5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("end", [*ENDS, *(-end for end in ENDS)])
+def test_an_end_that_no_format_holds_is_left_for_the_next_number(end, dtype):
+    own = torch.tensor(end, dtype=dtype)
+    above = torch.nextafter(own, own + 1)
+    below = torch.nextafter(own, own - 1)
+    low, high = constraints.greater_than(end), constraints.less_than(end)
+    assert torch.equal(interior(own, low), above)
+    assert torch.equal(interior(own, high), below)
+    for inside in (above, own + 1):
+        assert torch.equal(interior(inside, low), inside)
+    for inside in (below, own - 1):
+        assert torch.equal(interior(inside, high), inside)
+
+
 def test_numbers_in_double_are_float64():
     assert in_double(torch.zeros(2)).dtype == torch.float64
 

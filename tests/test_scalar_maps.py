@@ -235,3 +235,31 @@ def test_points_beyond_an_end_have_no_density_and_points_on_it_do():
     flow = Flow(Sigmoid(1))
     assert flow.log_prob(torch.tensor([[0.0], [1.0]])).isfinite().all()
     assert flow.log_prob(torch.tensor([[-0.1], [1.1]])).isneginf().all()
+
+
+@pytest.mark.parametrize("low", [-0.1, -1e-6, 0.0, 0.3, 7.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_exponential_ends_where_it_is_told(low, dtype):
+    f = Elementwise(1, ExpMap(low))
+    z = torch.linspace(-3, 3, 61, dtype=dtype)[:, None]
+    x, ladj = f.forward(z)
+    assert_close(x, low + z.exp())
+    assert_close(ladj, z.squeeze(-1))
+    assert_close(f.inverse(x)[1], -ladj)
+    # far out nothing is left of the exponential, and a sample stays a sample
+    flow = Flow(f)
+    x = f.push(torch.full((1, 1), -1e3, dtype=dtype))
+    assert (x > low).all() and f.inverse(x)[0].isfinite().all()
+    flow = flow.to(dtype)
+    assert flow.log_prob(x).isfinite().all()
+    beyond = torch.tensor([[low - 1e-3]], dtype=dtype)
+    assert flow.log_prob(beyond).item() == -math.inf
+
+
+def test_an_exponential_says_where_it_ends():
+    assert (
+        repr(ExpMap()) == "ExpMap()" and repr(ExpMap(-1)) == "ExpMap(low=-1.0)"
+    )
+    for low in (math.inf, "0", None):
+        with pytest.raises(ValueError, match="^low: expected a finite number"):
+            ExpMap(low)
