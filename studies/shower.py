@@ -7,6 +7,7 @@ of the original. Jobs with few steps change one thing at a time. "truth" is a se
 stand-in, "gaussian" a Gaussian whose mean is a cubic of ln E: the best and the least to hope for.
 """
 
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -32,10 +33,11 @@ from flowcourse.studies import fit_for_seconds
 from flowcourse.trainer import fit
 
 SEEDS = (0, 1, 2)
-STEPS, FEW = 2400, 600
+STEPS, FEW = 2400, 400
 SECONDS = 140.0  # of the processor, for families at equal time
 KINDS = ("max-normed", "fnorms", "softplus", "log")
 BLOCKS = (1, 2, 4, 8)
+BATCHES = (1, 10, 100, 1000, 10_000)  # showers drawn at once
 ENDS = (10.0, 30.0, 50.0, 70.0, 90.0)  # of ranges of energy, in GeV
 USED = torch.tensor(SETS[62])
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -88,6 +90,7 @@ jobs += [
     for seed in SEEDS
     for family in ("affine coupling", "spline coupling", "flow matching")
 ]
+jobs.append({"model": "speed", "seed": 0})
 jobs += [job for seed in SEEDS for job in variants(seed)]
 
 
@@ -101,6 +104,8 @@ def run(folder, model, seed, **rest):
         splits = ShowerConfig().load()
         drawn = gaussian(splits.train, splits.test[:, 0], noise)
         return {"results": judge(drawn, from_rows(splits.test), noise)}
+    if model == "speed":
+        return {"results": {"showers a second": speeds_of_blocks(noise)}}
     if model == "ShowerFlow":
         return train(folder, seed, noise, **rest)
     return for_a_time(model, seed, noise, **rest)
@@ -164,11 +169,9 @@ def for_a_time(model, seed, noise, seconds):
     test = from_rows(splits.test)
     drawn = draw(objective.eval(), test.energy, noise)
     parameters = sum(p.numel() for p in objective.parameters())
-    return (
-        {"results": judge(drawn, test, noise)}
-        | trained
-        | {"parameters": parameters}
-    )
+    found = judge(drawn, test, noise)
+    found["showers a second"] = speeds(objective.sample, noise, (1000,))
+    return {"results": found} | trained | {"parameters": parameters}
 
 
 class ShowerMatching(Objective):
@@ -197,6 +200,31 @@ class ShowerMatching(Objective):
     def sample(self, energy, generator=None):
         """Draw showers of given photons."""
         return self.likelihood.sample(energy, generator)
+
+
+def speeds(sample, generator, batches):
+    """Showers a second that a model draws, by the number drawn at once: medians of five."""
+    found = {}
+    for batch in batches:
+        energy = torch.linspace(*ENDS[:: len(ENDS) - 1], batch)
+        sample(energy, generator)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            sample(energy, generator)
+            times.append(time.perf_counter() - start)
+        found[str(batch)] = float(f"{batch / sorted(times)[2]:.4g}")
+    return found
+
+
+def speeds_of_blocks(generator):
+    """How fast a flow of some blocks draws, with one thread; its weights do not matter."""
+    found = {}
+    for blocks in BLOCKS:
+        config = ShowerConfig(num_blocks=blocks, representation="softplus")
+        objective = config.objective().eval()
+        found[str(blocks)] = speeds(objective.sample, generator, BATCHES)
+    return found
 
 
 def matching(config):
