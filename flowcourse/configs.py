@@ -13,8 +13,8 @@ from .configs_dlgm import DLGMConfig
 from .configs_flows import FlowConfig
 from .configs_images import ImageConfig
 from .configs_shower import ShowerConfig
-from .shower import LOWS
 from .recipe import Recipe
+from .shower import LOWS
 
 # %% ../nbs/lib-configs.ipynb #4a343a39
 _DIGITS = Recipe(

@@ -284,7 +284,7 @@ def test_what_is_not_finite_is_counted_and_left_out():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_flow_is_judged_by_hand(kind, monkeypatch):
     """It permutes, so that its density is the base's at the point itself."""
-    monkeypatch.setattr(module, "BLOCK", 40)
+    monkeypatch.setattr(module, "_BLOCK", 40)
     config = SMALL.replace(representation=kind, seed=2)
     objective = config.objective().eval()
     result = config.evaluate(objective)
