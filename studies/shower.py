@@ -34,6 +34,7 @@ from flowcourse.trainer import fit
 
 SEEDS = (0, 1, 2)
 STEPS, FEW = 2400, 400
+EARLY = 700  # steps in which the gradient norm grows most
 SECONDS = 140.0  # of the processor, for families at equal time
 KINDS = ("max-normed", "fnorms", "softplus", "log")
 BLOCKS = (1, 2, 4, 8)
@@ -141,7 +142,7 @@ def train(folder, seed, noise, **rest):
         found |= judge(drawn, test, noise)
     found["medians of fifths"] = fifths(history, config.recipe.steps)
     if whole:
-        found["medians of fifths of 700"] = fifths(history, 700)
+        found[f"medians of fifths of {EARLY}"] = fifths(history, EARLY)
         found["trace"] = trace(history)
     return {
         "results": found,

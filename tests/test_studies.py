@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ from flowcourse.variational import assess
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["board", "depth", "digits", "dlgm", "families", "guides", "images"]
-NAMES += ["maps", "matching", "variational"]
+NAMES += ["maps", "matching", "shower", "variational"]
 
 
 def study_of(path, run, *jobs):
@@ -311,6 +313,22 @@ def small(name):
         module.SECONDS = dict.fromkeys(module.SECONDS, 0.1)
         module.POINTS = dict.fromkeys(module.POINTS, 100)
         first = {job["family"]: job for job in module.jobs[::-1]}
+        jobs = list(first.values())
+    elif name == "shower":
+        module.SECONDS, module.STEPS, module.EARLY = 0.1, 60, 20
+        module.ABLE = module.NARROW = replace(module.ABLE, epochs=1)
+        module.BATCHES, train = (1, 10), module.train
+        few = {"rows": 600, "held_out": 300}
+        module.ShowerConfig = partial(module.ShowerConfig, **few)
+        module.train = lambda *args, steps, **rest: train(
+            *args, steps=60, **rest
+        )
+        timed = module.for_a_time
+        module.for_a_time = lambda *args, seconds: timed(*args, seconds=0.1)
+        first = {
+            (job["model"], job.get("representation")): job
+            for job in module.jobs[::-1]
+        }
         jobs = list(first.values())
     else:
         module.SECONDS = 0.1
