@@ -25,13 +25,11 @@ from .recipe import Recipe
 from .shower import LOWS, ShowerFlow
 from flowcourse.shower_features import (
     SETS,
-    Layerwise,
-    Representation,
     RunName,
     features,
     from_features,
-    represent,
 )
+from .shower_points import Layerwise, Representation, represent
 from .showers import ENERGIES, Showers, make_showers
 
 # %% ../nbs/lib-configs-shower.ipynb #csh-likelihood

@@ -1,4 +1,4 @@
-"""Maps and distributions that several test files make, and what they do to a bijection before they test it."""
+"""Maps, distributions and showers that several test files make, and what they do to a bijection before they test it."""
 
 import math
 
@@ -7,12 +7,28 @@ import torch.distributions as D
 
 from flowcourse.core import Bijection
 from flowcourse.elementwise import AffineMap, Elementwise
+from flowcourse.showers import Showers
 
 
 def noise(*shape, seed=0):
     """Standard normal numbers in float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def showers_by_hand(n=500, seed=0, dtype=torch.float64):
+    """Showers of random numbers, a tenth of their layers empty."""
+    generator = torch.Generator().manual_seed(seed)
+    options = dict(generator=generator, dtype=torch.float64)
+    energy = 10 + 80 * torch.rand(n, **options)
+    clusters = (300 * torch.rand(n, 30, **options)).floor()
+    clusters *= torch.rand(n, 30, **options) > 0.1
+    deposits = 200 * torch.rand(n, 30, **options) * (clusters > 0)
+    layer = torch.arange(1, 31, dtype=torch.float64)
+    z = (deposits * layer).sum(-1) / deposits.sum(-1)
+    across = 3 + 0.5 * torch.randn(n, 2, **options)
+    cog = torch.cat([across, z[:, None]], -1)
+    return Showers(energy, clusters, deposits, cog).to(dtype)
 
 
 def shaken(f, sd=1.0, seed=0):

@@ -22,7 +22,8 @@ from flowcourse.configs_shower import (
 )
 from flowcourse.linear import Permutation
 from flowcourse.shower import ShowerFlow
-from flowcourse.shower_features import SETS, features, represent
+from flowcourse.shower_features import SETS, features
+from flowcourse.shower_points import represent
 from flowcourse.showers import Showers, make_showers
 from flowcourse.trainer import fit
 
